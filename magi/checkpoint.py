@@ -5,6 +5,7 @@ mapped file, so the operating system may drop and reload their pages at will and
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,12 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     file: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file. Spellings end in their bits (BF16) or name them (F8_E4M3)."""
+        bits = {"BOOL": 8}.get(self.dtype) or int("".join(c for c in self.dtype.split("_")[0] if c.isdigit()))
+        return math.prod(self.shape) * bits // 8
 
 
 def find_weight_files(path: str | Path) -> list[Path]:

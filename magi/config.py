@@ -1,0 +1,259 @@
+"""Configuration: frozen dataclasses that read and write the official three-part JSON, and the six released models.
+
+Field names are the official ones, so that a config file and this code can be read side by side.
+"""
+
+import dataclasses
+import difflib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import MagiError
+
+LATENT_CHANNELS = 16
+SPATIAL_DOWNSAMPLE = 8  # pixels a latent, by the VAE's patch
+SHORTCUT_MODES = ("8,16,16", "16,16,8")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer's shape (paper section 2.2; `model_config` of the official JSON)."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int = 8
+    kv_channels: int = 128  # size of one head
+    layernorm_epsilon: float = 1e-6
+    apply_layernorm_1p: bool = True
+    x_rescale_factor: float = 1
+    half_channel_vae: bool = False  # latents are fed twice: 16 channels become 32
+    params_dtype: str = "torch.bfloat16"
+    patch_size: int = 2
+    t_patch_size: int = 1
+    in_channels: int = LATENT_CHANNELS
+    out_channels: int = LATENT_CHANNELS
+    cond_hidden_ratio: float = 0.25
+    caption_channels: int = 4096
+    caption_max_length: int = 800
+    xattn_cond_hidden_ratio: float = 1.0
+    cond_gating_ratio: float = 1.0
+    gated_linear_unit: bool = False  # SwiGLU; GELU otherwise
+    model_name: str = "videodit_ardf"
+
+    @property
+    def cond_size(self) -> int:
+        """Width of the condition vector (time and caption)."""
+        return int(self.hidden_size * self.cond_hidden_ratio)
+
+    @property
+    def fc1_size(self) -> int:
+        """Rows of the first MLP matrix: value and gate together for SwiGLU."""
+        return self.ffn_hidden_size * (2 if self.gated_linear_unit else 1)
+
+    def __post_init__(self) -> None:
+        if self.hidden_size != self.num_attention_heads * self.kv_channels:
+            raise MagiError(
+                f"hidden_size {self.hidden_size} is not num_attention_heads {self.num_attention_heads} x kv_channels "
+                f"{self.kv_channels}: the config does not describe a MAGI-1 transformer. Use the JSON that came with the weights."
+            )
+        if self.num_attention_heads % self.num_query_groups:
+            raise MagiError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
+                f"{self.num_query_groups}. Use the JSON that came with the weights."
+            )
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a video is sampled (`runtime_config` of the official JSON)."""
+
+    cfg_number: int = 1  # passes per step: 3 for base models, 1 for distilled ones
+    cfg_t_range: tuple[float, ...] = (0.0, 0.0217, 0.1, 0.3, 0.999)
+    prev_chunk_scales: tuple[float, ...] = (1.5, 1.5, 1.5, 1.0, 1.0)
+    text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)
+    noise2clean_kvrange: tuple[int, ...] = (5, 4, 3, 2)  # chunks seen, noisiest stage first; empty: all
+    clean_chunk_kvrange: int = 1
+    clean_t: float = 0.9999
+    seed: int = 1234
+    num_frames: int = 96
+    video_size_h: int = 720
+    video_size_w: int = 720
+    num_steps: int = 64
+    window_size: int = 4  # chunks denoised at a time
+    fps: int = 24
+    chunk_width: int = 6  # latent frames a chunk
+    t5_pretrained: str = ""
+    t5_device: str = "cpu"
+    vae_pretrained: str = ""
+    scale_factor: float = 0.18215
+    temporal_downsample_factor: int = 4
+    load: str = ""
+
+    def __post_init__(self) -> None:
+        if self.cfg_number not in (1, 3):
+            raise MagiError(f"cfg_number is {self.cfg_number}; it must be 3 (base models) or 1 (distilled models).")
+        if not len(self.cfg_t_range) == len(self.prev_chunk_scales) == len(self.text_scales):
+            raise MagiError(
+                f"cfg_t_range, prev_chunk_scales and text_scales have {len(self.cfg_t_range)}, {len(self.prev_chunk_scales)} "
+                f"and {len(self.text_scales)} entries; give them equally many."
+            )
+        if any(r < 1 for r in (*self.noise2clean_kvrange, self.clean_chunk_kvrange)):
+            raise MagiError("Key ranges count chunks, the chunk itself included: every entry must be at least 1.")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the official engine needs to know; only the last four matter here (`engine_config` of the official JSON)."""
+
+    distributed_backend: str = "nccl"
+    distributed_timeout_minutes: int = 10
+    pp_size: int = 1
+    cp_size: int = 1
+    cp_strategy: str = "none"
+    ulysses_overlap_degree: int = 1
+    kv_offload: bool = False
+    enable_cuda_graph: bool = False
+    fp8_quant: bool = False
+    distill: bool = False
+    distill_nearly_clean_chunk_threshold: float = 0.3
+    shortcut_mode: str = SHORTCUT_MODES[0]
+
+    def __post_init__(self) -> None:
+        if self.shortcut_mode not in SHORTCUT_MODES:
+            raise MagiError(
+                f"shortcut_mode is {self.shortcut_mode!r}; it must be one of {', '.join(map(repr, SHORTCUT_MODES))}."
+            )
+
+
+_Part = TypeVar("_Part", ModelConfig, RuntimeConfig, EngineConfig)
+
+
+@dataclass(frozen=True)
+class MagiConfig:
+    """A model and how to sample from it, in the three parts of the official JSON."""
+
+    model: ModelConfig
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        if self.engine.distill and self.runtime.cfg_number != 1:
+            raise MagiError(
+                f"distill is true but cfg_number is {self.runtime.cfg_number}: distilled models take one pass. "
+                "Set cfg_number to 1, or distill to false for base weights."
+            )
+        if not self.engine.distill and self.runtime.cfg_number != 3:
+            raise MagiError(
+                f"distill is false but cfg_number is {self.runtime.cfg_number}: base models take three passes. "
+                "Set cfg_number to 3, or distill to true for distilled weights."
+            )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "MagiConfig":
+        """From the official JSON object. Missing entries take their defaults, unknown ones are ignored with a warning."""
+        try:
+            model, runtime, engine = (dict(data.get(f"{part}_config", {})) for part in ("model", "runtime", "engine"))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise MagiError(
+                "A MAGI-1 config is a JSON object with model_config, runtime_config and engine_config."
+            ) from error
+        return cls(_part(ModelConfig, model), _part(RuntimeConfig, runtime), _part(EngineConfig, engine))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "MagiConfig":
+        """From an official JSON file."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise MagiError(f"The config {str(path)!r} is unreadable: {error}.") from error
+        if not isinstance(data, dict) or "model_config" not in data:
+            raise MagiError(
+                f"{str(path)!r} is no MAGI-1 config: it has no model_config. Give the JSON that came with the weights."
+            )
+        return cls.from_dict(data)
+
+    @classmethod
+    def preset(cls, name: str) -> "MagiConfig":
+        """The released model `name`, e.g. "4.5B_distill_quant", with the published defaults."""
+        if name not in PRESETS:
+            raise MagiError(f"There is no model {name!r}. The released ones: {', '.join(PRESETS)}.")
+        return PRESETS[name]
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The official JSON object."""
+        parts: dict[str, ModelConfig | RuntimeConfig | EngineConfig] = {
+            "model_config": self.model,
+            "runtime_config": self.runtime,
+            "engine_config": self.engine,
+        }
+        return {
+            key: {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(part).items()}
+            for key, part in parts.items()
+        }
+
+    def with_runtime(self, **changes: Any) -> "MagiConfig":
+        """A copy with some runtime settings changed; None leaves a setting as it is."""
+        changes = {k: v for k, v in changes.items() if v is not None}
+        return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, **changes))
+
+    def with_engine(self, **changes: Any) -> "MagiConfig":
+        """A copy with some engine settings changed; None leaves a setting as it is."""
+        changes = {k: v for k, v in changes.items() if v is not None}
+        return dataclasses.replace(self, engine=dataclasses.replace(self.engine, **changes))
+
+    def as_variant(self, distill: bool, fp8: bool | None = None) -> "MagiConfig":
+        """The same transformer with the settings of base (three passes) or distilled (one pass) weights."""
+        runtime = dataclasses.replace(self.runtime, cfg_number=1 if distill else 3)
+        fp8 = self.engine.fp8_quant if fp8 is None else fp8
+        return MagiConfig(self.model, runtime, dataclasses.replace(self.engine, distill=distill, fp8_quant=fp8))
+
+
+def _part(kind: type[_Part], data: dict[str, Any]) -> _Part:
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for name in data.keys() - known.keys():
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        warnings.warn(f"The config entry {name!r} is unknown and ignored.{hint}", stacklevel=3)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in values]
+        raise MagiError(
+            f"The config lacks {', '.join(missing) or error} in {kind.__name__}. Use the JSON of the weights."
+        ) from error
+
+
+_SIZE_4_5B = ModelConfig(num_layers=34, hidden_size=3072, ffn_hidden_size=12288, num_attention_heads=24)
+_SIZE_24B = ModelConfig(
+    num_layers=48,
+    hidden_size=6144,
+    ffn_hidden_size=16384,
+    num_attention_heads=48,
+    x_rescale_factor=0.1,
+    half_channel_vae=True,
+    in_channels=32,
+    out_channels=32,
+    gated_linear_unit=True,
+)
+
+
+def _preset(model: ModelConfig, steps: int, width: int, distill: bool = False, fp8: bool = False) -> MagiConfig:
+    runtime = RuntimeConfig(cfg_number=1 if distill else 3, num_steps=steps, video_size_h=720, video_size_w=width)
+    return MagiConfig(model, runtime, EngineConfig(distill=distill, fp8_quant=fp8))
+
+
+PRESETS: Mapping[str, MagiConfig] = {
+    "4.5B_base": _preset(_SIZE_4_5B, 64, 720),
+    "4.5B_distill": _preset(_SIZE_4_5B, 64, 720, distill=True),
+    "4.5B_distill_quant": _preset(_SIZE_4_5B, 64, 720, distill=True, fp8=True),
+    "24B_base": _preset(_SIZE_24B, 32, 1280),
+    "24B_distill": _preset(_SIZE_24B, 16, 1280, distill=True),
+    "24B_distill_quant": _preset(_SIZE_24B, 16, 1280, distill=True, fp8=True),
+}

@@ -1,0 +1,55 @@
+"""Which device to compute on, and how much room it has."""
+
+import torch
+
+from .errors import MagiError
+
+_SHARE_FOR_WEIGHTS = 0.7  # the rest is for keys, activations and the VAE
+
+
+def pick_device(device: torch.device | str | None = None) -> torch.device:
+    """The named device, or the best there is: CUDA (NVIDIA, AMD), XPU, MPS, CPU. Raises MagiError if it is not there."""
+    if device is None:
+        return torch.device(next((kind for kind in ("cuda", "xpu", "mps") if _is_available(kind)), "cpu"))
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise MagiError(f"There is no device {device!r}. Use cuda, cuda:1, xpu, mps or cpu.") from error
+    if chosen.type in ("cuda", "xpu", "mps") and not _is_available(chosen.type):
+        raise MagiError(
+            f"The device {str(device)!r} is not available to torch {torch.__version__}. Use cpu, or install the torch build "
+            "for your graphics card."
+        )
+    return chosen
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes on an accelerator; None where memory is the host's own."""
+    if device.type in ("cuda", "xpu"):
+        return int(getattr(torch, device.type).mem_get_info(device)[0])
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return None
+
+
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Whether weights of this size may stay on the device for good."""
+    free = free_memory(device)
+    return free is None or nbytes <= _SHARE_FOR_WEIGHTS * free
+
+
+def empty_cache(device: torch.device) -> None:
+    """Gives memory that torch holds but does not use back to the device."""
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all it was given."""
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def _is_available(kind: str) -> bool:
+    backend = getattr(torch.backends, "mps", None) if kind == "mps" else getattr(torch, kind, None)
+    return backend is not None and bool(backend.is_available())

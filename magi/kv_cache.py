@@ -1,0 +1,51 @@
+"""Keys and values of finished chunks: a ring with room for as many chunks as any later one looks back."""
+
+import torch
+
+
+class KVCache:
+    """Clean keys and values by layer and chunk. Chunk c lives in slot c % slots and is overwritten by chunk c + slots."""
+
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        groups: int,
+        tokens: int,
+        head_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        """Allocates everything at once, so that a run that starts has the memory to finish.
+
+        Args:
+            layers: transformer layers.
+            slots: chunks kept.
+            groups: key heads.
+            tokens: tokens of a chunk.
+            head_size: size of one head.
+            dtype: of the keys and values.
+            device: where they are kept.
+        """
+        self._ring = torch.empty(layers, slots, 2, groups, tokens, head_size, dtype=dtype, device=device)
+        self._held: dict[tuple[int, int], int] = {}  # (layer, slot) -> chunk
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self._ring.numel() * self._ring.element_size()
+
+    def store(self, layer: int, chunk: int, kv: torch.Tensor) -> None:
+        """Keeps a chunk's keys and values: (2, groups, tokens, head_size)."""
+        slots = self._ring.shape[1]
+        if slots:
+            self._ring[layer, chunk % slots] = kv
+            self._held[layer, chunk % slots] = chunk
+
+    def load(self, layer: int, chunk: int, out: torch.Tensor) -> None:
+        """Copies a chunk's keys and values into `out`, (2, groups, tokens, head_size) on any device."""
+        slot = chunk % self._ring.shape[1] if self._ring.shape[1] else -1
+        if self._held.get((layer, slot)) != chunk:
+            raise LookupError(f"chunk {chunk} is not in the cache of layer {layer}")
+        out.copy_(self._ring[layer, slot], non_blocking=True)

@@ -1,0 +1,159 @@
+"""float8 (e4m3fn) weights of the official quantised checkpoints, on any device.
+
+Where the hardware multiplies float8 the products are done there; elsewhere the very same rounded numbers are multiplied in
+a wider type, which holds every e4m3 product exactly. Devices whose torch has no float8 at all keep the weights as bytes.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from .errors import MagiError
+
+E4M3_MAX = 448.0
+_SMALLEST_STEP = 2.0**-9  # spacing of the subnormal numbers
+FLOAT8 = getattr(torch, "float8_e4m3fn", None)
+
+
+def require_float8() -> torch.dtype:
+    """torch's e4m3fn type. Raises MagiError on a build without it."""
+    if FLOAT8 is None:
+        raise MagiError(
+            f"torch {torch.__version__} has no float8: update torch to 2.5 or newer, or use a bf16 checkpoint."
+        )
+    return FLOAT8
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """One quantised linear layer.
+
+    Attributes:
+        weight: (out, in) e4m3fn, or its bytes as uint8 on devices without float8.
+        weight_scale: () float32.
+        input_scale: () float32.
+        smooth_scale: (in,) float32 per channel where the layer was smoothed, None where input_scale quantises its input.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor
+    smooth_scale: torch.Tensor | None = None
+
+    @classmethod
+    def from_official(
+        cls,
+        weight: torch.Tensor,
+        weight_scale: torch.Tensor,
+        input_scale: torch.Tensor,
+        smooth_scale: torch.Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Fp8Weight":
+        """From a checkpoint's tensors: weight (1, out, in) or (out, in), scales of any shape with equal entries."""
+        device = torch.device(device or weight.device)
+        weight = weight.reshape(weight.shape[-2:])
+        if not holds_float8(device.type):
+            weight = weight.view(torch.uint8)
+
+        def scale(s: torch.Tensor) -> torch.Tensor:
+            return s.reshape(-1)[0].float().to(device)
+
+        smooth = None if smooth_scale is None else smooth_scale.reshape(-1).float().to(device)
+        return cls(weight.to(device), scale(weight_scale), scale(input_scale), smooth)
+
+
+def fp8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: torch.Tensor,
+    smooth_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One official fp8 layer: (..., in) -> (..., out) in x's dtype. Shapes of the weights as in the checkpoint."""
+    return apply_fp8(x, Fp8Weight.from_official(weight, weight_scale, input_scale, smooth_scale, x.device))
+
+
+def apply_fp8(x: torch.Tensor, layer: Fp8Weight) -> torch.Tensor:
+    """Quantise x, multiply, rescale: (..., in) -> (..., out) in x's dtype."""
+    divisor = layer.input_scale if layer.smooth_scale is None else layer.smooth_scale
+    scaled = (x.float() / divisor).clamp(-E4M3_MAX, E4M3_MAX).to(torch.bfloat16)
+    flat = scaled.reshape(-1, scaled.shape[-1])
+    if layer.weight.dtype == torch.uint8:
+        product = multiply_exact(round_to_e4m3(flat), decode_e4m3(layer.weight))
+    elif multiplies_float8(layer.weight.device):
+        product = _multiply_float8(flat.to(layer.weight.dtype), layer.weight)
+    else:
+        product = multiply_exact(flat.to(layer.weight.dtype).to(torch.bfloat16), layer.weight.to(torch.bfloat16))
+    y = (product * layer.input_scale) * layer.weight_scale
+    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def multiply_exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T of 16-bit numbers with float32 products, sums and result: (n, in), (out, in) -> (n, out)."""
+    if x.device.type == "cuda" and torch.version.hip is None and _has_out_dtype():
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return F.linear(x.float(), weight.float())
+
+
+@lru_cache(1)
+def _has_out_dtype() -> bool:
+    """Whether torch.mm can keep the float32 sums of 16-bit factors (newer builds): tried once, on the current device."""
+    try:
+        probe = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
+        return torch.mm(probe, probe, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+
+
+def _multiply_float8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The hardware's float8 product, float32. The row count is padded to what the kernel takes."""
+    rows = x.shape[0]
+    if rows % 16:
+        x = F.pad(x.view(torch.uint8), (0, 0, 0, -rows % 16)).view(weight.dtype)
+    one = torch.ones((), device=x.device)
+    return torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)[:rows]
+
+
+def multiplies_float8(device: torch.device) -> bool:
+    """Whether `device` has float8 matrix units that torch can use (NVIDIA Ada, Hopper, Blackwell)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@lru_cache(8)
+def holds_float8(device_type: str) -> bool:
+    """Whether tensors of e4m3fn can live on this kind of device and be cast there."""
+    if FLOAT8 is None:
+        return False
+    try:
+        torch.zeros(1, device=device_type).to(FLOAT8).float()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def decode_e4m3(raw: torch.Tensor) -> torch.Tensor:
+    """The bf16 values of e4m3fn numbers kept as bytes (uint8). Exact."""
+    return _e4m3_values().to(raw.device)[raw.int()]
+
+
+@lru_cache(1)
+def _e4m3_values() -> torch.Tensor:
+    code = torch.arange(256)
+    exponent, mantissa = (code >> 3) & 15, (code & 7).double()
+    magnitude = torch.where(
+        exponent == 0, mantissa * _SMALLEST_STEP, (1 + mantissa / 8) * 2.0 ** (exponent.double() - 7)
+    )
+    magnitude[(code & 127) == 127] = torch.nan
+    return torch.where(code < 128, magnitude, -magnitude).to(torch.bfloat16)
+
+
+def round_to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """x (bf16, |x| <= 448) rounded to the nearest e4m3fn value, ties to even, still in bf16. For devices without float8."""
+    wide = x.float()
+    exponent = torch.floor(torch.log2(wide.abs().clamp(min=2.0**-6)))
+    step = torch.exp2(exponent - 3)
+    return (torch.round(wide / step) * step).to(x.dtype)
