@@ -7,18 +7,21 @@ from importlib import import_module
 
 _EXPORTS = {
     "Caption": "prompt",
-    "Fp8Weight": "quant",
+    "EmbeddingCache": "embedding_cache",
     "MagiConfig": "config",
     "MagiError": "errors",
     "MagiPipeline": "pipeline",
+    "SamplerState": "sampler_state",
     "SpecialTokens": "special_tokens",
     "TextEncoder": "text_encoder",
     "Tiling": "tiling",
     "clean_caption": "caption",
+    "encode_prompts": "prompt_encoding",
     "fp8_linear": "quant",
-    "generate_latents": "sampler",
+    "generate_latents": "generate",
     "load_transformer": "model",
     "load_vae": "vae",
+    "make_sampler": "generate",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -20,6 +20,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         (tokens, heads * d).
     """
     heads, tokens, d = q.shape
+    dtype = q.dtype
+    if q.device.type == "cpu":  # its kernel rounds the weights to 16 bits, the others keep their sums in float32
+        q, k, v = q.float(), k.float(), v.float()
     folded = q.reshape(1, k.shape[0], heads // k.shape[0] * tokens, d)
     out = F.scaled_dot_product_attention(folded, k[None], v[None])
-    return rearrange(out, "1 g (r s) d -> s (g r d)", s=tokens)
+    return rearrange(out, "1 g (r s) d -> s (g r d)", s=tokens).to(dtype)

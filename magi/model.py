@@ -5,7 +5,7 @@ streams weights from the host thus moves them once, whatever the number of passe
 first, and a chunk's keys are written before a later chunk looks at them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from .weights import (
 )
 
 _TIME_FREQUENCIES = 256
+_TYPICAL = "videodit_blocks.layers.0.mlp.linear_fc2.weight"  # never float8, so its type is the file's
 _INTERLEAVE = 8  # self and cross attention are interleaved in this many feature blocks before the projection
 
 
@@ -118,7 +119,11 @@ class Transformer:
         return EncodedCaption(states.to(self.dtype))
 
     def forward(
-        self, passes: Sequence[Pass], cache: KVCache, step_size: float | None = None
+        self,
+        passes: Sequence[Pass],
+        cache: KVCache,
+        step_size: float | None = None,
+        heartbeat: Callable[[float], None] | None = None,
     ) -> list[list[torch.Tensor | None]]:
         """Velocities of every chunk of every pass.
 
@@ -126,6 +131,7 @@ class Transformer:
             passes: what to run. Chunks before a pass's own that it sees must be in the cache.
             cache: clean keys and values, read and (where a chunk says so) written.
             step_size: the second time signal of distilled models.
+            heartbeat: called many times on the way with the fraction done; what it raises ends the call.
 
         Returns:
             Per pass and chunk: (1, 16, W, h, w) float32, None where it was not wanted.
@@ -134,8 +140,10 @@ class Transformer:
         scratch = self._key_scratch(streams)
         for layer, weights in enumerate(self.blocks):
             text_keys: dict[int, torch.Tensor] = {}  # chunks mostly share their caption
-            for pass_streams in streams:
+            for i, pass_streams in enumerate(streams):
                 self._run_layer(layer, weights, pass_streams, cache, scratch, text_keys)
+                if heartbeat:
+                    heartbeat((layer + (i + 1) / len(streams)) / len(self.blocks))
         return [[self._velocity(s) if s.input.wanted else None for s in pass_streams] for pass_streams in streams]
 
     # -- one layer ---------------------------------------------------------------------------------------------------
@@ -269,8 +277,9 @@ def load_transformer(
     path: str | Path,
     config: MagiConfig | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     offload: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Transformer:
     """A transformer from an official folder or a single file.
 
@@ -278,8 +287,9 @@ def load_transformer(
         path: safetensors file, or a folder with one, or with shards and their index.
         config: official config; None tells it from the file.
         device: where it computes; None takes the best there is.
-        dtype: compute dtype of what is not float32 or float8 by policy.
+        dtype: compute dtype of what is not float32 or float8 by policy; None: bfloat16, but float32 for a float32 file.
         offload: keep the layers in the mapped file and fetch each one when its turn comes; None: only if they do not fit.
+        progress: called with (layers placed, layers) while they are; what it raises ends the loading.
 
     Raises:
         MagiError: the file is unreadable or something else, its tensors do not fit the config, or base and distilled
@@ -288,24 +298,36 @@ def load_transformer(
     checkpoint = Checkpoint(path)
     config = resolve_config(checkpoint, config)
     check_tensors(checkpoint, config.model, repr(str(checkpoint.path)))
-    return build_transformer(checkpoint, config, device, dtype, offload)
+    return build_transformer(checkpoint, config, device, dtype, offload, progress)
 
 
 def build_transformer(
     source: TensorSource,
     config: MagiConfig,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     offload: bool | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Transformer:
     """A transformer from named tensors that are known to fit `config`; arguments as for `load_transformer`."""
     if has_fp8(source):
         require_float8()
     where = pick_device(device)
+    if dtype is None:
+        dtype = torch.float32 if source.tensors[_TYPICAL].dtype == "F32" else torch.bfloat16
     reader = WeightReader(source, config.model, where, dtype)
     if offload is None:
         offload = not fits(sum(info.nbytes for info in source.tensors.values()), where)
     blocks: BlockSource = MappedBlocks(reader)
     if not offload:
-        blocks = list(blocks)
+        blocks = _resident(blocks, progress)
     return Transformer(config, reader.outer(), blocks, where, dtype)
+
+
+def _resident(blocks: BlockSource, progress: Callable[[int, int], None] | None) -> list[BlockWeights]:
+    kept = []
+    for block in blocks:
+        kept.append(block)
+        if progress:
+            progress(len(kept), len(blocks))
+    return kept

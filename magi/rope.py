@@ -1,5 +1,7 @@
 """Rotary position embedding with learned bands over time, height and width (paper section 2.2)."""
 
+import math
+
 import torch
 
 
@@ -19,14 +21,15 @@ def rope_angles(bands: torch.Tensor, first_frame: int, frames: int, height: int,
     device = bands.device
     t = torch.arange(first_frame, first_frame + frames, device=device, dtype=torch.float32)
     # Height and width are centred and stretched so that any picture spans what a 16 x 16 token square of its area would.
-    scale = (height * width / 256) ** 0.5
+    scale = math.sqrt(height * width / 256)
     h, w = (_centred(n, n / scale, device) for n in (height, width))
     grid = torch.stack(torch.meshgrid(t, h, w, indexing="ij"), dim=-1)
     return (grid[..., None] * bands).reshape(frames * height * width, 3 * bands.numel())
 
 
 def _centred(n: int, reference: float, device: torch.device) -> torch.Tensor:
-    return (torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2) * ((reference - 1) / (n - 1))
+    # Divided first and multiplied then: this order decides the last bits.
+    return (torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2) / (n - 1) * (reference - 1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

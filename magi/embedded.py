@@ -1,0 +1,231 @@
+"""The embedded demo model: everything MAGI-1 needs, small and made on the spot, so that all runs with nothing downloaded.
+
+The files have the official layout and go through the very code the real ones go through. The transformer and the text
+encoder hold seeded random numbers: they show that everything works, not what MAGI-1 can do. The VAE is a plain cosine
+transform written as a ViT, so pictures survive it recognisably.
+"""
+
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from .config import LATENT_CHANNELS, EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from .special_tokens import FILE_NAME as SPECIAL_TOKENS_FILE
+from .synthetic import RandomTensors
+
+VERSION = 1  # part of the folder's name: a new one is made when the recipe changes
+_TEXT_WIDTH = 64
+_VAE_WIDTH = 64
+_PATCH = (4, 8, 8)  # frames, rows, columns of a VAE patch
+_VAE_CHANNELS = 4  # of the decoder before its last convolution: RGB and one that only steadies the norm
+
+EMBEDDED_CONFIG = MagiConfig(
+    ModelConfig(
+        num_layers=4,
+        hidden_size=256,
+        ffn_hidden_size=512,
+        num_attention_heads=8,
+        kv_channels=32,
+        caption_channels=_TEXT_WIDTH,
+    ),
+    RuntimeConfig(cfg_number=1, num_steps=16, video_size_h=192, video_size_w=320),
+    EngineConfig(distill=True),
+)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where the parts of a model lie."""
+
+    transformer: Path
+    vae: Path
+    text_encoder: Path
+    special_tokens: Path
+
+
+def embedded_files(folder: str | Path) -> ModelFiles:
+    """The embedded model's files below `folder`, written there (17 MB, a second) unless they already are."""
+    home = Path(folder) / f"magi1-embedded-{VERSION}"
+    if not home.is_dir():
+        # Made aside and moved into place whole, so that an interrupted or concurrent start leaves nothing half-made.
+        made = home.with_name(f"{home.name}.{uuid.uuid4().hex}.part")
+        try:
+            _write(made)
+            _move(made, home)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    return ModelFiles(home / "transformer", home / "vae", home / "text_encoder", home / SPECIAL_TOKENS_FILE)
+
+
+def _move(made: Path, home: Path) -> None:
+    try:
+        os.rename(made, home)  # noqa: PTH104
+    except OSError:
+        if not home.is_dir():  # else another process was first, with the same content
+            raise
+
+
+def _write(folder: Path) -> None:
+    parts = {name: folder / name for name in ("transformer", "vae", "text_encoder")}
+    for part in parts.values():
+        part.mkdir(parents=True)
+    transformer = RandomTensors(EMBEDDED_CONFIG.model, dtype=torch.float32, seed=1)
+    save_file(
+        {name: transformer.tensor(name) for name in transformer.tensors}, parts["transformer"] / "model.safetensors"
+    )
+    _dump(parts["transformer"] / "config.json", EMBEDDED_CONFIG.to_dict())
+    save_file(_vae_weights(), parts["vae"] / "diffusion_pytorch_model.safetensors")
+    _dump(parts["vae"] / "config.json", {"model_type": "vit", "ddconfig": _VAE_CONFIG})
+    save_file(_text_encoder_weights(), parts["text_encoder"] / "model.safetensors", {"format": "pt"})
+    _dump(parts["text_encoder"] / "config.json", _TEXT_CONFIG)
+    _dump(parts["text_encoder"] / "tokenizer_config.json", {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125})
+    generator = torch.Generator().manual_seed(3)
+    rows = {"caption_token": 1, "logo_token": 1, "other_tokens": 100}
+    tokens = {name: torch.randn(n, _TEXT_WIDTH, generator=generator).numpy() for name, n in rows.items()}
+    np.savez(folder / SPECIAL_TOKENS_FILE, **tokens)  # type: ignore[arg-type]
+
+
+def _dump(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+# -- text encoder -----------------------------------------------------------------------------------------------------
+
+_TEXT_CONFIG = {
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "d_model": _TEXT_WIDTH,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 384,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "feed_forward_proj": "gated-gelu",
+    "layer_norm_epsilon": 1e-6,
+    "is_encoder_decoder": False,
+    "use_cache": False,
+    "tie_word_embeddings": False,
+}
+
+
+def _text_encoder_weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    d, inner, ff = _TEXT_WIDTH, 64, 128
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+
+    weights = {
+        "shared.weight": torch.randn(384, d, generator=generator),
+        "encoder.final_layer_norm.weight": torch.ones(d),
+    }
+    for i in range(2):
+        attention, mlp = f"encoder.block.{i}.layer.0.", f"encoder.block.{i}.layer.1."
+        weights |= {f"{attention}SelfAttention.{x}.weight": matrix(inner, d) for x in "qkv"}
+        weights[attention + "SelfAttention.o.weight"] = matrix(d, inner)
+        weights |= {f"{mlp}DenseReluDense.{x}.weight": matrix(ff, d) for x in ("wi_0", "wi_1")}
+        weights[mlp + "DenseReluDense.wo.weight"] = matrix(d, ff)
+        weights |= {f"{part}layer_norm.weight": torch.ones(d) for part in (attention, mlp)}
+    buckets = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    weights[buckets] = torch.randn(32, 4, generator=generator)
+    return weights
+
+
+# -- VAE --------------------------------------------------------------------------------------------------------------
+
+_VAE_CONFIG = {
+    "video_size": 256,
+    "video_length": 16,
+    "patch_size": _PATCH[1],
+    "patch_length": _PATCH[0],
+    "in_chans": 3,
+    "z_chans": LATENT_CHANNELS,
+    "double_z": True,
+    "embed_dim": _VAE_WIDTH,
+    "depth": 1,
+    "num_heads": 4,
+    "mlp_ratio": 1,
+    "qkv_bias": True,
+    "ln_in_attn": True,
+    "conv_last_layer": True,
+    "norm_code": False,
+    "use_final_proj": True,
+}
+_STEADY = 64.0  # a constant beside which the signal hardly moves a layer norm's deviation: the norm becomes linear
+_LATENT_SPREAD = 5.5  # standard deviation of the released VAE's latents, 1 / 0.18215
+
+
+def _cosine_basis() -> tuple[torch.Tensor, torch.Tensor]:
+    """(16, 3, 4, 8, 8) analysis and synthesis patterns: low cosines of brightness and, coarser, of two colour differences."""
+    n = torch.arange(_PATCH[1]) + 0.5
+    waves = [torch.cos(math.pi * k * n / _PATCH[1]) * math.sqrt((2 if k else 1) / _PATCH[1]) for k in range(4)]
+    fine = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (0, 3), (3, 0)]
+    coarse = [(0, 0), (0, 1), (1, 0)]
+    colours = torch.tensor([[1, 1, 1], [1, 0, -1], [-1, 2, -1]]).float()
+    colours /= colours.norm(dim=1, keepdim=True)
+    picture = [(c, a, b) for c, pairs in enumerate((fine, coarse, coarse)) for a, b in pairs]
+    patterns = torch.stack([torch.einsum("c,h,w->chw", colours[c], waves[a], waves[b]) for c, a, b in picture])
+    still = patterns[:, :, None].expand(-1, -1, _PATCH[0], -1, -1)
+    # How much a pattern varies over natural pictures in [-1, 1]: brightness far more than colour, coarse more than fine.
+    spread = torch.tensor([(7.0, 2.0, 1.5)[c] / (1 + a + b) ** 1.3 for c, a, b in picture])
+    gain = (_LATENT_SPREAD / spread)[:, None, None, None, None]
+    return still / _PATCH[0] * gain, still / gain
+
+
+def _vae_weights() -> dict[str, torch.Tensor]:
+    analysis, synthesis = _cosine_basis()
+    z, width, steady = LATENT_CHANNELS, _VAE_WIDTH, _STEADY
+    # Tokens: +signal in the first z features, -signal in the next z (so that the mean stays zero), +-steady in the rest.
+    spread = torch.cat([torch.eye(z), -torch.eye(z), torch.zeros(width - 2 * z, z)])
+    constant = torch.cat([torch.zeros(2 * z), torch.tensor([steady, -steady]).repeat((width - 2 * z) // 2)])
+    deviation = math.sqrt(float(constant.square().mean()))
+    weights: dict[str, torch.Tensor] = {}
+    for half in ("encoder", "decoder"):
+        positions = math.prod((16 // _PATCH[0], 256 // _PATCH[1], 256 // _PATCH[2]))
+        weights[f"{half}.cls_token"] = torch.zeros(1, 1, width)
+        weights[f"{half}.pos_embed"] = constant.expand(1, positions + 1, width).clone()
+        weights |= {f"{half}.norm.weight": torch.full((width,), deviation), f"{half}.norm.bias": torch.zeros(width)}
+        weights |= _silent_block(f"{half}.blocks.0.", width)
+    weights["encoder.patch_embed.proj.weight"] = torch.einsum("ez,zcthw->ecthw", spread, analysis)
+    weights["encoder.patch_embed.proj.bias"] = torch.zeros(width)
+    weights["encoder.last_layer.weight"] = torch.cat([torch.eye(z), torch.zeros(z, z)]) @ torch.eye(z, width)
+    weights["encoder.last_layer.bias"] = torch.zeros(2 * z)
+    weights["decoder.proj_in.weight"] = spread
+    weights["decoder.proj_in.bias"] = torch.zeros(width)
+    # Pixels in (t, h, w, channel) order; the fourth channel carries the constant and keeps the mean at zero.
+    pixels = synthesis.permute(2, 3, 4, 1, 0).flatten(0, 2)  # (256, 3, z)
+    balance = -pixels.sum(dim=(0, 1)).expand(len(pixels), 1, z) / len(pixels)
+    rows = torch.cat([pixels, balance], dim=1).flatten(0, 1)  # (1024, z)
+    weights["decoder.final_proj.weight"] = rows @ torch.eye(z, width)
+    alternating = torch.zeros(len(pixels), _VAE_CHANNELS)
+    alternating[0::2, 3], alternating[1::2, 3] = steady, -steady
+    weights["decoder.final_proj.bias"] = alternating.flatten()
+    size = len(rows)
+    spread_out = math.sqrt(float(alternating.square().mean()))
+    weights |= {
+        "decoder.final_norm.weight": torch.full((size,), spread_out),
+        "decoder.final_norm.bias": torch.zeros(size),
+    }
+    last = torch.zeros(3, _VAE_CHANNELS, 3, 3, 3)
+    last[range(3), range(3), 1, 1, 1] = 1
+    weights |= {"decoder.last_layer.weight": last, "decoder.last_layer.bias": torch.zeros(3)}
+    return {name: w.contiguous() for name, w in weights.items()}
+
+
+def _silent_block(prefix: str, width: int) -> Mapping[str, torch.Tensor]:
+    """A transformer block that adds nothing: its last layers are zero."""
+    shapes = {"attn.qkv": 3 * width, "attn.proj": width, "mlp.fc1": width, "mlp.fc2": width}
+    weights = {f"{prefix}{name}.weight": torch.zeros(out, width) for name, out in shapes.items()}
+    weights |= {f"{prefix}{name}.bias": torch.zeros(out) for name, out in shapes.items()}
+    return weights | {f"{prefix}norm2.weight": torch.ones(width), f"{prefix}norm2.bias": torch.zeros(width)}

@@ -1,0 +1,138 @@
+"""Text embeddings kept on disk, so that a prompt met before needs no text encoder."""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from warnings import warn
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+_TENSOR, _CHECKSUM = "embeds", "sha256"
+_ABANDONED_SECONDS = 3600.0  # a temporary file older than this belongs to a process that died
+
+
+def embedding_key(text: str, fingerprint: str, **options: str | int | float | bool) -> str:
+    """The key of a text's embedding: 64 hexadecimal digits from which the text cannot be read back.
+
+    Args:
+        text: as the encoder gets it (after cleaning).
+        fingerprint: of the encoder, its tokenizer and dtype.
+        options: whatever else changes the result.
+    """
+    return hashlib.sha256(json.dumps([text, fingerprint, options], sort_keys=True).encode()).hexdigest()
+
+
+class EmbeddingCache:
+    """A folder of embeddings, one safetensors file each, the longest unused removed when it grows too big.
+
+    It only ever saves time: a damaged file counts as absent, and a folder that cannot be written gives one warning.
+    Several processes may share a folder.
+    """
+
+    def __init__(self, folder: str | Path, limit_bytes: int = 1 << 30) -> None:
+        """Nothing is made or read yet. `limit_bytes`: the most that the embeddings may take in all."""
+        self.folder = Path(folder).expanduser()
+        self.limit_bytes = limit_bytes
+        self._warned = False
+
+    def get(self, key: str) -> torch.Tensor | None:
+        """The embedding put under `key`, float32 on the CPU, or None. A damaged file is removed."""
+        file = self._file(key)
+        try:
+            # Read rather than mapped: a mapped file cannot be replaced or removed on Windows.
+            tensors = load(file.read_bytes())
+            embeds, checksum = tensors[_TENSOR], tensors[_CHECKSUM]
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._warn(f"cannot be read ({error})")
+            return None
+        except (SafetensorError, KeyError, ValueError):
+            self._remove(file)
+            return None
+        if not torch.equal(checksum, _checksum(embeds)):
+            self._remove(file)
+            return None
+        with suppress(OSError):  # a folder that can only be read is still a good cache
+            os.utime(file)  # the time of last use is what `put` removes by
+        return embeds
+
+    def put(self, key: str, embeds: torch.Tensor) -> None:
+        """Keeps `embeds` under `key`, as float32 (exact for float32 and bfloat16). Never raises for want of space or rights."""
+        embeds = embeds.detach().to("cpu", torch.float32).contiguous()
+        self._write(self._file(key), save({_TENSOR: embeds, _CHECKSUM: _checksum(embeds)}))
+        self._trim()
+
+    def remember(self, source: str, fingerprint: str) -> None:
+        """Notes the fingerprint of the encoder at `source`, for `recall` when its files are away."""
+        if self.recall(source) != fingerprint:
+            self._write(self._note(source), fingerprint.encode())
+
+    def recall(self, source: str) -> str | None:
+        """The fingerprint last noted for `source`, or None."""
+        try:
+            return self._note(source).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return None
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def _note(self, source: str) -> Path:
+        return self.folder / f"{hashlib.sha256(source.encode()).hexdigest()}.encoder"
+
+    def _write(self, file: Path, data: bytes) -> None:
+        temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(file)
+        except OSError as error:
+            self._remove(temporary)
+            self._warn(f"cannot be written ({error})")
+        except BaseException:
+            self._remove(temporary)
+            raise
+
+    def _trim(self) -> None:
+        kept: list[tuple[float, int, Path]] = []
+        try:
+            for file in self.folder.glob("*.tmp"):
+                if time.time() - file.stat().st_mtime > _ABANDONED_SECONDS:
+                    self._remove(file)
+            for file in self.folder.glob("*.safetensors"):
+                status = file.stat()
+                kept.append((status.st_mtime, status.st_size, file))
+        except OSError:  # another process removed one meanwhile: the next `put` trims
+            return
+        excess = sum(size for _, size, _ in kept) - self.limit_bytes
+        for _, size, file in sorted(kept):
+            if excess <= 0:
+                break
+            self._remove(file)
+            excess -= size
+
+    def _remove(self, file: Path) -> None:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            self._warn(f"cannot be written ({error})")
+
+    def _warn(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warn(
+                f"The folder of cached text embeddings {str(self.folder)!r} {what}. Work goes on; prompts may be encoded again.",
+                stacklevel=4,
+            )
+
+
+def _checksum(embeds: torch.Tensor) -> torch.Tensor:
+    """(32,) uint8; safetensors itself notices a file cut short, but not bytes gone bad."""
+    return torch.tensor(list(hashlib.sha256(embeds.numpy().tobytes()).digest()), dtype=torch.uint8)

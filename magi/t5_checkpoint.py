@@ -1,0 +1,229 @@
+"""T5 v1.1 encoder weights in the layouts people have, mapped from disk under one set of names.
+
+Read are a folder of `.bin` shards (the official one), a folder of safetensors, and a single `.safetensors` or `.bin`
+file, in float32, bfloat16, float16 or float8 (plain, or scaled: a multiplier beside each linear weight). Names and
+sizes are checked here, before transformers is imported or anything is moved.
+"""
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Checkpoint, find_weight_files
+from .errors import MagiError
+
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+_EMBEDDING = "shared.weight"
+_EMBEDDING_ALIAS = "encoder.embed_tokens.weight"
+_ATTENTION = "encoder.block.{}.layer.0.SelfAttention."
+_MLP = "encoder.block.{}.layer.1.DenseReluDense."
+_BLOCK_INDEX = re.compile(r"encoder\.block\.(\d+)\.")
+_LINEAR = re.compile(r"\.(SelfAttention\.[qkvo]|DenseReluDense\.w(i_0|i_1|o))\.weight$")
+_SCALES = (".scale_weight", ".weight_scale")
+# What scaled float8 files hold besides: the marker, and what only float8 products (rather than float8 storage) use.
+_UNUSED = re.compile(r"(^|\.)(scaled_fp8|scale_input|input_scale|comfy_quant)$|^(decoder|lm_head)\.")
+
+
+@dataclass(frozen=True)
+class T5Shape:
+    """Sizes of a T5 v1.1 encoder, in transformers' names. The last two are in no tensor: these are every T5 v1.1's."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor of such an encoder."""
+        inner = self.num_heads * self.d_kv
+        shapes: dict[str, tuple[int, ...]] = {
+            _EMBEDDING: (self.vocab_size, self.d_model),
+            "encoder.final_layer_norm.weight": (self.d_model,),
+            _ATTENTION.format(0) + "relative_attention_bias.weight": (
+                self.relative_attention_num_buckets,
+                self.num_heads,
+            ),
+        }
+        for i in range(self.num_layers):
+            attention, mlp = _ATTENTION.format(i), _MLP.format(i)
+            shapes |= {f"{attention}{part}.weight": (inner, self.d_model) for part in "qkv"}
+            shapes[f"{attention}o.weight"] = (self.d_model, inner)
+            shapes |= {f"{mlp}{part}.weight": (self.d_ff, self.d_model) for part in ("wi_0", "wi_1")}
+            shapes[f"{mlp}wo.weight"] = (self.d_model, self.d_ff)
+            shapes |= {f"encoder.block.{i}.layer.{part}.layer_norm.weight": (self.d_model,) for part in (0, 1)}
+        return shapes
+
+
+@dataclass(frozen=True)
+class T5Checkpoint:
+    """An encoder's weights as stored: views of the mapped files, never to be written to.
+
+    `scales` holds the multipliers of scaled float8 weights, float32, under the name of the weight they belong to.
+    """
+
+    shape: T5Shape
+    tensors: dict[str, torch.Tensor]
+    scales: dict[str, torch.Tensor]
+
+
+def find_t5_files(path: str | Path) -> list[Path]:
+    """The weight files of a folder or file, in a stable order; nothing of them is read.
+
+    Raises:
+        MagiError: nothing is there, a shard is missing, or the folder holds several checkpoints.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir() or any(path.glob("*.safetensors*")):
+        return find_weight_files(path)
+    indices = sorted(path.glob("*.bin.index.json"))
+    if indices:
+        return find_weight_files(indices[0])
+    files = sorted(path.glob("pytorch_model*.bin"))
+    if not files:
+        raise MagiError(
+            f"The folder {str(path)!r} holds no text encoder: neither a .safetensors nor a pytorch_model*.bin file is in it. "
+            "Give the t5-v1_1-xxl folder or a t5xxl file; `python -m magi download` fetches the official one."
+        )
+    return files
+
+
+def read_t5(path: str | Path) -> T5Checkpoint:
+    """Maps the encoder of a folder or file. A decoder in it is left out.
+
+    Raises:
+        MagiError: a file is missing, damaged or of another kind, the model is no T5 v1.1 encoder, or a tensor is
+            missing, unexpected, of the wrong shape, or of a type other than floating point.
+    """
+    path = Path(path).expanduser()
+    tensors: dict[str, torch.Tensor] = {}
+    scales: dict[str, torch.Tensor] = {}
+    for name, tensor in _map_files(path).items():
+        suffix = next((s for s in _SCALES if name.endswith(s)), None)
+        if suffix:
+            scales[name.removesuffix(suffix) + ".weight"] = tensor.float()
+        elif not _UNUSED.search(name):
+            tensors[name] = tensor
+    alias = tensors.pop(_EMBEDDING_ALIAS, None)  # the same table by its second name: files hold either or both
+    if alias is not None:
+        tensors.setdefault(_EMBEDDING, alias)
+    shape = _shape_of(tensors, path)
+    if path.is_dir():
+        shape = _with_config(shape, path / "config.json")
+    _check(tensors, scales, shape, path)
+    return T5Checkpoint(shape, tensors, scales)
+
+
+def _map_files(path: Path) -> dict[str, torch.Tensor]:
+    files = find_t5_files(path)
+    if files[0].suffix not in _TORCH_SUFFIXES:
+        with Checkpoint(path) as checkpoint:
+            return {name: checkpoint.tensor(name) for name in checkpoint if not _UNUSED.search(name)}
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors |= _map_torch_file(file)
+    return tensors
+
+
+def _map_torch_file(file: Path) -> dict[str, torch.Tensor]:
+    size = file.stat().st_size
+    if not zipfile.is_zipfile(file):
+        raise MagiError(
+            f"{str(file)!r} ({size:,} bytes) is not a whole torch file: truncated, of another kind, or saved by a torch "
+            "older than 1.6. Download it again, or use a .safetensors file."
+        )
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # unpickling a damaged or hostile file raises nearly anything
+        raise MagiError(f"{str(file)!r} cannot be read ({error}). Download it again.") from error
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise MagiError(
+            f"{str(file)!r} does not hold plain tensors by name. Give T5 weights as transformers saves them."
+        )
+    return state
+
+
+def _shape_of(tensors: dict[str, torch.Tensor], path: Path) -> T5Shape:
+    if _MLP.format(0) + "wi.weight" in tensors:
+        raise MagiError(f"{str(path)!r} is a T5 of the first version; MAGI-1 was trained with T5 v1.1 (t5-v1_1-xxl).")
+    if _ATTENTION.format(1) + "relative_attention_bias.weight" in tensors:
+        raise MagiError(f"{str(path)!r} is a UMT5 encoder; MAGI-1 was trained with T5 v1.1 (t5-v1_1-xxl).")
+    attention = _ATTENTION.format(0)
+    telling = [_EMBEDDING, attention + "relative_attention_bias.weight", attention + "q.weight"]
+    telling.append(_MLP.format(0) + "wi_0.weight")
+    if not any(name.startswith("encoder.block.") for name in tensors):
+        found = ", ".join(sorted(tensors)[:3]) or "no tensor"
+        raise MagiError(
+            f"{str(path)!r} is not a T5 encoder: it holds no encoder.block.* ({found} ...). Give the t5-v1_1-xxl folder or a t5xxl file."
+        )
+    absent = [name for name in telling if name not in tensors or tensors[name].dim() != 2]
+    if absent:
+        raise MagiError(f"The T5 in {str(path)!r} lacks {', '.join(absent)}. Download it again, with all its shards.")
+    embedding, bias, query, gate = (tensors[name] for name in telling)
+    heads = max(1, bias.shape[1])
+    return T5Shape(
+        vocab_size=embedding.shape[0],
+        d_model=embedding.shape[1],
+        d_kv=query.shape[0] // heads,
+        d_ff=gate.shape[0],
+        num_layers=len({match[1] for match in map(_BLOCK_INDEX.match, tensors) if match}),
+        num_heads=heads,
+        relative_attention_num_buckets=bias.shape[0],
+    )
+
+
+def _with_config(shape: T5Shape, file: Path) -> T5Shape:
+    """`shape` with what only the config.json beside the weights knows, where there is one."""
+    if not file.is_file():
+        return shape
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind, act = config.get("model_type", "t5"), config.get("feed_forward_proj", "gated-gelu")
+        shape = replace(
+            shape,
+            layer_norm_epsilon=float(config.get("layer_norm_epsilon", shape.layer_norm_epsilon)),
+            relative_attention_max_distance=int(
+                config.get("relative_attention_max_distance", shape.relative_attention_max_distance)
+            ),
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise MagiError(f"{str(file)!r} is not a readable T5 config ({error}). Download it again.") from error
+    if kind != "t5" or act != "gated-gelu":
+        raise MagiError(
+            f"{str(file)!r} describes a {kind} model with a {act} MLP; MAGI-1 was trained with T5 v1.1 (t5, gated-gelu)."
+        )
+    return shape
+
+
+def _check(tensors: dict[str, torch.Tensor], scales: dict[str, torch.Tensor], shape: T5Shape, path: Path) -> None:
+    expected = shape.tensors()
+    faults = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "of the wrong shape": [n for n, s in expected.items() if n in tensors and tuple(tensors[n].shape) != s],
+        "of a type that cannot be used (float32, bfloat16, float16 and float8 can)": [
+            f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
+            for name, tensor in tensors.items()
+            if not tensor.is_floating_point()
+        ],
+        "scaled in a way that cannot be used (one scale a linear layer, or one an output, can)": [
+            name
+            for name, scale in scales.items()
+            if not _LINEAR.search(name) or name not in expected or scale.numel() not in (1, expected[name][0])
+        ],
+    }
+    for fault, names in faults.items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise MagiError(
+                f"The T5 in {str(path)!r} has tensors {fault}: {', '.join(names[:3])}{more}. "
+                "Download it again, with all its shards, or choose another t5xxl file."
+            )

@@ -1,0 +1,125 @@
+"""The three tokenizers a T5 may come with, read straight from their files.
+
+Without transformers in between, the same text gives the same tokens whatever version of it is installed, special tokens
+spelled out in a prompt are plain text, and nothing can be looked up on the network.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import MagiError
+
+_BYT5_OFFSET = 3  # ids 0, 1, 2: padding, end, unknown
+_BYT5_VOCABULARY = _BYT5_OFFSET + 256
+_END = "</s>"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids.
+
+    `file` is what it was read from; `vocab_size` one more than its largest id; `pieces` gives the ids without the end.
+    """
+
+    file: Path
+    vocab_size: int
+    end_id: int
+    pieces: Callable[[str], list[int]]
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, the end token last."""
+        return [*self.pieces(text.encode("utf-8", "replace").decode("utf-8")), self.end_id]
+
+    def fingerprint(self) -> str:
+        """Hash of the file: two tokenizers with the same one give the same tokens."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+
+def find_tokenizer(weights: str | Path, tokenizer: str | Path | None = None) -> Path:
+    """The tokenizer file to use: `tokenizer` (file or folder) if given, else the one beside the weights.
+
+    Beside means in the folder of the weights, in `tokenizer/` below it, or in `tokenizer/` next to it.
+
+    Raises:
+        MagiError: there is none.
+    """
+    if tokenizer is not None:
+        tokenizer = Path(tokenizer).expanduser()
+        if tokenizer.is_file():
+            return tokenizer
+        if not tokenizer.is_dir():
+            raise MagiError(f"There is no tokenizer file or folder {str(tokenizer)!r}. Check the path.")
+        folders = [tokenizer]
+    else:
+        weights = Path(weights).expanduser()
+        folder = weights if weights.is_dir() else weights.parent
+        folders = [folder, folder / "tokenizer", folder.parent / "tokenizer"]
+    for folder in folders:
+        for name in ("spiece.model", "tokenizer.json"):
+            if (folder / name).is_file():
+                return folder / name
+        if _is_byt5(folder / "tokenizer_config.json"):
+            return folder / "tokenizer_config.json"
+    raise MagiError(
+        f"No tokenizer in {str(folders[0])!r}: spiece.model (or tokenizer.json) of t5-v1_1-xxl is needed. "
+        "Put it into that folder, or give its folder as the tokenizer; `python -m magi download` fetches it (0.8 MB)."
+    )
+
+
+def load_tokenizer(file: Path) -> Tokenizer:
+    """Reads spiece.model, tokenizer.json, or the tokenizer_config.json of a ByT5Tokenizer (which has no vocabulary file).
+
+    Raises:
+        MagiError: the file is unreadable or no T5 tokenizer.
+    """
+    try:
+        if _is_byt5(file):
+            return Tokenizer(file, _BYT5_VOCABULARY, 1, lambda text: [b + _BYT5_OFFSET for b in text.encode("utf-8")])
+        if file.suffix == ".json":
+            return _load_json(file)
+        return _load_sentencepiece(file)
+    except MagiError:
+        raise
+    except ImportError as error:
+        raise MagiError(f"Reading {str(file)!r} needs the package {error.name}: pip install {error.name}") from error
+    except Exception as error:  # tokenizers raises bare Exceptions, sentencepiece RuntimeErrors
+        raise MagiError(
+            f"{str(file)!r} is not a readable tokenizer ({error}). Download spiece.model of t5-v1_1-xxl again."
+        ) from error
+
+
+def _is_byt5(file: Path) -> bool:
+    if file.name != "tokenizer_config.json" or not file.is_file():
+        return False
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MagiError(f"{str(file)!r} is unreadable ({error}). Download it again.") from error
+    return isinstance(config, dict) and config.get("tokenizer_class") == "ByT5Tokenizer"
+
+
+def _load_json(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer as JsonTokenizer
+
+    model = JsonTokenizer.from_str(file.read_text(encoding="utf-8"))
+    model.no_padding()
+    model.no_truncation()
+    end_id = model.token_to_id(_END)
+    if end_id is None:
+        raise MagiError(f"{str(file)!r} is the tokenizer of another model: it has no {_END}. Give that of t5-v1_1-xxl.")
+    return Tokenizer(
+        file, model.get_vocab_size(), end_id, lambda text: model.encode(text, add_special_tokens=False).ids
+    )
+
+
+def _load_sentencepiece(file: Path) -> Tokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    # The bytes rather than the path: its own reader takes no path outside ASCII on Windows.
+    model = SentencePieceProcessor(model_proto=file.read_bytes())
+    if model.eos_id() < 0:
+        raise MagiError(f"{str(file)!r} is the tokenizer of another model: it has no {_END}. Give that of t5-v1_1-xxl.")
+    return Tokenizer(file, model.get_piece_size(), model.eos_id(), model.encode)
