@@ -80,8 +80,8 @@ def find_weight_files(path: str | Path) -> list[Path]:
 
 def _indexed(index: Path) -> list[Path]:
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        shards = sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MagiError(f"The index {str(index)!r} is unreadable ({error}). Download it again.") from error
     missing = [s for s in shards if not (index.parent / s).is_file()]
     if missing:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from .errors import MagiError
 
@@ -62,7 +62,7 @@ class ModelConfig:
                 f"hidden_size {self.hidden_size} is not num_attention_heads {self.num_attention_heads} x kv_channels "
                 f"{self.kv_channels}: the config does not describe a MAGI-1 transformer. Use the JSON that came with the weights."
             )
-        if self.num_attention_heads % self.num_query_groups:
+        if self.num_query_groups < 1 or self.num_attention_heads % self.num_query_groups:
             raise MagiError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
                 f"{self.num_query_groups}. Use the JSON that came with the weights."
@@ -207,6 +207,10 @@ class MagiConfig:
         changes = {k: v for k, v in changes.items() if v is not None}
         return dataclasses.replace(self, engine=dataclasses.replace(self.engine, **changes))
 
+    def with_layers(self, layers: int) -> "MagiConfig":
+        """A copy with another number of transformer layers."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, num_layers=layers))
+
     def as_variant(self, distill: bool, fp8: bool | None = None) -> "MagiConfig":
         """The same transformer with the settings of base (three passes) or distilled (one pass) weights."""
         runtime = dataclasses.replace(self.runtime, cfg_number=1 if distill else 3)
@@ -221,6 +225,11 @@ def _part(kind: type[_Part], data: dict[str, Any]) -> _Part:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         warnings.warn(f"The config entry {name!r} is unknown and ignored.{hint}", stacklevel=3)
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+    for name, value in values.items():
+        if not _is_a(value, known[name].type):
+            raise MagiError(
+                f"The config entry {name!r} is {data[name]!r}, of the wrong type. Use the JSON of the weights."
+            )
     try:
         return kind(**values)
     except TypeError as error:
@@ -228,6 +237,15 @@ def _part(kind: type[_Part], data: dict[str, Any]) -> _Part:
         raise MagiError(
             f"The config lacks {', '.join(missing) or error} in {kind.__name__}. Use the JSON of the weights."
         ) from error
+
+
+def _is_a(value: Any, wanted: Any) -> bool:
+    """Whether a value read from JSON may stand where a field of this type is; tuples are all of numbers."""
+    if get_origin(wanted) is tuple:
+        return isinstance(value, tuple) and all(_is_a(v, get_args(wanted)[0]) for v in value)
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
 
 
 _SIZE_4_5B = ModelConfig(num_layers=34, hidden_size=3072, ffn_hidden_size=12288, num_attention_heads=24)

@@ -1,8 +1,10 @@
 """The embedded demo model: everything MAGI-1 needs, small and made on the spot, so that all runs with nothing downloaded.
 
-The files have the official layout and go through the very code the real ones go through. The transformer and the text
-encoder hold seeded random numbers: they show that everything works, not what MAGI-1 can do. The VAE is a plain cosine
-transform written as a ViT, so pictures survive it recognisably.
+The files have the official layout and go through the very code the real ones go through. Nothing in them is trained. The
+text encoder holds seeded random numbers. The VAE is a plain cosine transform written as a ViT, so that pictures survive it
+recognisably. The transformer is set up by hand so that a chunk repeats the one before it, tinted a little by the prompt: a
+picture stays, a video's last second goes on and slowly comes to rest. That looks right only if positions, attention, cache,
+given frames and guidance all are, but it says nothing of what MAGI-1 can do.
 """
 
 import json
@@ -11,7 +13,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ import torch
 from safetensors.torch import save_file
 
 from .config import LATENT_CHANNELS, EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from .model_files import ModelFiles
 from .special_tokens import FILE_NAME as SPECIAL_TOKENS_FILE
 from .synthetic import RandomTensors
+from .weights import BLOCK
 
 VERSION = 1  # part of the folder's name: a new one is made when the recipe changes
 _TEXT_WIDTH = 64
@@ -30,30 +33,20 @@ _VAE_CHANNELS = 4  # of the decoder before its last convolution: RGB and one tha
 
 EMBEDDED_CONFIG = MagiConfig(
     ModelConfig(
-        num_layers=4,
+        num_layers=2,
         hidden_size=256,
-        ffn_hidden_size=512,
+        ffn_hidden_size=32,
         num_attention_heads=8,
         kv_channels=32,
         caption_channels=_TEXT_WIDTH,
     ),
-    RuntimeConfig(cfg_number=1, num_steps=16, video_size_h=192, video_size_w=320),
+    RuntimeConfig(cfg_number=1, num_steps=8, video_size_h=160, video_size_w=256),
     EngineConfig(distill=True),
 )
 
 
-@dataclass(frozen=True)
-class ModelFiles:
-    """Where the parts of a model lie."""
-
-    transformer: Path
-    vae: Path
-    text_encoder: Path
-    special_tokens: Path
-
-
 def embedded_files(folder: str | Path) -> ModelFiles:
-    """The embedded model's files below `folder`, written there (17 MB, a second) unless they already are."""
+    """The embedded model's files below `folder`, written there (7 MB, a second) unless they already are."""
     home = Path(folder) / f"magi1-embedded-{VERSION}"
     if not home.is_dir():
         # Made aside and moved into place whole, so that an interrupted or concurrent start leaves nothing half-made.
@@ -78,10 +71,7 @@ def _write(folder: Path) -> None:
     parts = {name: folder / name for name in ("transformer", "vae", "text_encoder")}
     for part in parts.values():
         part.mkdir(parents=True)
-    transformer = RandomTensors(EMBEDDED_CONFIG.model, dtype=torch.float32, seed=1)
-    save_file(
-        {name: transformer.tensor(name) for name in transformer.tensors}, parts["transformer"] / "model.safetensors"
-    )
+    save_file(_transformer_weights(), parts["transformer"] / "model.safetensors")
     _dump(parts["transformer"] / "config.json", EMBEDDED_CONFIG.to_dict())
     save_file(_vae_weights(), parts["vae"] / "diffusion_pytorch_model.safetensors")
     _dump(parts["vae"] / "config.json", {"model_type": "vit", "ddconfig": _VAE_CONFIG})
@@ -96,6 +86,89 @@ def _write(folder: Path) -> None:
 
 def _dump(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+# -- transformer ------------------------------------------------------------------------------------------------------
+
+_STEADY = 64.0  # a constant beside which the signal hardly moves a layer norm's deviation: the norm becomes linear
+_RATE = 1.92  # how fast a frame is drawn to the one it repeats: the last of eight steps takes it all the way
+_TINT = 0.15
+_BANDS = (1.5, 0.5, 0.2, 0.05)
+_SAME_PLACE, _CHUNK_BEFORE = 8.0, 400.0  # how sharply attention picks the place and the frame
+
+
+def _transformer_weights() -> dict[str, torch.Tensor]:
+    """Layer 0 adds the steadying constant, layer 1 fetches the frame to repeat, the output is the way from here to there.
+
+    The hidden state's 256 features: 64 for a patch of latents, 64 for the patch to repeat, 64 for minus both (so that the
+    mean stays zero), 64 of plus and minus the constant.
+    """
+    config = EMBEDDED_CONFIG.model
+    random = RandomTensors(config, dtype=torch.float32, seed=1)
+    weights = {name: random.tensor(name) for name in random.tensors}
+    n, eye = 64, torch.eye(64)
+    here, there, minus, constant = (slice(i * n, (i + 1) * n) for i in range(4))
+    alternating = torch.tensor([_STEADY, -_STEADY]).repeat(n // 2)
+    deviation = _STEADY / 2  # of the whole, once the constant is in
+
+    patch = torch.zeros(config.hidden_size, n)
+    patch[here], patch[minus] = eye, -eye
+    weights["x_embedder.weight"] = patch.reshape(config.hidden_size, config.in_channels, 1, 2, 2)
+    weights["rope.bands"] = torch.tensor(_BANDS)
+    for layer in range(config.num_layers):
+        for norm in ("self_attn_post_norm", "mlp_post_norm"):
+            weights[f"{_layer(layer)}{norm}.weight"] = torch.full((config.hidden_size,), -1.0)  # "1p": silent
+        weights[f"{_layer(layer)}ada_modulate_layer.proj.0.weight"].zero_()
+        weights[f"{_layer(layer)}ada_modulate_layer.proj.0.bias"].fill_(10)  # gates wide open
+    weights[_layer(0) + "self_attn_post_norm.bias"][constant] = alternating
+
+    attention = _layer(1) + "self_attention."
+    for name, bias in (("q", _query()), ("k", _key())):
+        weights[f"{attention}{name}_layernorm.weight"] = torch.full(
+            (config.kv_channels,), -1.0
+        )  # the same for all contents
+        weights[f"{attention}{name}_layernorm.bias"] = bias
+    # Each of the eight heads carries eight features of the patch; the first one the constant too.
+    value = torch.zeros(8, config.kv_channels, config.hidden_size)
+    projection = torch.zeros(config.hidden_size, 8, 2, config.kv_channels)  # from (head, self or cross, feature)
+    for head in range(8):
+        part = slice(8 * head, 8 * head + 8)
+        value[head, :8, here][:, part] = torch.eye(8) * deviation
+        projection[there, head, 0, :8][part] = torch.eye(8)
+    value[0, 8, constant.start] = deviation / _STEADY
+    projection[constant, 0, 0, 8] = alternating
+    for feature, channel in enumerate(_GREY_LEVELS):
+        projection[there, 0, 1, feature][4 * channel : 4 * channel + 4] = _TINT
+    projection[minus] = -projection[there]
+    weights[attention + "linear_qkv.v.weight"] = value.flatten(0, 1)
+    weights[attention + "linear_proj.weight"] = projection.flatten(1)
+    for part in (there, minus):
+        weights[_layer(1) + "self_attn_post_norm.weight"][part] = deviation - 1
+
+    weights["videodit_blocks.final_layernorm.weight"] = torch.full((config.hidden_size,), deviation - 1)
+    way = torch.zeros(n, config.hidden_size)
+    way[:, there], way[:, here] = _RATE * eye, -_RATE * eye
+    way = way.reshape(config.in_channels, 4, config.hidden_size).transpose(0, 1)  # the output has channels last
+    weights["final_linear.linear.weight"] = way.flatten(0, 1)
+    return {name: w.contiguous() for name, w in weights.items()}
+
+
+def _layer(index: int) -> str:
+    return BLOCK.format(index)
+
+
+def _key() -> torch.Tensor:
+    """Twelve rotation pairs (time, height, width by four bands) that all start at angle zero."""
+    return torch.cat([torch.ones(12), torch.zeros(20)])
+
+
+def _query() -> torch.Tensor:
+    """Agrees best with the key at the same place, one chunk (six frames) earlier; failing that, with the oldest frame."""
+    strength, angle = torch.zeros(3, 4), torch.zeros(3, 4)
+    strength[1:, :3] = _SAME_PLACE
+    strength[0, 2], angle[0, 2] = _CHUNK_BEFORE, -6 * _BANDS[2]
+    strength = strength.flatten() * math.sqrt(EMBEDDED_CONFIG.model.kv_channels)  # attention divides by it
+    return torch.cat([strength * angle.flatten().cos(), strength * angle.flatten().sin(), torch.zeros(8)])
 
 
 # -- text encoder -----------------------------------------------------------------------------------------------------
@@ -162,7 +235,7 @@ _VAE_CONFIG = {
     "norm_code": False,
     "use_final_proj": True,
 }
-_STEADY = 64.0  # a constant beside which the signal hardly moves a layer norm's deviation: the norm becomes linear
+_GREY_LEVELS = (0, 10, 13)  # latent channels that hold a patch's mean brightness and colour
 _LATENT_SPREAD = 5.5  # standard deviation of the released VAE's latents, 1 / 0.18215
 
 

@@ -8,6 +8,7 @@ import torch
 
 from .config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig
 from .errors import MagiError
+from .frames import check_size
 from .model import Transformer
 from .prompt import Caption, caption_per_chunk, null_caption
 from .sampler import Sampler
@@ -64,7 +65,7 @@ def make_sampler(
             "The config's model_config is not the loaded model's. Use the config the model was loaded with."
         )
     runtime = config.runtime
-    latent_size = _latent_size(config, noise, prefix, explicit=height is not None or width is not None)
+    latent_size = _latent_size(config, noise, prefix, explicit=(height is not None, width is not None))
     given = 0 if prefix is None else prefix.shape[2]
     if runtime.num_frames < runtime.temporal_downsample_factor:
         raise MagiError(
@@ -94,7 +95,7 @@ def generate_latents(*args: Any, **kwargs: Any) -> Iterator[Chunk]:
 
 
 def _latent_size(
-    config: MagiConfig, noise: torch.Tensor | None, prefix: torch.Tensor | None, explicit: bool
+    config: MagiConfig, noise: torch.Tensor | None, prefix: torch.Tensor | None, explicit: tuple[bool, bool]
 ) -> tuple[int, int]:
     """Height and width of the latents. Raises MagiError for sizes the model cannot take and tensors that disagree."""
     runtime = config.runtime
@@ -107,22 +108,14 @@ def _latent_size(
                 f"The {name} has the shape {tuple(x.shape)}; it must be (1, {LATENT_CHANNELS}, frames, height / 8, width / 8)."
             )
     sized = next((x for x in (noise, prefix) if x is not None), None)
-    if sized is not None and not explicit:
-        size = (sized.shape[3], sized.shape[4])
+    if sized is not None:
+        size = (size[0] if explicit[0] else sized.shape[3], size[1] if explicit[1] else sized.shape[4])
     for name, x in (("noise", noise), ("prefix", prefix)):
         if x is not None and tuple(x.shape[3:]) != size:
             raise MagiError(
                 f"The {name} is {x.shape[4] * SPATIAL_DOWNSAMPLE}x{x.shape[3] * SPATIAL_DOWNSAMPLE} pixels, the video "
                 f"{size[1] * SPATIAL_DOWNSAMPLE:g}x{size[0] * SPATIAL_DOWNSAMPLE:g}. Make both the same size."
             )
-    patch = config.model.patch_size
-    for name, n in zip(("height", "width"), size, strict=True):
-        step = patch * SPATIAL_DOWNSAMPLE
-        pixels = n * SPATIAL_DOWNSAMPLE
-        if pixels % step or pixels < 2 * step:
-            below = max(2 * step, int(pixels // step) * step)
-            nearest = f"{below} or {below + step}" if pixels > below else f"{below}"
-            raise MagiError(
-                f"The {name} is {pixels:g} pixels; it must be a multiple of {step}, at least {2 * step}. The nearest: {nearest}."
-            )
-    return int(size[0]), int(size[1])
+    height, width = (round(n * SPATIAL_DOWNSAMPLE) for n in size)
+    check_size(height, width, config.model.patch_size * SPATIAL_DOWNSAMPLE)
+    return height // SPATIAL_DOWNSAMPLE, width // SPATIAL_DOWNSAMPLE

@@ -164,9 +164,9 @@ class Transformer:
         def place(first: int, last: int) -> torch.Tensor:  # keys of chunks first .. last, in the scratch buffer
             return scratch[:, :, (first - base) * tokens : (last + 1 - base) * tokens]
 
-        for chunk in range(base, streams[-1].input.chunk):
-            if chunk not in own:
-                cache.load(layer, chunk, place(chunk, chunk))
+        seen = {chunk for s in streams for chunk in range(s.input.first_key, s.input.chunk)}
+        for chunk in sorted(seen - own):
+            cache.load(layer, chunk, place(chunk, chunk))
         for s in streams:
             item = s.input
             caption = id(item.caption)

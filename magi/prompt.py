@@ -34,7 +34,8 @@ def null_caption(embedding: torch.Tensor, special: SpecialTokens | None, negativ
     """
     if not negative:
         return embedding[:NULL_TOKENS]
-    return torch.cat([_require(special, "negative tokens").negative().to(embedding), embedding])[:NULL_TOKENS]
+    tokens = _require(special, "negative tokens", embedding.shape[1]).negative()
+    return torch.cat([tokens.to(embedding), embedding])[:NULL_TOKENS]
 
 
 def caption_per_chunk(
@@ -78,17 +79,13 @@ def caption_per_chunk(
                 stacklevel=2,
             )
     if (styles or durations) and any(len(c.embeds) for c in every):
-        width = _require(special, "style and duration tokens").width
-        if width != model.caption_channels:
-            raise MagiError(
-                f"The special tokens are {width} wide, the model's captions {model.caption_channels}. Use the file of the model."
-            )
-    made: dict[tuple[int, int], torch.Tensor] = {}
+        _require(special, "style and duration tokens", model.caption_channels)
+    made: dict[tuple[int, int | None], torch.Tensor] = {}
     result = []
     for i in range(chunks):
-        which, after = min(i, len(every) - 1), min(chunks - 1 - i, 7)
+        which, after = min(i, len(every) - 1), min(chunks - 1 - i, 7) if durations else None
         if (which, after) not in made:
-            tokens = _with_tokens(every[which].embeds, special, styles, after if durations else None)
+            tokens = _with_tokens(every[which].embeds, special, styles, after)
             made[which, after] = tokens[: model.caption_max_length]
         result.append(made[which, after])
     return result
@@ -97,15 +94,19 @@ def caption_per_chunk(
 def _with_tokens(
     embeds: torch.Tensor, special: SpecialTokens | None, styles: Sequence[str], after: int | None
 ) -> torch.Tensor:
-    if not len(embeds) or special is None:
+    if not len(embeds) or special is None or not (styles or after is not None):
         return embeds
     return torch.cat([special.prefix(styles, after).to(embeds), embeds])
 
 
-def _require(special: SpecialTokens | None, what: str) -> SpecialTokens:
+def _require(special: SpecialTokens | None, what: str, width: int) -> SpecialTokens:
     if special is None:
         raise MagiError(
             f"The {what} need the special-token file. Give special_tokens.npz (`python -m magi download special_tokens` "
             "fetches it, 3 MB), or switch them off."
+        )
+    if special.width != width:
+        raise MagiError(
+            f"The special tokens are {special.width} wide, the model's captions {width}. Use the file of the model."
         )
     return special

@@ -70,12 +70,14 @@ def recognise_tensors(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, 
     fp8 = any(name.endswith(".weight_scale") for name in tensors)
     model = _model_config(tensors)
     preset = next((name.split("_")[0] for name, config in PRESETS.items() if config.model == model), None)
-    distilled, evidence = (True, "the float8 layers") if fp8 and preset else _distilled(metadata, path)
+    distilled, evidence = (True, "the float8 layers") if fp8 and preset else _distilled(metadata, path, model)
     return Recognised(kind, model, fp8, distilled, evidence, preset)
 
 
-def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None) -> MagiConfig:
+def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled: bool | None = None) -> MagiConfig:
     """The config to load a transformer with: the given one if it fits the file, else one made from the file.
+
+    `distilled` is the variant somebody chose, for files that do not tell it.
 
     Raises:
         MagiError: the file is no MAGI-1 transformer, base and distilled are mixed up, or nothing says which it is.
@@ -92,20 +94,22 @@ def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None) -> MagiCon
             found.kind, "Choose another file."
         )
         raise MagiError(f"{label} is {found.name}, not a MAGI-1 transformer. {hint}")
-    if config is None:
-        if found.distilled is None:
-            raise MagiError(
-                f"{label} does not tell whether it holds base or distilled weights (their tensors look alike), and the wrong "
-                "choice ruins the picture. Choose the variant: base or distill."
-            )
-        return _made_config(found, found.model, found.distilled)
-    if found.distilled is not None and found.distilled != config.engine.distill:
-        is_, asked = ("distilled", "base") if found.distilled else ("base", "distilled")
+    asked = config.engine.distill if config else distilled
+    if asked is None and found.distilled is None:
         raise MagiError(
-            f"{label} holds {is_} weights (so say {found.evidence}), but the settings are for {asked} ones. "
+            f"{label} does not tell whether it holds base or distilled weights (their tensors look alike), and the wrong "
+            "choice ruins the picture. Choose the variant: base or distill."
+        )
+    if None not in (asked, found.distilled) and asked != found.distilled:
+        holds, settings = ("distilled", "base") if found.distilled else ("base", "distilled")
+        raise MagiError(
+            f"{label} holds {holds} weights (so says {found.evidence}), but the settings are for {settings} ones. "
             f"Choose the variant {'distill' if found.distilled else 'base'}."
         )
-    return config
+    if config is not None:
+        return config
+    beside = _config_beside(checkpoint.path, found.model) if found.distilled is not None else None
+    return beside or _made_config(found, found.model, bool(found.distilled if asked is None else asked))
 
 
 def _made_config(found: Recognised, model: ModelConfig, distilled: bool) -> MagiConfig:
@@ -115,16 +119,6 @@ def _made_config(found: Recognised, model: ModelConfig, distilled: bool) -> Magi
     return MagiConfig.from_dict({"model_config": vars(model), "runtime_config": {"cfg_number": 3}}).as_variant(
         distilled, found.fp8
     )
-
-
-def config_for(path: str | Path, distilled: bool | None = None) -> MagiConfig:
-    """The config of a transformer file, with the variant given where the file does not tell it."""
-    with Checkpoint(path) as checkpoint:
-        if distilled is None:
-            return resolve_config(checkpoint, None)
-        found = recognise_tensors(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
-        made = _made_config(found, found.model, distilled) if found.model else None
-        return resolve_config(checkpoint, made)
 
 
 def _kind(tensors: Mapping[str, TensorInfo]) -> Kind:
@@ -166,18 +160,40 @@ def _model_config(tensors: Mapping[str, TensorInfo]) -> ModelConfig | None:
             caption_max_length=caption_length,
             gated_linear_unit=tensors["videodit_blocks.layers.0.mlp.linear_fc1.weight"].shape[-2] == 2 * ffn,
         )
-    except (KeyError, ValueError, IndexError):
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, MagiError):
         return None
 
 
-def _distilled(metadata: Mapping[str, str], path: Path) -> tuple[bool | None, str]:
-    for folder in (path if path.is_dir() else path.parent, path.parent):
+def _configs_beside(path: Path, model: ModelConfig) -> list[tuple[Path, MagiConfig]]:
+    """Configs of a transformer of these sizes, in the folder of the weights or else in the one above."""
+    path = path.absolute()
+    for folder in (path, path.parent) if path.is_dir() else (path.parent, path.parent.parent):
+        found = []
         for file in sorted(folder.glob("*config*.json")):
             try:
-                engine = json.loads(file.read_text(encoding="utf-8"))["engine_config"]
-                return bool(engine["distill"]), f"the config {file.name}"
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # some other json: it says nothing about the variant
+                data = json.loads(file.read_text(encoding="utf-8"))
+                config = MagiConfig.from_dict(data) if "model_config" in data else None
+            except (OSError, ValueError, TypeError, MagiError):
+                continue  # some other json: it says nothing about this model
+            if config is not None and config.model == model:
+                found.append((file, config))
+        if found:
+            return found
+    return []
+
+
+def _config_beside(path: Path, model: ModelConfig) -> MagiConfig | None:
+    """The config beside the weights; None where there is none, or one of each variant."""
+    configs = [config for _, config in _configs_beside(path, model)]
+    return configs[0] if len({config.engine.distill for config in configs}) == 1 else None
+
+
+def _distilled(metadata: Mapping[str, str], path: Path, model: ModelConfig | None) -> tuple[bool | None, str]:
+    path = path.absolute()  # for the names of the folders around it
+    configs = _configs_beside(path, model) if model else []
+    if len({config.engine.distill for _, config in configs}) == 1:
+        file, config = configs[0]
+        return config.engine.distill, f"the config {file.name}"
     for key in ("variant", "distill", "model"):
         if key in metadata and (variant := _variant_in(metadata[key], metadata=True)) is not None:
             return variant, f"the metadata of {path.name}"

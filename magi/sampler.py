@@ -49,13 +49,18 @@ class Sampler:
         self.state = state or self._first_state()
 
     @property
+    def total(self) -> int:
+        """Forward iterations of the whole run."""
+        return len(self._schedule)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of latents and of the cache: they do not grow with the video."""
         return self.state.nbytes + (self._cache.nbytes if self._cache else 0)
 
     def __iter__(self) -> Iterator[Chunk]:
-        with torch.inference_mode():
-            self._fill_cache()
+        if self._cache is None:
+            self.fill_cache()
         while self.state.iteration < len(self._schedule):
             with torch.inference_mode():
                 chunk = self._iterate(self._schedule[self.state.iteration])
@@ -171,11 +176,12 @@ class Sampler:
         clean = {}
         if self._prefix is not None:
             frames = self._prefix.to(self._model.device, torch.float32)
-            clean = {c: frames[:, :, c * width : (c + 1) * width] for c in range(first, given)}
+            clean = {c: frames[:, :, c * width : (c + 1) * width].clone() for c in range(first, given)}
         return SamplerState(clean=clean)
 
-    def _fill_cache(self) -> None:
-        """Runs the clean chunks of the state through the model for their keys. The pass they are cached from is the model's own."""
+    @torch.inference_mode()
+    def fill_cache(self) -> None:
+        """Runs the clean chunks of the state through the model for their keys; iterating does it where it was not done."""
         *_, height, width = (
             self._noise.chunk(0).shape if not self.state.window else next(iter(self.state.window.values())).shape
         )
@@ -211,7 +217,8 @@ class Sampler:
         """Cuts off given frames, except an image's single one, which begins the video."""
         given = 0 if self._prefix is None else self._prefix.shape[2]
         skip = 0 if given == 1 else max(0, given - chunk * self._config.runtime.chunk_width)
-        return Chunk(chunk - self._schedule.prefix_chunks, latents[:, :, skip:])
+        # A copy: what the receiver does to it must not reach the state.
+        return Chunk(chunk - self._schedule.prefix_chunks, latents[:, :, skip:].clone())
 
     def _report(self, it: Iteration, state: SamplerState, velocities: list[torch.Tensor]) -> None:
         assert self._progress is not None  # noqa: S101 (asked before)

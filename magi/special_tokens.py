@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ FILE_NAME = "special_tokens.npz"
 SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b5cd6be5a7"
 _OFFICIAL_WIDTH = 4096
 _HOW = f"Use the official {FILE_NAME} (`python -m magi download special_tokens` fetches it, 3 MB)."
+
+# What numpy raises for files that are something else, .npy ones and pickles among them
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError)
 
 # Rows of other_tokens
 _TRANSITION = 0
@@ -55,9 +59,9 @@ class SpecialTokens:
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {key: archive[key] for key in ("caption_token", "logo_token", "other_tokens")}
-        except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+            caption, logo, other = (torch.from_numpy(a.astype(np.float16)).float() for a in arrays.values())
+        except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
             raise MagiError(f"{str(path)!r} is not the special-token file ({error}). {_HOW}") from error
-        caption, logo, other = (torch.from_numpy(a.astype(np.float16)).float() for a in arrays.values())
         rows = _STYLES["2d_anime"] + 1
         if not (
             caption.ndim == logo.ndim == other.ndim == 2

@@ -1,0 +1,230 @@
+"""Timing a model of any size with random weights: the sampler's own forward iterations, in the middle of a video."""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from .config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig
+from .device import pick_device, synchronize
+from .errors import MagiError
+from .flops import chunk_tokens, forward_flops
+from .generate import make_sampler
+from .model import Pass, Transformer, build_transformer
+from .prompt import Caption
+from .sampler_state import ProgressEvent, SamplerState
+from .synthetic import RandomTensors
+
+_CAPTION_TOKENS = 120
+# Operators whose time counts as matrix products and attention.
+_HEAVY = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm", "attention", "mkldnn")
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to time.
+
+    Attributes:
+        config: model, size, steps and window.
+        device: None: the best there is.
+        dtype: None: bfloat16.
+        chunks: active chunks in an iteration, at most the window; None: the window, but 1 on a CPU.
+        iterations: how many to time; None: 3, but 1 on a CPU.
+        warmup: iterations before them; None: 1, but 0 on a CPU.
+        offload: keep the weights on the host.
+        profile: also measure which share of the time goes into matrix products and attention.
+    """
+
+    config: MagiConfig
+    device: str | None = None
+    dtype: torch.dtype | None = None
+    chunks: int | None = None
+    iterations: int | None = None
+    warmup: int | None = None
+    offload: bool | None = None
+    profile: bool = False
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What was measured. Times in seconds, memory in bytes; peak memory is the device's, or the process's on a CPU."""
+
+    device: str
+    torch_version: str
+    size: str
+    active_chunks: int
+    tokens: int
+    seconds: list[float]
+    seconds_per_iteration: float
+    tokens_per_second: float
+    tflop: float
+    tflops_per_second: float
+    weight_bytes: int
+    load_seconds: float
+    peak_memory: int | None
+    heavy_share: float | None = None
+    heavy_operators: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+class _Enough(Exception):  # noqa: N818 (a signal)
+    """All iterations are timed."""
+
+
+def run_bench(
+    settings: BenchSettings,
+    load_progress: Callable[[int, int], None] | None = None,
+    heartbeat: Callable[[int, int, float], None] | None = None,
+) -> BenchResult:
+    """Builds the model, brings the window to the middle of a video and times iterations.
+
+    Args:
+        settings: what to time.
+        load_progress: (layers made, layers).
+        heartbeat: (iterations done, iterations, fraction of the running one).
+
+    Raises:
+        MagiError: sizes or steps the model cannot take.
+    """
+    device = pick_device(settings.device)
+    on_cpu = device.type == "cpu"
+    runtime = settings.config.runtime
+    active = settings.chunks or (1 if on_cpu else runtime.window_size)
+    if not 1 <= active <= runtime.window_size:
+        raise MagiError(
+            f"{active} active chunks do not fit the window of {runtime.window_size}. Use 1 to {runtime.window_size}."
+        )
+    warmup = (0 if on_cpu else 1) if settings.warmup is None else settings.warmup
+    count = (1 if on_cpu else 3) if settings.iterations is None else settings.iterations
+    if count < 1 or warmup < 0:
+        raise MagiError(
+            f"{count} iterations after {warmup} of warm-up cannot be timed. Use at least 1 after at least 0."
+        )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    source = RandomTensors(settings.config.model, settings.config.engine.fp8_quant)
+    started = time.perf_counter()
+    model = build_transformer(source, settings.config, device, settings.dtype, settings.offload, load_progress)
+    load_seconds = time.perf_counter() - started
+    recorded: list[tuple[float, int]] = []
+    _record_work(model, recorded)
+    times = [0.0]
+
+    def timed(event: ProgressEvent) -> None:
+        synchronize(device)
+        times.append(time.perf_counter())
+        if len(times) > warmup + count:
+            raise _Enough
+
+    def beat(fraction: float) -> None:
+        if heartbeat:
+            heartbeat(len(times) - 1, warmup + count, fraction)
+
+    sampler = make_sampler(
+        model,
+        caption=Caption(torch.randn(_CAPTION_TOKENS, settings.config.model.caption_channels)),
+        style_tokens=(),
+        duration_tokens=False,
+        state=_middle_of_a_video(settings.config, active, device),
+        num_frames=24 * (active + warmup + count),
+        progress=timed,
+        heartbeat=beat,
+    )
+    sampler.fill_cache()
+    recorded.clear()
+    synchronize(device)
+    times[0] = time.perf_counter()
+    profiler = torch.profiler.profile(activities=_activities(device)) if settings.profile else None
+    try:
+        with profiler or nullcontext():
+            for _ in sampler:
+                pass
+    except _Enough:
+        pass
+    seconds = [b - a for a, b in pairwise(times)][warmup:]
+    flops, tokens = recorded[-1]
+    typical = statistics.median(seconds)
+    result = BenchResult(
+        device=_device_name(device),
+        torch_version=torch.__version__,
+        size=f"{runtime.video_size_w}x{runtime.video_size_h}",
+        active_chunks=active,
+        tokens=tokens,
+        seconds=seconds,
+        seconds_per_iteration=typical,
+        tokens_per_second=tokens / typical,
+        tflop=flops / 1e12,
+        tflops_per_second=flops / typical / 1e12,
+        weight_bytes=sum(info.nbytes for info in source.tensors.values()),
+        load_seconds=load_seconds,
+        peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_process_memory(),
+    )
+    return replace(result, **_shares(profiler, device)) if profiler else result
+
+
+def peak_process_memory() -> int | None:
+    """Most memory this process has ever held, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        try:
+            import psutil
+        except ImportError:
+            return None
+        return int(psutil.Process(os.getpid()).memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _middle_of_a_video(config: MagiConfig, active: int, device: torch.device) -> SamplerState:
+    """A state in which `active` chunks stand in the window, with noise for latents."""
+    runtime = config.runtime
+    size = (runtime.video_size_h // SPATIAL_DOWNSAMPLE, runtime.video_size_w // SPATIAL_DOWNSAMPLE)
+    shape = (1, LATENT_CHANNELS, runtime.chunk_width, *size)
+    steps = runtime.num_steps // runtime.window_size
+    # Second step of a stage: the first one also shows the model the chunk that has just been finished.
+    iteration = steps * (active - 1) + min(1, steps - 1)
+    return SamplerState(iteration, {c: torch.randn(shape, device=device) for c in range(active)})
+
+
+def _record_work(model: Transformer, recorded: list[tuple[float, int]]) -> None:
+    forward = model.forward
+
+    def counted(passes: list[Pass], *rest: object) -> object:
+        tokens = sum(chunk_tokens(model.shape, item) for p in passes for item in p.chunks)
+        recorded.append((forward_flops(model.shape, passes), tokens))
+        return forward(passes, *rest)  # type: ignore[arg-type]
+
+    model.forward = counted  # type: ignore[method-assign, assignment]
+
+
+def _activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    return [*kinds, torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else kinds
+
+
+def _shares(profiler: torch.profiler.profile, device: torch.device) -> dict[str, Any]:
+    """Share of matrix products and attention in all operators' own time, and the ten largest operators' shares."""
+    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    own = {e.key: float(getattr(e, attribute)) for e in profiler.key_averages() if e.key.startswith("aten::")}
+    total = sum(own.values())
+    heavy = sum(t for name, t in own.items() if any(h in name for h in _HEAVY))
+    largest = sorted(own.items(), key=lambda item: -item[1])[:10]
+    return {"heavy_share": heavy / total, "heavy_operators": {name: round(t / total, 4) for name, t in largest}}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"

@@ -1,0 +1,243 @@
+"""`python -m magi generate`: a video file from a prompt, a picture or a video."""
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ..config import PRESETS, MagiConfig
+from ..embedding_cache import EmbeddingCache
+from ..errors import MagiError
+from ..frames import AREAS, size_for
+from ..model_files import find_files
+from ..pipeline import MagiPipeline, Plan, Request
+from ..special_tokens import STYLES
+from ..video_writer import VideoWriter
+from .progress import Bars
+
+DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `generate` understands."""
+    files = parser.add_argument_group("model")
+    files.add_argument(
+        "--model", help=f"one of {', '.join(PRESETS)}, or a file or folder (default: the embedded demo model)"
+    )
+    files.add_argument(
+        "--models", default="models", metavar="FOLDER", help="where `download` put the files (default: %(default)s)"
+    )
+    files.add_argument("--vae", help="file or folder (default: below --models)")
+    files.add_argument("--text-encoder", help="T5 v1.1 XXL, file or folder (default: below --models)")
+    files.add_argument("--tokenizer", help="folder or file, where it is not beside the text encoder")
+    files.add_argument("--special-tokens", help="special_tokens.npz (default: below --models)")
+    files.add_argument("--config", help="official JSON config (default: told from the file)")
+    files.add_argument(
+        "--variant",
+        choices=("auto", "base", "distill"),
+        default="auto",
+        help="what the weights are, where the file does not tell",
+    )
+    add_content_arguments(parser)
+    run = parser.add_argument_group("computation")
+    add_device_arguments(run)
+    run.add_argument("--dtype", choices=DTYPES, default="auto", help="of the transformer (default: %(default)s)")
+    run.add_argument(
+        "--offload",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="read the layers from the file as they are needed (default: if they do not fit)",
+    )
+    run.add_argument("--text-device", default="cpu", help="where the text encoder runs (default: %(default)s)")
+    run.add_argument("--text-dtype", choices=DTYPES, default="auto", help="of the text encoder (default: fp32)")
+    run.add_argument(
+        "--cache",
+        default=default_cache(),
+        type=Path,
+        help="folder for text embeddings and the embedded model (default: %(default)s)",
+    )
+
+
+def add_content_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the video shows and where it goes."""
+    content = parser.add_argument_group("content")
+    content.add_argument("--prompt", action="append", help="what to show; repeat it for one prompt a second")
+    content.add_argument("--image", help="picture to start from")
+    content.add_argument("--video", help="video to go on from")
+    content.add_argument(
+        "--continue-seconds",
+        type=float,
+        default=2.0,
+        help="how much of the video's end to look at (default: %(default)s)",
+    )
+    length = content.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, help="length, rounded up to whole seconds (default: 4)")
+    length.add_argument("--frames", type=int, help="length in frames at 24 a second, rounded up to whole seconds")
+    content.add_argument(
+        "--size",
+        help=f"WIDTHxHEIGHT in multiples of 16, or {', '.join(AREAS)} (default: the model's, in the shape of the input)",
+    )
+    content.add_argument(
+        "--fit",
+        choices=("crop", "pad", "stretch"),
+        default="crop",
+        help="how an input of another shape is fitted (default: %(default)s)",
+    )
+    content.add_argument("--seed", type=int, default=0, help="another number, another video (default: %(default)s)")
+    content.add_argument("--steps", type=int, help="denoising steps a chunk (default: the model's)")
+    content.add_argument(
+        "--window", type=int, help="chunks denoised at a time; 1 takes least memory (default: the model's)"
+    )
+    content.add_argument("--style", nargs="*", choices=STYLES, default=["hq"], help="style tokens (default: hq)")
+    content.add_argument("--no-duration", action="store_true", help="do not tell the model how long the video is")
+    content.add_argument(
+        "--negative", action="store_true", help="steer away from burnt-in text, logos, cuts and borders (base models)"
+    )
+    content.add_argument("--raw-prompt", action="store_true", help="do not clean the prompt")
+    out = parser.add_argument_group("output")
+    out.add_argument("--out", default="magi.mp4", help="the file to write (default: %(default)s)")
+    out.add_argument("--crf", type=int, default=18, help="quality, 1 (best) to 51 (default: %(default)s)")
+    out.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+
+
+def add_device_arguments(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Adds where to compute."""
+    parser.add_argument("--device", help="cuda, cuda:1, xpu, mps or cpu (default: the best there is)")
+
+
+def default_cache() -> Path:
+    """Where text embeddings and the embedded model are kept."""
+    return Path.home() / ".cache" / "magi1"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `generate`."""
+    if not args.prompt:
+        raise MagiError('No prompt is given. Say what to show: --prompt "A cat looks around".')
+    pipeline = _pipeline(args)
+    return write_video(pipeline, request_from(args, pipeline.config), args)
+
+
+def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespace) -> int:
+    """Makes the video and writes it chunk by chunk, so that whatever happens keeps what is finished."""
+    plan = pipeline.plan(request)
+    runtime = plan.config.runtime
+    print(
+        f"{args.out}: {_summary(plan)}, {runtime.num_steps} steps, seed {request.seed}, on {pipeline.device}",
+        file=sys.stderr,
+    )
+    started = time.monotonic()
+    writer = VideoWriter(
+        args.out,
+        runtime.video_size_h,
+        runtime.video_size_w,
+        runtime.fps,
+        args.crf,
+        _metadata(plan, pipeline),
+        args.overwrite,
+    )
+    try:
+        with writer, Bars() as bars:
+            for clip in pipeline.run(plan, bars):
+                writer.write(clip.frames)
+    except BaseException:
+        if writer.frames_written:
+            print(f"The {writer.frames_written} frames finished so far are in {writer.partial_path}", file=sys.stderr)
+        raise
+    print(f"wrote {writer.path} ({writer.frames_written} frames, {time.monotonic() - started:.0f} s)", file=sys.stderr)
+    return 0
+
+
+def request_from(args: argparse.Namespace, config: MagiConfig) -> Request:
+    """The request that the content arguments describe."""
+    height, width = parse_size(args.size, config) if args.size else (None, None)
+    return Request(
+        prompt=args.prompt[0] if len(args.prompt) == 1 else tuple(args.prompt),
+        image=args.image,
+        video=args.video,
+        continue_seconds=args.continue_seconds,
+        seconds=args.seconds if args.seconds is not None or args.frames is not None else 4.0,
+        frames=args.frames,
+        height=height,
+        width=width,
+        fit=args.fit,
+        seed=args.seed,
+        num_steps=args.steps,
+        window_size=args.window,
+        style_tokens=tuple(args.style),
+        duration_tokens=not args.no_duration,
+        negative_tokens=args.negative,
+        clean_prompt=not args.raw_prompt,
+    )
+
+
+def parse_size(text: str, config: MagiConfig) -> tuple[int, int]:
+    """(height, width) of "1280x720", or of a name such as "480p" in the shape of the model's own size."""
+    if text in AREAS:
+        return size_for(text, config.runtime.video_size_w / config.runtime.video_size_h)
+    match = re.fullmatch(r"(\d+)[x×*](\d+)", text.strip().lower())
+    if not match:
+        raise MagiError(
+            f"The size {text!r} is not understood. Write it as WIDTHxHEIGHT, e.g. 1280x720, or one of {', '.join(AREAS)}."
+        )
+    return int(match[2]), int(match[1])
+
+
+def _pipeline(args: argparse.Namespace) -> MagiPipeline:
+    options = {
+        "device": args.device,
+        "dtype": DTYPES[args.dtype],
+        "offload": {"auto": None, "on": True, "off": False}[args.offload],
+        "text_device": args.text_device,
+        "text_dtype": DTYPES[args.text_dtype],
+        "cache": EmbeddingCache(args.cache / "text"),
+    }
+    if args.model is None:
+        print(
+            "note: no --model is given, so this is the small embedded demo model, which only shows that everything works. "
+            "`python -m magi download --list` names the real ones.",
+            file=sys.stderr,
+        )
+        return MagiPipeline.embedded(args.cache, **options)
+    files = find_files(args.models, args.model, args.vae, args.text_encoder, args.special_tokens, args.tokenizer)
+    config = MagiConfig.from_json(args.config) if args.config else PRESETS.get(args.model)
+    distilled = {"auto": None, "base": False, "distill": True}[args.variant]
+    return MagiPipeline.from_files(
+        files.transformer,
+        files.vae,
+        files.text_encoder,
+        files.special_tokens,
+        files.tokenizer,
+        config=config,
+        distilled=distilled,
+        **options,
+    )
+
+
+def _summary(plan: Plan) -> str:
+    runtime = plan.config.runtime
+    return f"{runtime.video_size_w}x{runtime.video_size_h}, {plan.frames} frames ({plan.seconds:g} s) in {plan.chunks} chunks"
+
+
+def _metadata(plan: Plan, pipeline: MagiPipeline) -> dict[str, str]:
+    """How the video was made, for whoever finds it later. File names only: folders are nobody's business."""
+    request, runtime = plan.request, plan.config.runtime
+    settings = {
+        "model": Path(pipeline.files.transformer).name,
+        "prompt": request.prompt,
+        "image": Path(str(request.image)).name if request.image is not None else None,
+        "video": Path(str(request.video)).name if request.video is not None else None,
+        "seed": request.seed,
+        "size": f"{runtime.video_size_w}x{runtime.video_size_h}",
+        "steps": runtime.num_steps,
+        "window": runtime.window_size,
+        "style": list(request.style_tokens),
+        "negative": request.negative_tokens,
+        "passes": runtime.cfg_number,
+    }
+    title = request.prompt if isinstance(request.prompt, str) else request.prompt[0]
+    return {"title": title, "comment": json.dumps({"magi": settings}, ensure_ascii=False)}

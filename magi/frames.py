@@ -1,0 +1,137 @@
+"""Frames as tensors: fitting them to a size, choosing that size, and the way to and from the model's range.
+
+Frames are uint8 (T, H, W, 3) RGB everywhere outside the model; the model's video is float (1, 3, T, H, W) in [-1, 1].
+"""
+
+from itertools import product
+from math import ceil, floor, log, sqrt
+
+import torch
+import torch.nn.functional as F
+
+from .errors import MagiError
+
+MODES = ("crop", "pad", "stretch")
+
+# Pixels of the usual 16:9 sizes; another aspect ratio keeps the area, and with it the time and memory a chunk costs.
+AREAS = {"256p": 448 * 256, "360p": 640 * 368, "480p": 848 * 480, "540p": 960 * 544, "720p": 1280 * 720}
+
+# Bounds the temporaries of a resize; a frame at a time would waste little, a whole clip would double it.
+_BLOCK = 16
+
+
+def fit(frames: torch.Tensor, height: int, width: int, mode: str = "crop") -> torch.Tensor:
+    """uint8 frames (T, H, W, 3) resized to (T, height, width, 3), antialiased bicubic; returned as they are when they fit.
+
+    `mode` "crop" covers the size and cuts the excess around the centre, "pad" keeps everything and adds black bars,
+    "stretch" ignores the aspect ratio.
+
+    Raises:
+        MagiError: the mode is unknown or the size not positive.
+    """
+    check_mode(mode)
+    if height < 1 or width < 1:
+        raise MagiError(f"A size of {width}x{height} is not possible. Give a width and height of 1 or more.")
+    old_height, old_width = frames.shape[1:3]
+    if (old_height, old_width) == (height, width):
+        return frames
+    if mode == "crop":
+        scale = max(height / old_height, width / old_width)
+        keep_height = min(old_height, max(1, round(height / scale)))
+        keep_width = min(old_width, max(1, round(width / scale)))
+        top, left = (old_height - keep_height) // 2, (old_width - keep_width) // 2
+        return _resize(frames[:, top : top + keep_height, left : left + keep_width], height, width)
+    if mode == "stretch":
+        return _resize(frames, height, width)
+    scale = min(height / old_height, width / old_width)
+    inner_height = min(height, max(1, round(old_height * scale)))
+    inner_width = min(width, max(1, round(old_width * scale)))
+    top, left = (height - inner_height) // 2, (width - inner_width) // 2
+    out = frames.new_zeros(len(frames), height, width, 3)
+    out[:, top : top + inner_height, left : left + inner_width] = _resize(frames, inner_height, inner_width)
+    return out
+
+
+def check_mode(mode: str) -> None:
+    """Raises MagiError when `mode` is not one of `MODES`."""
+    if mode not in MODES:
+        raise MagiError(f"The fit mode {mode!r} is unknown. Use one of: {', '.join(MODES)}.")
+
+
+def _resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    # torch resizes uint8 in channels-last order directly: as good as PIL's filters and several times faster.
+    blocks = [
+        F.interpolate(block.permute(0, 3, 1, 2), (height, width), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+        for block in frames.split(_BLOCK)
+    ]
+    return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).contiguous()
+
+
+def over_white(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 (..., 4) RGBA with straight alpha -> uint8 (..., 3) over white.
+
+    White, because it is what viewers and browsers show behind a cut-out, and what its dark outlines and text need.
+    """
+    alpha = frames[..., 3:].to(torch.int32)
+    return ((frames[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+
+
+def to_model(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 frames (T, H, W, 3) -> float32 video (1, 3, T, H, W) = x / 127.5 - 1."""
+    return frames.permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)[None]
+
+
+def from_model(video: torch.Tensor) -> torch.Tensor:
+    """Float video (1, 3, T, H, W), about [-1, 1], any dtype -> uint8 frames (T, H, W, 3), clamped and rounded, same device."""
+    _, channels, length, height, width = video.shape
+    out = torch.empty(length, height, width, channels, dtype=torch.uint8, device=video.device)
+    for frame, target in zip(video[0].unbind(1), out, strict=True):  # frame by frame: no float copy of the whole video
+        target.copy_(frame.float().add(1).mul_(127.5).round_().clamp_(0, 255).permute(1, 2, 0))
+    return out
+
+
+def nearest_size(height: int, width: int, multiple: int = 16) -> tuple[int, int]:
+    """The valid (height, width) nearest to the given one: multiples of `multiple`, at least two of them each."""
+    least = 2 * multiple
+    return tuple(max(least, floor(side / multiple + 0.5) * multiple) for side in (height, width))  # type: ignore[return-value]
+
+
+def check_size(height: int, width: int, multiple: int = 16) -> None:
+    """Raises MagiError, naming the nearest valid values, unless both sides are multiples of `multiple`, at least two of them.
+
+    The model needs the two: positions over a grid that is one patch high or wide are not defined.
+    """
+    for name, side in (("Height", height), ("Width", width)):
+        if side < 2 * multiple:
+            raise MagiError(f"{name} {side} is too small; the smallest is {2 * multiple}.")
+        if side % multiple:
+            below = side // multiple * multiple
+            raise MagiError(
+                f"{name} {side} is not a multiple of {multiple}; the nearest are {below} and {below + multiple}."
+            )
+
+
+def size_for(area: int | str, aspect: float, multiple: int = 16) -> tuple[int, int]:
+    """(height, width) of about `area` pixels (a number, or a name of `AREAS`) and the aspect ratio width / height.
+
+    Of the multiples around the exact solution, the pair nearest in both area and aspect ratio.
+
+    Raises:
+        MagiError: the name is unknown, or a number is not positive.
+    """
+    if isinstance(area, str):
+        if area not in AREAS:
+            raise MagiError(f"The size {area!r} is unknown. Use a number of pixels or one of: {', '.join(AREAS)}.")
+        area = AREAS[area]
+    if area <= 0 or aspect <= 0:
+        raise MagiError(
+            f"An area of {area} pixels with the aspect ratio {aspect} is not possible. Both must be above 0."
+        )
+
+    def choices(side: float) -> set[int]:
+        return {max(2, count) * multiple for count in (floor(side / multiple), ceil(side / multiple))}
+
+    def distance(size: tuple[int, int]) -> float:
+        return abs(log(size[0] * size[1] / area)) + abs(log(size[1] / size[0] / aspect))
+
+    return min(product(sorted(choices(sqrt(area / aspect))), sorted(choices(sqrt(area * aspect)))), key=distance)

@@ -1,0 +1,89 @@
+"""Which files make up a model, and where they are expected: the tree that `python -m magi download` makes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import PRESETS
+from .errors import MagiError
+from .special_tokens import FILE_NAME as SPECIAL_TOKENS
+from .special_tokens import SpecialTokens
+
+VAE = Path("ckpt/vae")
+TEXT_ENCODER = Path("ckpt/t5/t5-v1_1-xxl")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Paths of a model's parts.
+
+    Attributes:
+        transformer: file or folder.
+        vae: file or folder.
+        text_encoder: file or folder.
+        special_tokens: file; None where there is none.
+        tokenizer: folder or file; None: beside the text encoder.
+    """
+
+    transformer: Path
+    vae: Path
+    text_encoder: Path
+    special_tokens: Path | None = None
+    tokenizer: Path | None = None
+
+
+def find_files(
+    models: str | Path,
+    transformer: str,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    special_tokens: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> ModelFiles:
+    """The files to use: those given, the rest where the official tree below `models` has them.
+
+    Args:
+        models: folder that holds `ckpt/` and special_tokens.npz.
+        transformer: name of a released model, or a path.
+        vae: path, or None.
+        text_encoder: path, or None.
+        special_tokens: path, or None.
+        tokenizer: path, or None.
+
+    Raises:
+        MagiError: a part is not there; it says where it should be and how to fetch it.
+    """
+    models = Path(models).expanduser()
+    special = Path(special_tokens) if special_tokens else models / SPECIAL_TOKENS
+    return ModelFiles(
+        transformer=_transformer(models, transformer),
+        vae=_part(models, vae, VAE, "VAE", "vae"),
+        text_encoder=_part(models, text_encoder, TEXT_ENCODER, "text encoder", "t5"),
+        special_tokens=_existing(special, "special-token file", models, "special_tokens"),
+        tokenizer=Path(tokenizer) if tokenizer else None,
+    )
+
+
+def load_special_tokens(files: ModelFiles) -> SpecialTokens | None:
+    """The model's special tokens, None where it has no file of them."""
+    return SpecialTokens.load(files.special_tokens) if files.special_tokens else None
+
+
+def _transformer(models: Path, name: str) -> Path:
+    if name not in PRESETS:
+        return _existing(Path(name).expanduser(), "transformer", models, "MODEL")
+    folder = models / "ckpt" / "magi" / name
+    found = [f for f in sorted(folder.glob("inference_weight*")) if f.is_dir()]
+    return found[0] if found else _existing(folder / "inference_weight", "transformer", models, name)
+
+
+def _part(models: Path, given: str | Path | None, usual: Path, what: str, item: str) -> Path:
+    return _existing(Path(given).expanduser() if given else models / usual, what, models, item)
+
+
+def _existing(path: Path, what: str, models: Path, item: str) -> Path:
+    if not path.exists():
+        raise MagiError(
+            f"The {what} is not at {str(path)!r}. Give its path, or fetch it with "
+            f"`python -m magi download {item} --folder {models}`."
+        )
+    return path

@@ -1,0 +1,256 @@
+"""An MP4 that grows chunk by chunk and can be played at every moment, even after the process was killed.
+
+While it runs it is a fragmented MP4 under a partial name, and every `write` appends whole fragments and syncs them to the
+disk. A clean end copies it, without encoding again, into an ordinary MP4 (index first) and only then gives it the final
+name.
+"""
+
+import os
+from collections.abc import Callable
+from fractions import Fraction
+from io import FileIO
+from itertools import chain, count
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from .errors import MagiError
+from .frames import check_size
+from .video_encoder import boxes, find_encoder, tag_flags
+
+# Longer writes are cut into pieces of this many frames: it bounds memory, and the work that a crash can cost.
+_PIECE = 48
+
+# What the muxer itself notes in every file.
+_CONTAINER_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder"}
+
+
+class VideoWriter:
+    """Context manager that writes an H.264 (yuv420p, BT.709) MP4 at exactly `fps` frames a second, the first at 0.
+
+    When the with-block ends well the video stands under `path`. When an exception leaves it, what was written stays
+    playable at `partial_path` and the exception passes on; without any frame nothing is left.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        height: int,
+        width: int,
+        fps: int | Fraction = 24,
+        crf: int = 18,
+        metadata: dict[str, str] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Checks everything by trying it: the folder (made if missing), the name, and an encoder for the size.
+
+        Args:
+            path: the final name, ending in .mp4.
+            height: of all frames; even.
+            width: of all frames; even.
+            fps: frames a second.
+            crf: quality of libx264, 1 (best) to 51.
+            metadata: tags to store, such as title and comment; any key. `read_metadata` returns them.
+            overwrite: whether a file of that name may be replaced; until the end it stays as it is.
+
+        Raises:
+            MagiError: a bad argument, a name that is taken or cannot be written, or no encoder.
+        """
+        check_size(height, width, multiple=2)
+        if not 0 < fps <= 1000:
+            raise MagiError(f"fps is {fps}; it must be above 0 and at most 1000.")
+        if not 1 <= crf <= 51:
+            raise MagiError(f"crf is {crf}; it must be from 1 (best) to 51. 18 is hard to tell from the original.")
+        self.path = Path(path).expanduser().absolute()
+        self.height, self.width, self.fps = height, width, Fraction(fps).limit_denominator(100_000)
+        self.overwrite = overwrite
+        self.frames_written = 0
+        self._metadata = {str(key): str(value) for key, value in (metadata or {}).items()}
+        self._check_path()
+        self._encoder = find_encoder(height, width, self.fps, crf, self._metadata)
+        self._file: FileIO | None = None
+        self._header = b""
+        self._fragments = 0
+        self.partial_path, trial = self._create_partial()
+        trial.close()
+        self.partial_path.unlink()
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            if self.frames_written == 0:
+                self.partial_path.unlink(missing_ok=True)
+        if error is not None:
+            return
+        if self.frames_written == 0:
+            raise MagiError(f"No frame was written, so {str(self.path)!r} was not made. Ask for at least one frame.")
+        self._finish()
+
+    def write(self, frames: torch.Tensor, progress: Callable[[int, int], None] | None = None) -> None:
+        """Appends uint8 frames (T, height, width, 3) RGB from any device. On return they are on the disk.
+
+        `progress(done, total)` is called after each frame and may raise to stop; whole pieces of 48 before that are kept.
+
+        Raises:
+            MagiError: frames of another shape or type, or the disk is full.
+        """
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or tuple(frames.shape[1:]) != (self.height, self.width, 3):
+            raise MagiError(
+                f"The frames are {frames.dtype} {tuple(frames.shape)}; "
+                f"this video takes torch.uint8 (T, {self.height}, {self.width}, 3)."
+            )
+        total = len(frames)
+        for start in range(0, total, _PIECE):
+            piece = frames[start : start + _PIECE].detach().cpu().contiguous()
+            step = None if progress is None else (lambda done, start=start: progress(start + done, total))
+            self._append(piece, step)
+
+    def _append(self, frames: torch.Tensor, progress: Callable[[int], None] | None) -> None:
+        import av
+
+        try:
+            piece = self._encoder.encode(frames, self.frames_written, self._fragments, progress)
+        except av.error.FFmpegError as error:
+            raise MagiError(f"The encoder {self._encoder.name} failed: {error}. {self._kept()}") from error
+        if self._header and piece.header != self._header:
+            raise MagiError(f"The encoder {self._encoder.name} changed its settings midway. {self._kept()}")
+        try:
+            if self._file is None:
+                self.partial_path, self._file = self._create_partial()
+            _append_whole(self._file, b"" if self._header else piece.header, piece.fragments)
+        except OSError as error:
+            raise self._failed("be written", error) from error
+        self._header = piece.header
+        self._fragments += piece.count
+        self.frames_written += len(frames)
+
+    def _check_path(self) -> None:
+        path = str(self.path)
+        if self.path.suffix.lower() != ".mp4":
+            raise MagiError(f"The output {path!r} does not end in .mp4. Give a file name such as clip.mp4.")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_dir():
+                raise MagiError(f"The output {path!r} is a folder. Give a file name in it.")
+            if self.path.exists() and not self.overwrite:
+                raise MagiError(f"The output {path!r} exists. Give another name, or allow it to be overwritten.")
+        except OSError as error:
+            raise self._failed("be made", error) from error
+
+    def _create_partial(self) -> tuple[Path, FileIO]:
+        """Creates a partial file of a free name: one left by an earlier run holds chunks that nobody may overwrite."""
+        for suffix in chain([""], (f"-{number}" for number in count(2))):
+            path = self.path.with_name(f"{self.path.stem}.partial{suffix}.mp4")
+            try:
+                return path, FileIO(path, "x")
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise self._failed("be written", error) from error
+        raise AssertionError("unreachable: the names do not end")
+
+    def _finish(self) -> None:
+        import av
+
+        # The partial name is ours alone, so this one is too.
+        final = self.partial_path.with_suffix(".tmp")
+        try:
+            frames = self._remux(final)
+            if frames != self.frames_written or not _is_whole(final):
+                raise MagiError(f"{str(self.path)!r} could not be finished. {self._kept()}")
+            with final.open("rb+") as file:
+                os.fsync(file.fileno())
+            final.replace(self.path)
+        except (OSError, av.error.FFmpegError) as error:
+            raise self._failed("be finished", error) from error
+        finally:
+            final.unlink(missing_ok=True)
+        self.partial_path.unlink(missing_ok=True)
+
+    def _remux(self, final: Path) -> int:
+        """Copies the packets into an ordinary MP4 with its index first. Returns their number."""
+        import av
+
+        flags = "+faststart" + tag_flags(self._metadata)
+        packets = 0
+        with (
+            av.open(str(self.partial_path)) as source,
+            av.open(str(final), "w", format="mp4", options={"movflags": flags}) as target,
+        ):
+            target.metadata.update(self._metadata)
+            template = source.streams.video[0]
+            if hasattr(target, "add_stream_from_template"):
+                stream = target.add_stream_from_template(template)
+            else:  # PyAV before 14
+                stream = target.add_stream(template=template)
+            for packet in source.demux(template):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+                    packets += 1
+        return packets
+
+    def _kept(self) -> str:
+        if self.frames_written == 0:
+            return "Nothing had been written before."
+        return f"The first {self.frames_written} frames are kept, playable, in {str(self.partial_path)!r}."
+
+    def _failed(self, what: str, error: Exception) -> MagiError:
+        reason = getattr(error, "strerror", None) or error
+        return MagiError(
+            f"The video {str(self.path)!r} cannot {what}: {reason}. "
+            f"Make room in {str(self.path.parent)!r}, or choose a folder that can be written. {self._kept()}"
+        )
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The tags a video was written with, without those that every MP4 has.
+
+    Raises:
+        MagiError: there is no such file, or it is not a video.
+    """
+    import av
+
+    from .image_reader import check_file
+
+    path = check_file(path)
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            return {key: value for key, value in container.metadata.items() if key not in _CONTAINER_TAGS}
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise MagiError(f"{str(path)!r} is not a video that can be read ({error}). Give an MP4 file.") from error
+
+
+def _append_whole(file: FileIO, header: bytes, fragments: bytes) -> None:
+    """Appends `header` and `fragments` and syncs them; after a failure, or a crash at any byte, the file plays as before.
+
+    Players refuse a file that ends within a fragment's description. So the fragments lie in a box of the type "free",
+    which players skip, until all bytes are on the disk; then its first eight bytes become what they should be.
+    """
+    end = file.seek(0, os.SEEK_END)
+    disguise = len(fragments).to_bytes(4, "big") + b"free"
+    try:
+        data = memoryview(header + disguise + fragments[8:])
+        while data:  # a raw file may take less than all, as it does when the disk is about to be full
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+        file.seek(end + len(header))
+        file.write(fragments[:8])
+        os.fsync(file.fileno())
+    except BaseException:
+        file.truncate(end)
+        raise
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an MP4 has its index and its data, to the last byte."""
+    with path.open("rb") as file:
+        parts = list(boxes(file))
+    kinds = [kind for kind, _, _ in parts]
+    return b"moov" in kinds and b"mdat" in kinds and sum(parts[-1][1:]) == path.stat().st_size

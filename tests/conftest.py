@@ -1,0 +1,149 @@
+"""Shared by all tests: the golden files, and small models of random weights in any configuration."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from magi.checkpoint import TensorInfo
+from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from magi.model import Transformer, build_transformer
+from magi.prompt import Caption
+from magi.special_tokens import SpecialTokens
+from magi.weights import tensor_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Two tokens to a chunk's side, so that a forward takes milliseconds; every size differs from every other.
+TINY = ModelConfig(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=8,
+    caption_channels=12,
+    caption_max_length=60,
+)
+HEADER_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", getattr(torch, "float8_e4m3fn", None): "F8_E4M3"}
+
+
+class RootIsNoTestPackage:
+    """The repository is also a ComfyUI node pack; pytest must not import its __init__.py, which needs ComfyUI."""
+
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(RootIsNoTestPackage())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are too small to share
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of recorded outputs of the public implementation."""
+    return Path(__file__).parent / "golden"
+
+
+class MemorySource:
+    """Named tensors in memory, as a mapped checkpoint gives them."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights = weights
+        self.tensors = {k: TensorInfo(tuple(v.shape), HEADER_TYPES[v.dtype], Path()) for k, v in weights.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.weights[name]
+
+
+def noise_of(*shape: int, seed: str | int = 0) -> torch.Tensor:
+    """Normal numbers that depend on nothing but `seed`."""
+    number = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number))
+
+
+@pytest.fixture(scope="session")
+def randn() -> Callable[..., torch.Tensor]:
+    return noise_of
+
+
+@pytest.fixture(scope="session")
+def random_weights() -> Callable[..., dict[str, torch.Tensor]]:
+    """(ModelConfig, fp8=False) -> a checkpoint's tensors, scaled so that every part shows in the output."""
+
+    def weight(name: str, shape: tuple[int, ...], fp8: bool) -> torch.Tensor:
+        if name.endswith("_scale"):
+            return torch.full(shape, {"weight": 0.01, "input": 0.02}.get(name.split(".")[-1][:-6], 0.03))
+        value = noise_of(*shape, seed=name)
+        if name == "rope.bands":
+            return value.abs()
+        if name.endswith("null_caption_embedding"):
+            return value
+        if name.endswith("layer_norm.weight"):  # the ordinary norms, not the "1p" ones
+            return 1 + 0.1 * value
+        fan_in = value[0].numel() if value.dim() > 1 else 25
+        value = value / fan_in**0.5
+        return (value / 0.01).to(torch.float8_e4m3fn) if fp8 and len(shape) == 3 else value
+
+    def make(shape: ModelConfig, fp8: bool = False) -> dict[str, torch.Tensor]:
+        return {name: weight(name, size, fp8) for name, size in tensor_shapes(shape, fp8).items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., MagiConfig]:
+    """(distill=False, shape={}, engine={}, **runtime) -> settings of a small model: 8 steps, 32 x 32 pixels."""
+
+    def make(distill: bool = False, shape: dict | None = None, engine: dict | None = None, **runtime) -> MagiConfig:
+        defaults = {"num_steps": 8, "video_size_h": 32, "video_size_w": 32, "num_frames": 96}
+        return MagiConfig(
+            replace(TINY, **(shape or {})),
+            RuntimeConfig(cfg_number=1 if distill else 3, **(defaults | runtime)),
+            EngineConfig(distill=distill, **(engine or {})),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(random_weights) -> Callable[..., Transformer]:
+    """(MagiConfig, fp8=False, **build_transformer's) -> a model of random float32 weights on the CPU."""
+
+    def make(config: MagiConfig, fp8: bool = False, **options) -> Transformer:
+        options = {"device": "cpu", "dtype": torch.float32} | options
+        return build_transformer(MemorySource(random_weights(config.model, fp8)), config, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_caption() -> Callable[..., Caption]:
+    """(seed, tokens=5) -> a caption for the small model."""
+    return lambda seed=0, tokens=5: Caption(noise_of(tokens, TINY.caption_channels, seed=f"caption {seed}"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens() -> SpecialTokens:
+    """Special tokens for the small model."""
+    width = TINY.caption_channels
+    caption, logo, other = (noise_of(n, width, seed=f"tokens {i}") for i, n in enumerate((1, 1, 100)))
+    return SpecialTokens(caption, logo, other)

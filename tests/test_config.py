@@ -1,0 +1,207 @@
+import dataclasses
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+from magi.config import PRESETS, EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from magi.errors import MagiError
+
+CASES = json.loads((Path(__file__).parent / "golden" / "manifest.json").read_text(encoding="utf-8"))["cases"]
+OFFICIAL = CASES[0]["config"]
+
+# Reference section 1: layers, hidden, ffn, heads, SwiGLU, latents duplicated, rescale, passes, steps
+TABLE = {
+    "4.5B_base": (34, 3072, 12288, 24, False, False, 1, 3, 64),
+    "4.5B_distill": (34, 3072, 12288, 24, False, False, 1, 1, 64),
+    "4.5B_distill_quant": (34, 3072, 12288, 24, False, False, 1, 1, 64),
+    "24B_base": (48, 6144, 16384, 48, True, True, 0.1, 3, 32),
+    "24B_distill": (48, 6144, 16384, 48, True, True, 0.1, 1, 16),
+    "24B_distill_quant": (48, 6144, 16384, 48, True, True, 0.1, 1, 16),
+}
+
+
+def changed(part: str, **entries) -> dict:
+    """The official object with some entries of one part changed; None removes one."""
+    made = {k: v for k, v in (OFFICIAL[part] | entries).items() if v is not None}
+    return OFFICIAL | {part: made}
+
+
+# -- presets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_released_models(name):
+    layers, hidden, ffn, heads, swiglu, duplicated, rescale, passes, steps = TABLE[name]
+    config = MagiConfig.preset(name)
+    m = config.model
+    assert (m.num_layers, m.hidden_size, m.ffn_hidden_size, m.num_attention_heads) == (layers, hidden, ffn, heads)
+    assert (m.gated_linear_unit, m.half_channel_vae, m.x_rescale_factor) == (swiglu, duplicated, rescale)
+    assert (m.in_channels, m.out_channels) == ((32, 32) if duplicated else (16, 16))
+    assert (m.kv_channels, m.num_query_groups, m.layernorm_epsilon) == (128, 8, 1e-6)
+    assert (m.patch_size, m.t_patch_size, m.caption_max_length, m.caption_channels) == (2, 1, 800, 4096)
+    assert m.cond_size == hidden // 4
+    assert m.fc1_size == ffn * (2 if swiglu else 1)
+    assert (config.runtime.cfg_number, config.runtime.num_steps) == (passes, steps)
+    assert config.engine.distill == ("distill" in name)
+    assert config.engine.fp8_quant == name.endswith("quant")
+    assert (config.runtime.window_size, config.runtime.noise2clean_kvrange) == (4, (5, 4, 3, 2))
+
+
+def test_all_presets_are_in_the_table():
+    assert set(PRESETS) == set(TABLE)
+    with pytest.raises(MagiError, match=r"no model '7B'.*4\.5B_base.*24B_distill_quant"):
+        MagiConfig.preset("7B")
+
+
+# -- the official JSON -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_official_objects_survive_the_round_trip(case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = MagiConfig.from_dict(case["config"]).to_dict()
+    for part, entries in case["config"].items():
+        assert {k: made[part][k] for k in entries} == entries
+    assert json.loads(json.dumps(made)) == made
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_files_survive_the_round_trip(name, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(PRESETS[name].to_dict()), encoding="utf-8")
+    assert MagiConfig.from_json(file) == PRESETS[name]
+    assert MagiConfig.from_json(str(file)) == PRESETS[name]
+
+
+def test_missing_entries_take_their_defaults():
+    made = MagiConfig.from_dict(changed("runtime_config", window_size=None, cfg_t_range=None, fps=None))
+    assert (made.runtime.window_size, made.runtime.fps) == (4, 24)
+    assert made.runtime.cfg_t_range == (0, 0.0217, 0.1, 0.3, 0.999)
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("num_step", "num_steps"), ("windowsize", "window_size"), ("xyz", None)])
+def test_unknown_entries_warn_with_a_suggestion(typo, meant):
+    with pytest.warns(UserWarning, match=f"'{typo}' is unknown and ignored") as caught:
+        made = MagiConfig.from_dict(changed("runtime_config", **{typo: 3}))
+    assert made == MagiConfig.from_dict(OFFICIAL)
+    message = str(caught[0].message)
+    assert f"Did you mean '{meant}'?" in message if meant else "mean" not in message
+
+
+def test_sizes_that_are_missing_are_named():
+    with pytest.raises(MagiError, match="lacks num_layers, ffn_hidden_size in ModelConfig"):
+        MagiConfig.from_dict(changed("model_config", num_layers=None, ffn_hidden_size=None))
+
+
+@pytest.mark.parametrize(
+    "data", [[], 3, {"model_config": 3}, {"model_config": OFFICIAL["model_config"], "runtime_config": [1]}]
+)
+def test_objects_that_are_no_config(data):
+    with pytest.raises(MagiError, match="JSON object with model_config, runtime_config and engine_config"):
+        MagiConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "unreadable"),
+        (b"{", "unreadable"),
+        (b"\xff\xfe", "unreadable"),
+        (b"[]", "no MAGI-1 config"),
+        (b'{"a": 1}', "no model_config"),
+    ],
+)
+def test_files_that_are_no_config(content, message, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(MagiError, match=message) as caught:
+        MagiConfig.from_json(file)
+    assert "config.json" in str(caught.value)
+
+
+def test_no_config_file(tmp_path):
+    with pytest.raises(MagiError, match=r"nowhere\.json.* unreadable"):
+        MagiConfig.from_json(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("part", "entries"),
+    [
+        ("model_config", {"hidden_size": "256"}),
+        ("model_config", {"num_layers": 3.0}),
+        ("model_config", {"gated_linear_unit": "no"}),
+        ("runtime_config", {"num_steps": "64"}),
+        ("runtime_config", {"num_steps": True}),
+        ("runtime_config", {"noise2clean_kvrange": 5}),
+        ("runtime_config", {"noise2clean_kvrange": ["5"]}),
+        ("runtime_config", {"cfg_t_range": {"a": 1}}),
+        ("engine_config", {"distill": 1}),
+        ("engine_config", {"shortcut_mode": ["8", "16"]}),
+    ],
+)
+def test_entries_of_the_wrong_type_are_named(part, entries):
+    ((name, value),) = entries.items()
+    with pytest.raises(MagiError, match=f"'{name}' is {re.escape(repr(value))}, of the wrong type"):
+        MagiConfig.from_dict(changed(part, **entries))
+
+
+# -- what cannot be --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "entries", "message"),
+    [
+        ("model_config", {"hidden_size": 250}, "hidden_size 250 is not num_attention_heads 16 x kv_channels 16"),
+        ("model_config", {"num_query_groups": 5}, "16 is not a multiple of num_query_groups 5"),
+        ("model_config", {"num_query_groups": 0}, "16 is not a multiple of num_query_groups 0"),
+        ("runtime_config", {"cfg_number": 2}, "cfg_number is 2; it must be 3 .* or 1"),
+        ("runtime_config", {"text_scales": [7.5, 0.0]}, "have 5, 5 and 2 entries"),
+        ("runtime_config", {"noise2clean_kvrange": [5, 0]}, "at least 1"),
+        ("runtime_config", {"clean_chunk_kvrange": 0}, "at least 1"),
+        ("engine_config", {"shortcut_mode": "8,8,8"}, "'8,8,8'; it must be one of '8,16,16', '16,16,8'"),
+        (
+            "engine_config",
+            {"distill": True},
+            "distill is true but cfg_number is 3.*Set cfg_number to 1, or distill to false",
+        ),
+        (
+            "runtime_config",
+            {"cfg_number": 1},
+            "distill is false but cfg_number is 1.*Set cfg_number to 3, or distill to true",
+        ),
+    ],
+)
+def test_settings_that_contradict(part, entries, message):
+    with pytest.raises(MagiError, match=message):
+        MagiConfig.from_dict(changed(part, **entries))
+
+
+# -- copies ----------------------------------------------------------------------------------------------------------
+
+
+def test_copies_with_changes():
+    base = MagiConfig.preset("24B_base")
+    made = base.with_runtime(num_steps=8, num_frames=None)
+    assert (made.runtime.num_steps, made.runtime.num_frames) == (8, base.runtime.num_frames)
+    assert base.runtime.num_steps == 32
+    assert base.with_engine(shortcut_mode="16,16,8").engine == EngineConfig(shortcut_mode="16,16,8")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        base.runtime.num_steps = 3
+
+
+def test_variants_change_passes_and_flags_together():
+    base = MagiConfig.preset("24B_base")
+    made = base.as_variant(distill=True, fp8=True)
+    assert (made.engine.distill, made.engine.fp8_quant, made.runtime.cfg_number) == (True, True, 1)
+    assert made.as_variant(distill=False, fp8=False) == base
+    assert made.as_variant(distill=True) == made
+
+
+def test_parts_can_be_made_by_hand():
+    model = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, kv_channels=8)
+    made = MagiConfig(model, RuntimeConfig(cfg_number=3))
+    assert made == MagiConfig.from_dict(made.to_dict())

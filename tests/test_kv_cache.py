@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from magi.kv_cache import KVCache
+
+
+def cache(slots: int) -> KVCache:
+    return KVCache(2, slots, 4, 6, 8, dtype=torch.bfloat16, device="cpu")
+
+
+def test_the_last_chunks_are_kept_and_older_ones_forgotten(randn):
+    made, out = cache(3), torch.empty(2, 4, 6, 8)
+    kv = {(layer, c): randn(2, 4, 6, 8, seed=f"{layer}/{c}").bfloat16() for layer in range(2) for c in range(8)}
+    for (layer, chunk), value in kv.items():
+        made.store(layer, chunk, value)
+    for layer in range(2):
+        for chunk in (5, 6, 7):
+            made.load(layer, chunk, out)
+            assert torch.equal(out, kv[layer, chunk].float())
+        for chunk in (0, 4, 8):
+            with pytest.raises(LookupError, match=f"chunk {chunk} is not in the cache of layer {layer}"):
+                made.load(layer, chunk, out)
+
+
+def test_what_is_stored_is_a_copy(randn):
+    made, out = cache(1), torch.empty(2, 4, 6, 8)
+    value = randn(2, 4, 6, 8)
+    made.store(0, 0, value)
+    kept = value.bfloat16().float()
+    value.zero_()
+    made.load(0, 0, out)
+    assert torch.equal(out, kept)
+    with pytest.raises(LookupError):
+        made.load(1, 0, out)
+
+
+def test_a_cache_of_no_chunks(randn):
+    made = cache(0)
+    made.store(0, 0, randn(2, 4, 6, 8))
+    assert made.nbytes == 0
+    with pytest.raises(LookupError):
+        made.load(0, 0, torch.empty(2, 4, 6, 8))
+
+
+def test_size():
+    assert cache(3).nbytes == 2 * 3 * 2 * 4 * 6 * 8 * 2
