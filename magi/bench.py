@@ -2,7 +2,6 @@
 
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -17,10 +16,12 @@ from .config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig
 from .device import pick_device, synchronize
 from .errors import MagiError
 from .flops import chunk_tokens, forward_flops
+from .frames import check_size
 from .generate import make_sampler
 from .model import Pass, Transformer, build_transformer
 from .prompt import Caption
 from .sampler_state import ProgressEvent, SamplerState
+from .schedule import check_steps
 from .synthetic import RandomTensors
 
 _CAPTION_TOKENS = 120
@@ -100,7 +101,12 @@ def run_bench(
     device = pick_device(settings.device)
     on_cpu = device.type == "cpu"
     runtime = settings.config.runtime
-    active = settings.chunks or (1 if on_cpu else runtime.window_size)
+    # What the sampler would refuse, but before gigabytes of weights are made.
+    check_size(runtime.video_size_h, runtime.video_size_w)
+    check_steps(runtime.num_steps, runtime.window_size, runtime.noise2clean_kvrange)
+    if settings.config.model.num_layers < 1:
+        raise MagiError(f"{settings.config.model.num_layers} layers are no model. Use at least 1.")
+    active = (1 if on_cpu else runtime.window_size) if settings.chunks is None else settings.chunks
     if not 1 <= active <= runtime.window_size:
         raise MagiError(
             f"{active} active chunks do not fit the window of {runtime.window_size}. Use 1 to {runtime.window_size}."
@@ -153,8 +159,8 @@ def run_bench(
     except _Enough:
         pass
     seconds = [b - a for a, b in pairwise(times)][warmup:]
-    flops, tokens = recorded[-1]
-    typical = statistics.median(seconds)
+    # Iterations differ (some also take in a finished chunk): time and work must be those of the same one.
+    typical, (flops, tokens) = sorted(zip(seconds, recorded[warmup:], strict=True))[(len(seconds) - 1) // 2]
     result = BenchResult(
         device=_device_name(device),
         torch_version=torch.__version__,

@@ -73,12 +73,12 @@ class ModelConfig:
 class RuntimeConfig:
     """How a video is sampled (`runtime_config` of the official JSON)."""
 
-    cfg_number: int = 1  # passes per step: 3 for base models, 1 for distilled ones
+    cfg_number: int = 3  # passes per step: 3 for base models, 1 for distilled ones
     cfg_t_range: tuple[float, ...] = (0.0, 0.0217, 0.1, 0.3, 0.999)
     prev_chunk_scales: tuple[float, ...] = (1.5, 1.5, 1.5, 1.0, 1.0)
     text_scales: tuple[float, ...] = (7.5, 7.5, 7.5, 0.0, 0.0)
     noise2clean_kvrange: tuple[int, ...] = (5, 4, 3, 2)  # chunks seen, noisiest stage first; empty: all
-    clean_chunk_kvrange: int = 1
+    clean_chunk_kvrange: int = 1  # the same for clean chunks; -1: the last of noise2clean_kvrange
     clean_t: float = 0.9999
     seed: int = 1234
     num_frames: int = 96
@@ -103,8 +103,12 @@ class RuntimeConfig:
                 f"cfg_t_range, prev_chunk_scales and text_scales have {len(self.cfg_t_range)}, {len(self.prev_chunk_scales)} "
                 f"and {len(self.text_scales)} entries; give them equally many."
             )
-        if any(r < 1 for r in (*self.noise2clean_kvrange, self.clean_chunk_kvrange)):
-            raise MagiError("Key ranges count chunks, the chunk itself included: every entry must be at least 1.")
+        clean = self.clean_chunk_kvrange
+        if any(r < 1 for r in self.noise2clean_kvrange) or (clean < 1 and clean != -1):
+            raise MagiError(
+                f"Key ranges count chunks, the chunk itself included, so they are at least 1: noise2clean_kvrange is "
+                f"{list(self.noise2clean_kvrange)}, clean_chunk_kvrange {clean} (-1 stands for the last of those)."
+            )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
             f"The device {str(device)!r} is not available to torch {torch.__version__}. Use cpu, or install the torch build "
             "for your graphics card."
         )
+    if chosen.index is not None and chosen.type in ("cuda", "xpu"):
+        count = getattr(torch, chosen.type).device_count()
+        if chosen.index >= count:
+            raise MagiError(f"There is no device {str(device)!r}: torch sees {count} of its kind, numbered from 0.")
     return chosen
 
 

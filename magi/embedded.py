@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .config import LATENT_CHANNELS, EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from .errors import MagiError
 from .model_files import ModelFiles
 from .special_tokens import FILE_NAME as SPECIAL_TOKENS_FILE
 from .synthetic import RandomTensors
@@ -46,7 +48,11 @@ EMBEDDED_CONFIG = MagiConfig(
 
 
 def embedded_files(folder: str | Path) -> ModelFiles:
-    """The embedded model's files below `folder`, written there (7 MB, a second) unless they already are."""
+    """The embedded model's files below `folder`, written there (7 MB, a second) unless they already are.
+
+    Raises:
+        MagiError: the folder cannot be written, or is full.
+    """
     home = Path(folder) / f"magi1-embedded-{VERSION}"
     if not home.is_dir():
         # Made aside and moved into place whole, so that an interrupted or concurrent start leaves nothing half-made.
@@ -54,6 +60,10 @@ def embedded_files(folder: str | Path) -> ModelFiles:
         try:
             _write(made)
             _move(made, home)
+        except (OSError, SafetensorError) as error:
+            raise MagiError(
+                f"The embedded model cannot be written to {str(home)!r}: {error}. Choose a folder with 7 MB of room."
+            ) from error
         finally:
             shutil.rmtree(made, ignore_errors=True)
     return ModelFiles(home / "transformer", home / "vae", home / "text_encoder", home / SPECIAL_TOKENS_FILE)

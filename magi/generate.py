@@ -49,7 +49,7 @@ def make_sampler(
         noise: initial latents (1, 16, K * 6, h, w) of all K chunks, given ones included; None draws them from `seed`.
         seed: any integer.
         prefix: (1, 16, Tp, h, w) scaled latents to go on from; one frame is an image.
-        num_frames: video frames to make after the prefix, rounded up to whole chunks; None takes the config's.
+        num_frames: video frames to make after the prefix: what fills whole latents of 4, rounded up to whole chunks; None takes the config's.
         height: in pixels, a multiple of 16; None takes the noise's, the prefix's or the config's.
         width: likewise.
         state: continues a run: a copy of another sampler's with the same model and arguments.

@@ -70,7 +70,12 @@ def load_special_tokens(files: ModelFiles) -> SpecialTokens | None:
 
 def _transformer(models: Path, name: str) -> Path:
     if name not in PRESETS:
-        return _existing(Path(name).expanduser(), "transformer", models, "MODEL")
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise MagiError(
+                f"There is no transformer at {name!r}, and no released model has that name. Give a path, or one of: {', '.join(PRESETS)}."
+            )
+        return path
     folder = models / "ckpt" / "magi" / name
     found = [f for f in sorted(folder.glob("inference_weight*")) if f.is_dir()]
     return found[0] if found else _existing(folder / "inference_weight", "transformer", models, name)

@@ -1,98 +1,34 @@
 """Prompt, picture or video in, frames out: the parts tied together, each loaded when its turn comes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .checkpoint import Checkpoint
-from .config import SPATIAL_DOWNSAMPLE, MagiConfig
+from .config import MagiConfig
 from .device import pick_device
 from .embedded import embedded_files
 from .embedding_cache import EmbeddingCache
 from .errors import MagiError
-from .frames import check_mode, check_size, fit, from_model, size_for, to_model
+from .frames import from_model, to_model
 from .generate import make_sampler
 from .model import Transformer, load_transformer
 from .model_files import ModelFiles, load_special_tokens
-from .prompt import Caption
+from .prompt import Caption, caption_per_chunk
 from .prompt_encoding import encode_prompts
+from .quant import require_float8
 from .recognise import recognise, resolve_config
+from .request import Media, Plan, Request, make_plan
 from .sampler_state import ProgressEvent
-from .schedule import Schedule
-from .special_tokens import check_styles
+from .special_tokens import SpecialTokens
 from .vae import VideoVAE, load_vae
-from .video_reader import probe, read_image, read_video
-from .weights import check_tensors
+from .weights import check_tensors, has_fp8
 
-Media = str | Path | torch.Tensor  # a file, or frames uint8 (T, H, W, 3)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to make.
-
-    Attributes:
-        prompt: for the whole video, or one a chunk (second); the last of a short list holds to the end.
-        image: first frame.
-        video: clip to go on from; only its end is looked at.
-        continue_seconds: how much of that end.
-        seconds: length of what is made; rounded up to whole chunks. Or `frames`.
-        frames: see `seconds`.
-        height: in pixels; None: the model's size, in the shape of the image or video.
-        width: likewise.
-        fit: "crop", "pad" or "stretch", for an image or video of another shape.
-        seed: any integer.
-        num_steps: denoising steps a chunk; None: the model's own.
-        window_size: chunks denoised at a time; None: the model's own. 1 takes least memory.
-        style_tokens: see `special_tokens.STYLES`.
-        duration_tokens: tell each chunk how many are to come.
-        negative_tokens: steer away from burnt-in captions, logos, transitions and borders (base models).
-        clean_prompt: clean prompts as the model's training captions were.
-    """
-
-    prompt: str | Sequence[str]
-    image: Media | None = None
-    video: Media | None = None
-    continue_seconds: float = 2.0
-    seconds: float | None = None
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    fit: str = "crop"
-    seed: int = 0
-    num_steps: int | None = None
-    window_size: int | None = None
-    style_tokens: Sequence[str] = ("hq",)
-    duration_tokens: bool = True
-    negative_tokens: bool = False
-    clean_prompt: bool = True
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A request that was found possible, with all that follows from it.
-
-    Attributes:
-        request: what was asked for.
-        config: the model's, with the request's settings.
-        prefix: given frames, uint8 (T, H, W, 3), or None.
-        chunks: chunks that will be generated.
-        frames: frames that will come out.
-    """
-
-    request: Request
-    config: MagiConfig
-    prefix: torch.Tensor | None
-    chunks: int
-    frames: int
-
-    @property
-    def seconds(self) -> float:
-        """Length of what will come out."""
-        return self.frames / self.config.runtime.fps
+__all__ = ["Clip", "MagiPipeline", "Media", "Plan", "Request", "Stage", "StageProgress"]
 
 
 @dataclass(frozen=True)
@@ -182,14 +118,23 @@ class MagiPipeline:
             Path(special_tokens) if special_tokens else None,
             Path(tokenizer) if tokenizer else None,
         )
+        if config is not None and distilled is not None and config.engine.distill != distilled:
+            chosen, settings = ("distill", "base") if distilled else ("base", "distill")
+            raise MagiError(
+                f"The variant {chosen} is chosen, but the settings are for {settings} weights. Leave out one of them."
+            )
         with Checkpoint(transformer) as checkpoint:
             config = resolve_config(checkpoint, config, distilled)
             check_tensors(checkpoint, config.model, repr(str(transformer)))
+            if has_fp8(checkpoint):
+                require_float8()
         found = recognise(vae)
         if found.kind != "vae":
             raise MagiError(f"{str(vae)!r} is {found.name}, not a MAGI-1 VAE. Choose another file.")
-        load_special_tokens(files)
-        return cls(files, config, **options)
+        load_vae(vae, "meta")  # reads no weights, but finds those that are missing
+        pipeline = cls(files, config, **options)
+        _ = pipeline._special_tokens  # a wrong file is found here
+        return pipeline
 
     @classmethod
     def embedded(cls, folder: str | Path, **options: Any) -> "MagiPipeline":
@@ -198,83 +143,13 @@ class MagiPipeline:
         options = {"vae_dtype": torch.float32, **options}
         return cls.from_files(files.transformer, files.vae, files.text_encoder, files.special_tokens, **options)
 
-    # -- what will be made -------------------------------------------------------------------------------------------
-
     def plan(self, request: Request) -> Plan:
         """Checks a request and reads its image or video.
 
         Raises:
             MagiError: anything about it that cannot work.
         """
-        runtime = self.config.runtime
-        if request.image is not None and request.video is not None:
-            raise MagiError("Both an image and a video are given. Give one to start from.")
-        check_mode(request.fit)
-        check_styles(request.style_tokens)
-        wanted = _wanted_frames(request, runtime.num_frames, runtime.fps)
-        height, width = self._size(request)
-        prefix = self._prefix(request, height, width)
-        per_latent = runtime.temporal_downsample_factor
-        given = 0 if prefix is None else -(-len(prefix) // per_latent)
-        # An image is the first latent frame of what comes out; a video's frames come before it.
-        shown = given if request.image is not None else 0
-        latents = max(1, -(-wanted // per_latent) - shown)
-        config = self.config.with_runtime(
-            num_frames=latents * per_latent,
-            video_size_h=height,
-            video_size_w=width,
-            num_steps=request.num_steps,
-            window_size=request.window_size,
-            seed=request.seed,
-        )
-        chunks = -(-(latents + given) // runtime.chunk_width)
-        schedule = Schedule.of(config.runtime, chunks, given // runtime.chunk_width)
-        if not isinstance(request.prompt, str) and not 1 <= len(request.prompt) <= chunks - schedule.prefix_chunks:
-            raise MagiError(
-                f"There are {len(request.prompt)} prompts for {chunks - schedule.prefix_chunks} chunks of a second each. "
-                "Give one, or up to one a chunk."
-            )
-        made = chunks * runtime.chunk_width - (given - shown)
-        return Plan(request, config, prefix, chunks - schedule.prefix_chunks, made * per_latent)
-
-    def _size(self, request: Request) -> tuple[int, int]:
-        height, width = request.height, request.width
-        source = request.image if request.image is not None else request.video
-        default = (self.config.runtime.video_size_h, self.config.runtime.video_size_w)
-        if height is None and width is None:
-            if source is None:
-                return default
-            return size_for(default[0] * default[1], _aspect(source))
-        aspect = _aspect(source) if source is not None else default[1] / default[0]
-        step = SPATIAL_DOWNSAMPLE * self.config.model.patch_size
-        if height is None and width is not None:
-            height = max(2, round(width / aspect / step)) * step
-        if width is None and height is not None:
-            width = max(2, round(height * aspect / step)) * step
-        size = (height or 0, width or 0)
-        check_size(*size, step)
-        return size
-
-    def _prefix(self, request: Request, height: int, width: int) -> torch.Tensor | None:
-        if request.image is not None:
-            image = request.image if isinstance(request.image, torch.Tensor) else read_image(request.image)
-            return fit(image[:1], height, width, request.fit)
-        if request.video is None:
-            return None
-        runtime, tail = self.config.runtime, request.continue_seconds
-        if tail <= 0:
-            raise MagiError(f"continue_seconds is {tail}; it must be above 0.")
-        if isinstance(request.video, torch.Tensor):
-            frames = fit(request.video[-max(1, round(tail * runtime.fps)) :], height, width, request.fit)
-        else:
-            frames = read_video(
-                request.video, runtime.fps, tail_seconds=tail, height=height, width=width, mode=request.fit
-            )
-        # Whole latents that end where the clip ends: frames too many are dropped at the beginning.
-        per_latent = runtime.temporal_downsample_factor
-        return frames[len(frames) % per_latent :] if len(frames) >= per_latent else frames
-
-    # -- making it ---------------------------------------------------------------------------------------------------
+        return make_plan(request, self.config, self._special_tokens)
 
     def generate(self, *, progress: StageProgress | None = None, **request: Any) -> Iterator[Clip]:
         """Plans and runs a request given by keywords: yields frames as soon as they are done."""
@@ -288,7 +163,6 @@ class MagiPipeline:
         """
         request = plan.request
         prompts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
-        special = load_special_tokens(self.files)
         model = self.config.model
         embeds = encode_prompts(
             prompts,
@@ -302,6 +176,10 @@ class MagiPipeline:
             channels=model.caption_channels,
             progress=_counted(progress, "text"),
         )
+        captions = [Caption(e) for e in embeds]
+        caption_per_chunk(
+            captions, plan.chunks, model, None, (), False
+        )  # another model's encoder: say so before loading
         prefix = None
         if plan.prefix is not None:
             prefix = self.vae.encode(to_model(plan.prefix), progress=_counted(progress, "prefix"))
@@ -320,8 +198,8 @@ class MagiPipeline:
         sampler = make_sampler(
             transformer,
             plan.config,
-            caption=[Caption(e) for e in embeds],
-            special_tokens=special,
+            caption=captions,
+            special_tokens=self._special_tokens,
             style_tokens=request.style_tokens,
             duration_tokens=request.duration_tokens,
             negative_tokens=request.negative_tokens,
@@ -332,11 +210,17 @@ class MagiPipeline:
         )
         done[1] = sampler.total
         first = 0
-        latents = (chunk.latents for chunk in sampler)
+        # A clip's frames come before what is made. The sampler leaves them out, but keeps a lone latent, as an image's.
+        skip = 1 if plan.request.video is not None and prefix is not None and prefix.shape[2] == 1 else 0
+        latents = (chunk.latents[:, :, skip if chunk.index == 0 else 0 :] for chunk in sampler)
         for video in self.vae.decode_chunks(latents, progress=_counted(progress, "decode")):
             frames = from_model(video).cpu()
             yield Clip(first, frames)
             first += len(frames)
+
+    @cached_property
+    def _special_tokens(self) -> SpecialTokens | None:
+        return load_special_tokens(self.files)
 
     def load(self, progress: Callable[[int, int], None] | None = None) -> Transformer:
         """The transformer, loaded on first use."""
@@ -352,26 +236,6 @@ class MagiPipeline:
         if self._vae is None:
             self._vae = load_vae(self.files.vae, self.device, self._vae_dtype)
         return self._vae
-
-
-def _wanted_frames(request: Request, default: int, fps: int) -> int:
-    if request.seconds is not None and request.frames is not None:
-        raise MagiError(f"Both seconds ({request.seconds}) and frames ({request.frames}) are given. Give one of them.")
-    if request.seconds is not None:
-        if not 0 < request.seconds < float("inf"):
-            raise MagiError(f"seconds is {request.seconds}; it must be above 0.")
-        return max(1, round(request.seconds * fps))
-    frames = default if request.frames is None else request.frames
-    if frames <= 0:
-        raise MagiError(f"frames is {frames}; it must be above 0.")
-    return frames
-
-
-def _aspect(media: Media) -> float:
-    if isinstance(media, torch.Tensor):
-        return media.shape[2] / media.shape[1]
-    info = probe(media)
-    return info.width / info.height
 
 
 def _counted(progress: StageProgress | None, name: str) -> Callable[[int, int], None] | None:

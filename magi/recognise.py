@@ -7,7 +7,7 @@ official names, and asked for where none of them says.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,16 @@ _NAMES = {
 }
 _LAYER = re.compile(r"videodit_blocks\.layers\.(\d+)\.")
 _ATTENTION = "videodit_blocks.layers.0.self_attention."
+# What of a ModelConfig does not show in the tensors
+_UNSEEN = (
+    "layernorm_epsilon",
+    "apply_layernorm_1p",
+    "x_rescale_factor",
+    "params_dtype",
+    "xattn_cond_hidden_ratio",
+    "cond_gating_ratio",
+    "model_name",
+)
 
 
 @dataclass(frozen=True)
@@ -108,8 +118,9 @@ def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled:
         )
     if config is not None:
         return config
-    beside = _config_beside(checkpoint.path, found.model) if found.distilled is not None else None
-    return beside or _made_config(found, found.model, bool(found.distilled if asked is None else asked))
+    variant = bool(found.distilled if asked is None else asked)
+    beside = (c for _, c in _configs_beside(checkpoint.path, found.model) if c.engine.distill == variant)
+    return next(beside, None) or _made_config(found, found.model, variant)
 
 
 def _made_config(found: Recognised, model: ModelConfig, distilled: bool) -> MagiConfig:
@@ -175,17 +186,15 @@ def _configs_beside(path: Path, model: ModelConfig) -> list[tuple[Path, MagiConf
                 config = MagiConfig.from_dict(data) if "model_config" in data else None
             except (OSError, ValueError, TypeError, MagiError):
                 continue  # some other json: it says nothing about this model
-            if config is not None and config.model == model:
+            if config is not None and _same_sizes(config.model, model):
                 found.append((file, config))
         if found:
             return found
     return []
 
 
-def _config_beside(path: Path, model: ModelConfig) -> MagiConfig | None:
-    """The config beside the weights; None where there is none, or one of each variant."""
-    configs = [config for _, config in _configs_beside(path, model)]
-    return configs[0] if len({config.engine.distill for config in configs}) == 1 else None
+def _same_sizes(config: ModelConfig, model: ModelConfig) -> bool:
+    return replace(config, **{name: getattr(model, name) for name in _UNSEEN}) == model
 
 
 def _distilled(metadata: Mapping[str, str], path: Path, model: ModelConfig | None) -> tuple[bool | None, str]:

@@ -14,6 +14,7 @@ import torch
 from .config import RuntimeConfig
 from .errors import MagiError
 
+_UNLIMITED_CLEAN_RANGE = 8  # what given chunks see where neither they nor the others are limited
 SHORTCUT_STEPS = 12  # this step count uses the distilled models' uneven steps
 # Mode -> (entries of the quarter grid that start a step, step lengths as multiples of the shortest)
 _SHORTCUTS = {"8,16,16": ((0, 2, 3), (2, 1, 1)), "16,16,8": ((0, 1, 2), (1, 1, 2))}
@@ -89,7 +90,7 @@ class Schedule:
             runtime.num_steps,
             runtime.window_size,
             runtime.noise2clean_kvrange,
-            runtime.clean_chunk_kvrange,
+            _clean_key_range(runtime),
         )
 
     @property
@@ -128,7 +129,9 @@ class Schedule:
         return max(0, chunk + 1 - self.key_ranges[part])
 
     def first_clean_key(self, chunk: int) -> int:
-        """First chunk that a clean `chunk` sees."""
+        """First chunk that a clean `chunk` sees. Without key ranges made chunks see all, given ones still as many as they may."""
+        if not self.key_ranges and chunk >= self.prefix_chunks:
+            return 0
         return max(0, chunk + 1 - self.clean_key_range)
 
     @property
@@ -152,6 +155,12 @@ class Schedule:
         Where clean chunks see only themselves these are the cached ones; else every one depends on all before it.
         """
         return self.cached_chunks if self.clean_key_range == 1 else self.chunks
+
+
+def _clean_key_range(runtime: RuntimeConfig) -> int:
+    if runtime.clean_chunk_kvrange != -1:
+        return runtime.clean_chunk_kvrange
+    return runtime.noise2clean_kvrange[-1] if runtime.noise2clean_kvrange else _UNLIMITED_CLEAN_RANGE
 
 
 def check_steps(num_steps: int, window: int, key_ranges: Sequence[int]) -> None:

@@ -20,10 +20,13 @@ def test_the_best_there_is(there, picked, have):
     assert pick_device() == torch.device(picked)
 
 
-def test_a_named_device(have):
+def test_a_named_device(have, monkeypatch):
     have("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    with pytest.raises(MagiError, match="no device 'cuda:2': torch sees 2"):
+        pick_device("cuda:2")
 
 
 def test_devices_that_are_not_there(have):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,6 +208,23 @@ def test_configs_of_both_variants_say_nothing(tmp_path):
 def test_the_config_of_another_model_says_nothing(tmp_path):
     write_config(tmp_path, "24B_base", "24B_base_config.json")
     assert recognise_tensors(header("4.5B_base"), {}, tmp_path / "model.safetensors").distilled is None
+
+
+def test_the_config_nearby_is_the_one_to_load_with(tmp_path):
+    settings = MagiConfig.preset("4.5B_distill").with_runtime(num_steps=8)
+    settings = replace(settings, model=replace(settings.model, x_rescale_factor=0.1, params_dtype="torch.float32"))
+    (tmp_path / "config.json").write_text(json.dumps(settings.to_dict()), encoding="utf-8")
+    assert resolve_config(opened("4.5B_distill", tmp_path / "model.safetensors"), None) == settings
+
+
+def test_a_config_nearby_of_the_other_variant_is_left_aside(tmp_path):
+    write_config(tmp_path, "4.5B_base")
+    quant = opened("4.5B_distill_quant", tmp_path / "model.safetensors")
+    assert resolve_config(quant, None) == PRESETS["4.5B_distill_quant"]
+    write_config(tmp_path, "4.5B_distill", "other_config.json")
+    for variant in ("4.5B_base", "4.5B_distill"):
+        named = opened("4.5B_base", tmp_path / f"magi_{variant}.safetensors")
+        assert resolve_config(named, None) == PRESETS[variant]
 
 
 def test_unknown_variants_are_asked_for():

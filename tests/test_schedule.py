@@ -129,6 +129,17 @@ def test_clean_chunks_see_as_far_as_their_own_range():
     assert [schedule(clean=3).first_clean_key(c) for c in (0, 1, 9)] == [0, 0, 7]
 
 
+def test_without_key_ranges_made_chunks_see_everything_also_when_clean():
+    made = schedule(ranges=(), clean=1, prefix=3)
+    assert [made.first_clean_key(c) for c in (0, 2, 3, 9)] == [0, 2, 0, 0]
+
+
+@pytest.mark.parametrize(("ranges", "seen"), [((5, 4, 3, 2), 2), ((), 8)])
+def test_an_unset_clean_range_is_the_cleanest_of_the_others(ranges, seen):
+    runtime = RuntimeConfig(clean_chunk_kvrange=-1, noise2clean_kvrange=ranges)
+    assert Schedule.of(runtime, chunks=30, prefix_chunks=20).first_clean_key(15) == 16 - seen
+
+
 def play(made: Schedule, slots: int) -> None:
     """Stores and loads what a run of this schedule would; raises LookupError where a key is no longer in the ring."""
     cache = KVCache(1, slots, 1, 1, 1, dtype=torch.float32, device="cpu")

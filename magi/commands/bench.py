@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     if args.size:
         height, width = parse_size(args.size, config)
         config = config.with_runtime(video_size_h=height, video_size_w=width)
-    if args.layers:
+    if args.layers is not None:
         config = config.with_layers(args.layers)
     settings = BenchSettings(
         config,
@@ -85,4 +85,4 @@ def _table(preset: str, r: BenchResult) -> str:
     if r.heavy_share is not None:
         rows["heavy share"] = f"{r.heavy_share:.1%} of the operators' time is matrix products and attention"
         rows |= {f"  {name}": f"{share:.1%}" for name, share in r.heavy_operators.items()}
-    return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
+    return "\n".join(f"{name:<13} {value}" for name, value in rows.items())

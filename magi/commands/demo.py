@@ -7,6 +7,7 @@ from ..pipeline import MagiPipeline
 from .generate import add_content_arguments, add_device_arguments, default_cache, request_from, write_video
 
 PHOTO = Path(__file__).parent.parent / "assets" / "cat.jpg"
+_OUT = "demo.mp4"
 _PROMPT = "A ginger cat looks around, close-up, soft light"
 
 
@@ -21,12 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache", default=default_cache(), type=Path, help="where the model's files are made (default: %(default)s)"
     )
-    parser.set_defaults(out="demo.mp4", overwrite=True)
+    parser.set_defaults(out=_OUT)
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs `demo`."""
     args.prompt = args.prompt or [_PROMPT]
+    args.overwrite = args.overwrite or args.out == _OUT  # the last demo, not a file somebody named
     if args.image is None and args.video is None:
         args.image = str(PHOTO)
     pipeline = MagiPipeline.embedded(args.cache, device=args.device)

@@ -126,11 +126,6 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
     """Makes the video and writes it chunk by chunk, so that whatever happens keeps what is finished."""
     plan = pipeline.plan(request)
     runtime = plan.config.runtime
-    print(
-        f"{args.out}: {_summary(plan)}, {runtime.num_steps} steps, seed {request.seed}, on {pipeline.device}",
-        file=sys.stderr,
-    )
-    started = time.monotonic()
     writer = VideoWriter(
         args.out,
         runtime.video_size_h,
@@ -140,6 +135,11 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
         _metadata(plan, pipeline),
         args.overwrite,
     )
+    print(
+        f"{args.out}: {_summary(plan)}, {runtime.num_steps} steps, seed {request.seed}, on {pipeline.device}",
+        file=sys.stderr,
+    )
+    started = time.monotonic()
     try:
         with writer, Bars() as bars:
             for clip in pipeline.run(plan, bars):

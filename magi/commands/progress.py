@@ -43,5 +43,5 @@ class Bars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for bar in self._bars.values():
+        for bar in reversed(self._bars.values()):  # the last of them is the lowest, and vanishes
             bar.close()

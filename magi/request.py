@@ -1,0 +1,193 @@
+"""What to make, and all that follows from it: size, length, given frames and schedule, found before anything is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .config import SPATIAL_DOWNSAMPLE, MagiConfig
+from .errors import MagiError
+from .frames import check_mode, check_size, fit, size_for
+from .prompt import Caption, caption_per_chunk, null_caption
+from .schedule import Schedule
+from .special_tokens import SpecialTokens
+from .video_reader import probe, read_image, read_video
+
+Media = str | Path | torch.Tensor  # a file, or frames uint8 (T, H, W, 3)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to make.
+
+    Attributes:
+        prompt: for the whole video, or one a chunk (second); the last of a short list holds to the end.
+        image: first frame.
+        video: clip to go on from; only its end is looked at.
+        continue_seconds: how much of that end.
+        seconds: length of what is made; rounded up to whole chunks. Or `frames`.
+        frames: see `seconds`.
+        height: in pixels; None: the model's size, in the shape of the image or video.
+        width: likewise.
+        fit: "crop", "pad" or "stretch", for an image or video of another shape.
+        seed: any integer.
+        num_steps: denoising steps a chunk; None: the model's own.
+        window_size: chunks denoised at a time; None: the model's own. 1 takes least memory.
+        style_tokens: see `special_tokens.STYLES`.
+        duration_tokens: tell each chunk how many are to come.
+        negative_tokens: steer away from burnt-in captions, logos, transitions and borders (base models).
+        clean_prompt: clean prompts as the model's training captions were.
+    """
+
+    prompt: str | Sequence[str]
+    image: Media | None = None
+    video: Media | None = None
+    continue_seconds: float = 2.0
+    seconds: float | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fit: str = "crop"
+    seed: int = 0
+    num_steps: int | None = None
+    window_size: int | None = None
+    style_tokens: Sequence[str] = ("hq",)
+    duration_tokens: bool = True
+    negative_tokens: bool = False
+    clean_prompt: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that was found possible, with all that follows from it.
+
+    Attributes:
+        request: what was asked for.
+        config: the model's, with the request's settings.
+        prefix: given frames, uint8 (T, H, W, 3), or None.
+        chunks: chunks that will be generated.
+        frames: frames that will come out.
+    """
+
+    request: Request
+    config: MagiConfig
+    prefix: torch.Tensor | None
+    chunks: int
+    frames: int
+
+    @property
+    def seconds(self) -> float:
+        """Length of what will come out."""
+        return self.frames / self.config.runtime.fps
+
+
+def make_plan(request: Request, config: MagiConfig, special: SpecialTokens | None) -> Plan:
+    """Checks a request and reads its image or video.
+
+    Args:
+        request: what to make.
+        config: the model's.
+        special: the model's special tokens; None where there are none.
+
+    Raises:
+        MagiError: anything about it that cannot work.
+    """
+    runtime = config.runtime
+    if request.image is not None and request.video is not None:
+        raise MagiError("Both an image and a video are given. Give one to start from.")
+    check_mode(request.fit)
+    _check_special_tokens(request, config, special)
+    wanted = _wanted_frames(request, runtime.num_frames, runtime.fps)
+    prefix = _prefix(request, config)
+    height, width = _size(request, config, None) if prefix is None else (int(n) for n in prefix.shape[1:3])
+    per_latent = runtime.temporal_downsample_factor
+    given = 0 if prefix is None else -(-len(prefix) // per_latent)
+    # An image is the first latent frame of what comes out; a video's frames come before it.
+    shown = given if request.image is not None else 0
+    latents = max(1, -(-wanted // per_latent) - shown)
+    config = config.with_runtime(
+        num_frames=latents * per_latent,
+        video_size_h=height,
+        video_size_w=width,
+        num_steps=request.num_steps,
+        window_size=request.window_size,
+        seed=request.seed,
+    )
+    chunks = -(-(latents + given) // runtime.chunk_width)
+    schedule = Schedule.of(config.runtime, chunks, given // runtime.chunk_width)
+    if not isinstance(request.prompt, str) and not 1 <= len(request.prompt) <= chunks - schedule.prefix_chunks:
+        raise MagiError(
+            f"There are {len(request.prompt)} prompts for {chunks - schedule.prefix_chunks} chunks of a second each. "
+            "Give one, or up to one a chunk."
+        )
+    made = chunks * runtime.chunk_width - (given - shown)
+    return Plan(request, config, prefix, chunks - schedule.prefix_chunks, made * per_latent)
+
+
+def _check_special_tokens(request: Request, config: MagiConfig, special: SpecialTokens | None) -> None:
+    """Refuses now what the sampler would refuse after the text encoder has run and the transformer is loaded."""
+    text = torch.zeros(1, config.model.caption_channels)
+    caption_per_chunk(Caption(text), 1, config.model, special, request.style_tokens, request.duration_tokens)
+    null_caption(text, special, request.negative_tokens)
+
+
+def _wanted_frames(request: Request, default: int, fps: int) -> int:
+    if request.seconds is not None and request.frames is not None:
+        raise MagiError(f"Both seconds ({request.seconds}) and frames ({request.frames}) are given. Give one of them.")
+    if request.seconds is not None:
+        if not 0 < request.seconds < float("inf"):
+            raise MagiError(f"seconds is {request.seconds}; it must be above 0.")
+        return max(1, round(request.seconds * fps))
+    frames = default if request.frames is None else request.frames
+    if frames <= 0:
+        raise MagiError(f"frames is {frames}; it must be above 0.")
+    return frames
+
+
+def _prefix(request: Request, config: MagiConfig) -> torch.Tensor | None:
+    """The given frames in the size of the video."""
+    if request.image is not None:
+        image = request.image if isinstance(request.image, torch.Tensor) else read_image(request.image)
+        _check_frames(image, "image")
+        return fit(image[:1], *_size(request, config, image.shape[2] / image.shape[1]), request.fit)
+    if request.video is None:
+        return None
+    runtime, tail = config.runtime, request.continue_seconds
+    if not 0 < tail < float("inf"):
+        raise MagiError(f"continue_seconds is {tail}; it must be above 0.")
+    if isinstance(request.video, torch.Tensor):
+        _check_frames(request.video, "video")
+        size = _size(request, config, request.video.shape[2] / request.video.shape[1])
+        frames = fit(request.video[-max(1, round(tail * runtime.fps)) :], *size, request.fit)
+    else:
+        info = probe(request.video)
+        height, width = _size(request, config, info.width / info.height)
+        frames = read_video(request.video, runtime.fps, tail_seconds=tail, height=height, width=width, mode=request.fit)
+    # Whole latents that end where the clip ends: frames too many are dropped at the beginning.
+    per_latent = runtime.temporal_downsample_factor
+    return frames[len(frames) % per_latent :] if len(frames) >= per_latent else frames
+
+
+def _size(request: Request, config: MagiConfig, aspect: float | None) -> tuple[int, int]:
+    """(height, width) to make; `aspect` is width / height of the given frames."""
+    height, width = request.height, request.width
+    default = (config.runtime.video_size_h, config.runtime.video_size_w)
+    if height is None and width is None:
+        return default if aspect is None else size_for(default[0] * default[1], aspect)
+    aspect = aspect or default[1] / default[0]
+    step = SPATIAL_DOWNSAMPLE * config.model.patch_size
+    if height is None and width is not None:
+        height = max(2, round(width / aspect / step)) * step
+    if width is None and height is not None:
+        width = max(2, round(height * aspect / step)) * step
+    size = (height or 0, width or 0)
+    check_size(*size, step)
+    return size
+
+
+def _check_frames(frames: torch.Tensor, what: str) -> None:
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise MagiError(
+            f"The {what} is {frames.dtype} {tuple(frames.shape)}; give torch.uint8 (frames, height, width, 3), one frame or more."
+        )
