@@ -5,46 +5,14 @@ mapped file, so the operating system may drop and reload their pages at will and
 """
 
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .errors import MagiError
-
-# Header spelling -> torch. float8 is looked up, since a torch build may lack it.
-DTYPES: dict[str, torch.dtype | None] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": getattr(torch, "float8_e4m3fn", None),
-    "F8_E5M2": getattr(torch, "float8_e5m2", None),
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file's header says of one tensor. `dtype` is the header's spelling (F32, BF16, F8_E4M3 ...)."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file. Spellings end in their bits (BF16) or name them (F8_E4M3)."""
-        bits = {"BOOL": 8}.get(self.dtype) or int("".join(c for c in self.dtype.split("_")[0] if c.isdigit()))
-        return math.prod(self.shape) * bits // 8
+from .mapped_file import MappedFile, TensorInfo
 
 
 def find_weight_files(path: str | Path) -> list[Path]:
@@ -104,17 +72,16 @@ class Checkpoint:
         self.files = find_weight_files(self.path)
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
-        self._handles = {}
+        self._maps: dict[Path, MappedFile] = {}
         for file in self.files:
-            handle = self._handles[file] = _open(file)
-            self.metadata |= handle.metadata() or {}
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                if name in self.tensors:
-                    raise MagiError(
-                        f"The tensor {name!r} is in both {self.tensors[name].file.name!r} and {file.name!r}. Remove the file that does not belong."
-                    )
-                part = handle.get_slice(name)
-                self.tensors[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), file)
+            mapped = self._maps[file] = MappedFile(file)
+            self.metadata |= mapped.metadata
+            for name in mapped.tensors.keys() & self.tensors.keys():
+                raise MagiError(
+                    f"The tensor {name!r} is in both {self.tensors[name].file.name!r} and {file.name!r}. "
+                    "Remove the file that does not belong."
+                )
+            self.tensors |= mapped.tensors
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -131,13 +98,12 @@ class Checkpoint:
         self.close()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored: a view of the mapped file on the CPU. Never write to it."""
-        info = self.tensors[name]
-        if DTYPES.get(info.dtype) is None:
-            raise MagiError(
-                f"The tensor {name!r} has the type {info.dtype}, which torch {torch.__version__} cannot hold. Update torch, or use a bf16 checkpoint."
-            )
-        return self._handles[info.file].get_tensor(name)
+        """The tensor as stored: a view of the mapped file on the CPU. Writing to it ends the process.
+
+        Raises:
+            MagiError: torch has no such type.
+        """
+        return self._maps[self.tensors[name].file].tensor(name)
 
     @property
     def nbytes(self) -> int:
@@ -145,20 +111,5 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.files)
 
     def close(self) -> None:
-        """Forgets the file handles. Tensors handed out stay valid: they hold the map."""
-        self._handles.clear()
-
-
-def _open(file: Path) -> safe_open:
-    try:
-        size = file.stat().st_size
-        if size == 0:
-            raise MagiError(f"The file {str(file)!r} is empty: a download that failed. Download it again.")
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise MagiError(
-            f"{str(file)!r} ({size:,} bytes) is not a whole safetensors file ({error}). "
-            "It is truncated or of another kind: download it again, or choose another file."
-        ) from error
-    except OSError as error:
-        raise MagiError(f"{str(file)!r} cannot be read: {error}.") from error
+        """Lets go of the files. Tensors handed out stay valid: they hold the map."""
+        self._maps.clear()

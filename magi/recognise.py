@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint import Checkpoint
 from .config import PRESETS, MagiConfig, ModelConfig
 from .errors import MagiError
+from .mapped_file import TensorInfo
 
 Kind = Literal["transformer", "magi-1.1", "vae", "t5", "unknown"]
 _NAMES = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import TensorInfo
 from .config import ModelConfig
+from .mapped_file import TensorInfo
 from .quant import E4M3_MAX, require_float8
 from .weights import tensor_shapes
 

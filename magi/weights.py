@@ -10,10 +10,10 @@ from typing import Protocol
 
 import torch
 
-from .checkpoint import TensorInfo
 from .config import ModelConfig
 from .errors import MagiError
 from .layers import AnyLinear, Linear, Norm
+from .mapped_file import TensorInfo
 from .quant import Fp8Weight
 
 BLOCK = "videodit_blocks.layers.{}."

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from magi.checkpoint import TensorInfo
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from magi.mapped_file import TensorInfo
 from magi.model import Transformer, build_transformer
 from magi.prompt import Caption
 from magi.special_tokens import SpecialTokens

@@ -5,9 +5,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from magi import checkpoint as checkpoint_module
-from magi.checkpoint import Checkpoint, TensorInfo, find_weight_files
+from magi import mapped_file
+from magi.checkpoint import Checkpoint, find_weight_files
 from magi.errors import MagiError
+from magi.mapped_file import TensorInfo
 from magi.model import load_transformer
 from magi.weights import WeightReader, check_tensors, tensor_shapes
 
@@ -138,13 +139,77 @@ def test_another_kind_of_file(content, tmp_path):
 def test_a_type_that_this_torch_lacks(tmp_path, monkeypatch):
     file = tmp_path / "x.safetensors"
     save_file({"a": torch.zeros(2, dtype=torch.float8_e4m3fn), "b": torch.zeros(2)}, file)
-    monkeypatch.setitem(checkpoint_module.DTYPES, "F8_E4M3", None)
+    monkeypatch.setitem(mapped_file.DTYPES, "F8_E4M3", None)
     with Checkpoint(file) as found:
         assert found.tensors["a"] == TensorInfo((2,), "F8_E4M3", file)
         assert found.tensors["a"].nbytes == 2
         assert torch.equal(found.tensor("b"), torch.zeros(2))
         with pytest.raises(MagiError, match=r"'a' has the type F8_E4M3.*Update torch, or use a bf16"):
             found.tensor("a")
+
+
+def raw(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        raw([]),
+        raw(b"{'a': 1}"),
+        raw({"a": 3}),
+        raw({"a": {"dtype": "F32", "shape": [2]}}),
+        raw({"a": ENTRY | {"shape": [3]}}, bytes(8)),
+        raw({"a": ENTRY | {"shape": ["x"]}}, bytes(8)),
+        raw({"a": ENTRY | {"dtype": "NOPE"}}, bytes(8)),
+        raw({"a": ENTRY | {"data_offsets": [-8, 0]}}, bytes(8)),
+        raw({"a": ENTRY | {"shape": [-1, -2]}}, bytes(8)),
+        raw({"a": ENTRY}, bytes(9)),
+        raw({"a": ENTRY})[:20],
+    ],
+    ids=lambda content: str(content[8:60]),
+)
+def test_a_header_that_lies(content, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(MagiError, match="not a whole safetensors file"):
+        Checkpoint(file)
+
+
+def test_odd_but_legal_files(tmp_path):
+    file = tmp_path / "model.safetensors"
+    header = {
+        "b": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "e": ENTRY | {"shape": [0], "data_offsets": [1, 1]},
+    }
+    header |= {"a": ENTRY | {"data_offsets": [1, 9]}, "s": {"dtype": "F32", "shape": [], "data_offsets": [9, 13]}}
+    values = torch.tensor([1.5, -2.0, 7.0])
+    file.write_bytes(raw(header | {"__metadata__": {"k": "v"}}, b"\x07" + values.numpy().tobytes()))
+    with Checkpoint(file) as found:
+        assert found.metadata == {"k": "v"}
+        assert found.tensor("b").tolist() == [7]
+        assert found.tensor("e").shape == (0,)
+        assert found.tensor("a").tolist() == [1.5, -2.0], "not aligned to its type"
+        assert found.tensor("s").shape == ()
+        assert found.tensor("s").item() == 7.0
+
+
+def test_a_file_larger_than_memory_can_be_read(tmp_path):
+    size = 1 << 40  # sparse: it takes no room
+    file = tmp_path / "model.safetensors"
+    header = {"big": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    try:
+        with file.open("wb") as out:
+            out.write(raw(header))
+            out.truncate(out.tell() + size)
+    except OSError as error:
+        pytest.skip(f"this file system holds no sparse file of 1 TB: {error}")
+    with Checkpoint(file) as found:
+        assert found.tensor("big")[-3:].tolist() == [0, 0, 0]
 
 
 # -- laziness --------------------------------------------------------------------------------------------------------
