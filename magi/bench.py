@@ -143,7 +143,8 @@ def run_bench(
         style_tokens=(),
         duration_tokens=False,
         state=_middle_of_a_video(settings.config, active, device),
-        num_frames=24 * (active + warmup + count),
+        # With fewer chunks than the window takes, no more may come: they would be timed too.
+        num_frames=24 * (active if active < runtime.window_size else active + warmup + count),
         progress=timed,
         heartbeat=beat,
     )

@@ -54,7 +54,8 @@ def embedded_files(folder: str | Path) -> ModelFiles:
         MagiError: the folder cannot be written, or is full.
     """
     home = Path(folder) / f"magi1-embedded-{VERSION}"
-    if not home.is_dir():
+    files = ModelFiles(home / "transformer", home / "vae", home / "text_encoder", home / SPECIAL_TOKENS_FILE)
+    if not _is_whole(home):
         # Made aside and moved into place whole, so that an interrupted or concurrent start leaves nothing half-made.
         made = home.with_name(f"{home.name}.{uuid.uuid4().hex}.part")
         try:
@@ -66,10 +67,18 @@ def embedded_files(folder: str | Path) -> ModelFiles:
             ) from error
         finally:
             shutil.rmtree(made, ignore_errors=True)
-    return ModelFiles(home / "transformer", home / "vae", home / "text_encoder", home / SPECIAL_TOKENS_FILE)
+    return files
+
+
+def _is_whole(home: Path) -> bool:
+    """Whether everything is there; a clean-up tool may have taken a part."""
+    weights = (home / part for part in ("transformer/model", "vae/diffusion_pytorch_model", "text_encoder/model"))
+    return (home / SPECIAL_TOKENS_FILE).is_file() and all(w.with_suffix(".safetensors").is_file() for w in weights)
 
 
 def _move(made: Path, home: Path) -> None:
+    if home.is_dir() and not _is_whole(home):
+        shutil.rmtree(home)
     try:
         os.rename(made, home)  # noqa: PTH104
     except OSError:

@@ -6,7 +6,7 @@ from pathlib import Path
 from .config import PRESETS
 from .errors import MagiError
 from .special_tokens import FILE_NAME as SPECIAL_TOKENS
-from .special_tokens import SpecialTokens
+from .special_tokens import SpecialTokens, find_special_tokens
 
 VAE = Path("ckpt/vae")
 TEXT_ENCODER = Path("ckpt/t5/t5-v1_1-xxl")
@@ -53,14 +53,22 @@ def find_files(
         MagiError: a part is not there; it says where it should be and how to fetch it.
     """
     models = Path(models).expanduser()
-    special = Path(special_tokens) if special_tokens else models / SPECIAL_TOKENS
+    weights = _transformer(models, transformer)
     return ModelFiles(
-        transformer=_transformer(models, transformer),
+        transformer=weights,
         vae=_part(models, vae, VAE, "VAE", "vae"),
         text_encoder=_part(models, text_encoder, TEXT_ENCODER, "text encoder", "t5"),
-        special_tokens=_existing(special, "special-token file", models, "special_tokens"),
+        special_tokens=_special_tokens(models, special_tokens, weights),
         tokenizer=Path(tokenizer) if tokenizer else None,
     )
+
+
+def _special_tokens(models: Path, given: str | Path | None, weights: Path) -> Path | None:
+    """The file given or in its place, else the published one wherever it lies near; a run that needs it asks for it."""
+    if given:
+        return _existing(Path(given).expanduser(), "special-token file", models, "special_tokens")
+    usual = models / SPECIAL_TOKENS
+    return usual if usual.exists() else find_special_tokens([models, weights if weights.is_dir() else weights.parent])
 
 
 def load_special_tokens(files: ModelFiles) -> SpecialTokens | None:

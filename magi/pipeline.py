@@ -159,8 +159,18 @@ class MagiPipeline:
         """Runs a plan. What `progress` raises ends it.
 
         Raises:
-            MagiError: the text encoder's files are not as they should be (found before anything else is loaded).
+            MagiError: the text encoder's files are not as they should be (found before anything else is loaded), or the
+                device runs out of memory.
         """
+        try:
+            yield from self._run(plan, progress)
+        except torch.OutOfMemoryError as error:
+            raise MagiError(
+                f"{self.device} ran out of memory at {plan.config.runtime.video_size_w}x{plan.config.runtime.video_size_h} "
+                f"with a window of {plan.config.runtime.window_size}. Try a smaller size, a window of 1, or offloading."
+            ) from error
+
+    def _run(self, plan: Plan, progress: StageProgress | None) -> Iterator[Clip]:
         request = plan.request
         prompts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
         model = self.config.model

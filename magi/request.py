@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from warnings import warn
 
 import torch
 
@@ -15,6 +16,8 @@ from .special_tokens import SpecialTokens
 from .video_reader import probe, read_image, read_video
 
 Media = str | Path | torch.Tensor  # a file, or frames uint8 (T, H, W, 3)
+
+_WIDE = 16 / 9
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Request:
         frames: see `seconds`.
         height: in pixels; None: the model's size, in the shape of the image or video.
         width: likewise.
+        area: instead of both, a number of pixels or a name of `frames.AREAS`, in the shape of the input or else 16:9.
         fit: "crop", "pad" or "stretch", for an image or video of another shape.
         seed: any integer.
         num_steps: denoising steps a chunk; None: the model's own.
@@ -48,6 +52,7 @@ class Request:
     frames: int | None = None
     height: int | None = None
     width: int | None = None
+    area: int | str | None = None
     fit: str = "crop"
     seed: int = 0
     num_steps: int | None = None
@@ -97,6 +102,8 @@ def make_plan(request: Request, config: MagiConfig, special: SpecialTokens | Non
     if request.image is not None and request.video is not None:
         raise MagiError("Both an image and a video are given. Give one to start from.")
     check_mode(request.fit)
+    if request.negative_tokens and config.engine.distill:
+        warn("Negative tokens steer base models; with distilled weights they change next to nothing.", stacklevel=3)
     _check_special_tokens(request, config, special)
     wanted = _wanted_frames(request, runtime.num_frames, runtime.fps)
     prefix = _prefix(request, config)
@@ -173,6 +180,10 @@ def _size(request: Request, config: MagiConfig, aspect: float | None) -> tuple[i
     """(height, width) to make; `aspect` is width / height of the given frames."""
     height, width = request.height, request.width
     default = (config.runtime.video_size_h, config.runtime.video_size_w)
+    if request.area is not None:
+        if height is not None or width is not None:
+            raise MagiError(f"Both an area ({request.area}) and a width or height are given. Give one of them.")
+        return size_for(request.area, aspect or _WIDE)
     if height is None and width is None:
         return default if aspect is None else size_for(default[0] * default[1], aspect)
     aspect = aspect or default[1] / default[0]

@@ -74,15 +74,6 @@ class SpecialTokens:
             warnings.warn(f"{str(path)!r} is not the published special-token file; using it as given.", stacklevel=2)
         return cls(caption, logo, other)
 
-    @classmethod
-    def find(cls, folders: Iterable[str | Path]) -> "SpecialTokens | None":
-        """The published file wherever it lies, by its hash: any .npz in the folders; None if there is none."""
-        for folder in map(Path, folders):
-            for file in sorted(folder.glob("*.npz")):
-                if is_official(file):
-                    return cls.load(file)
-        return None
-
     @property
     def width(self) -> int:
         """Length of a token vector: the caption channels it goes with."""
@@ -108,6 +99,12 @@ class SpecialTokens:
     def negative(self) -> torch.Tensor:
         """What stands in front of the null caption to steer away from: (4, width)."""
         return torch.cat([self.other[[_STYLES["borderness"], _TRANSITION]], self.logo, self.caption])
+
+
+def find_special_tokens(folders: Iterable[str | Path]) -> Path | None:
+    """The published file wherever it lies and whatever it is called, by its hash: any .npz in the folders, or None."""
+    files = (file for folder in folders for file in sorted(Path(folder).glob("*.npz")))
+    return next((file for file in files if is_official(file)), None)
 
 
 def check_styles(styles: Iterable[str]) -> None:

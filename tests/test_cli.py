@@ -128,12 +128,22 @@ def test_the_arguments_reach_the_request(tmp_path, monkeypatch, magi):
     magi("generate", "--prompt", "a", "--image", "i", "--negative", "--raw-prompt", "--size", "480p")
     request = seen.pop()
     assert (request.image, request.negative_tokens, request.clean_prompt) == ("i", True, False)
-    assert request.height * request.width == pytest.approx(848 * 480, rel=0.05)
+    assert (request.area, request.height, request.width) == ("480p", None, None)
 
 
 @pytest.mark.parametrize("text", ["96x64", "96X64", "96×64", "96*64"])
 def test_ways_to_write_a_size(text):
-    assert generate.parse_size(text, PRESETS["24B_base"]) == (64, 96)
+    assert generate.parse_size(text) == (64, 96)
+
+
+def test_a_named_size_takes_the_shape_of_the_input(magi, tmp_path):
+    Image.new("RGB", (90, 160)).save(tmp_path / "tall.png")
+    for options, width, height in [(("--image", "tall.png"), 256, 448), ((), 448, 256)]:
+        magi(
+            "generate", "--prompt", "a", "--size", "256p", "--seconds", 1, *options, "--out", "size.mp4", "--overwrite"
+        )
+        info = probe("size.mp4")
+        assert (info.width, info.height) == (width, height)
 
 
 def test_a_video_goes_on(magi):

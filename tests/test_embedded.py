@@ -60,13 +60,20 @@ def test_all_parts_are_there(folder):
 
 
 def test_the_files_are_the_same_each_time_and_made_once(folder, tmp_path, monkeypatch):
-    embedded_files(folder)
     tokens = embedded_files(tmp_path).special_tokens
-    assert everything(tmp_path) == everything(folder)
+    assert everything(tokens.parent) == everything(embedded_files(folder).special_tokens.parent)
     with zipfile.ZipFile(tokens) as archive:  # which would hold the time at which it was made
         assert {info.date_time[0] for info in archive.infolist()} == {1980}
     monkeypatch.setattr(embedded, "_write", lambda folder: pytest.fail("the files are there"))
     embedded_files(tmp_path)
+
+
+def test_a_folder_of_which_a_part_was_deleted_is_made_anew(tmp_path):
+    files = embedded_files(tmp_path)
+    whole = everything(tmp_path)
+    (files.vae / "diffusion_pytorch_model.safetensors").unlink()
+    embedded_files(tmp_path)
+    assert everything(tmp_path) == whole
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

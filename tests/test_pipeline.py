@@ -566,7 +566,6 @@ def test_the_official_tree(tmp_path):
         ("ckpt/magi/4.5B_distill", "4.5B_distill"),
         ("ckpt/vae", "vae"),
         ("ckpt/t5", "t5"),
-        ("special_tokens.npz", "special_tokens"),
     ],
 )
 def test_a_missing_part_names_its_place_and_the_command_that_fetches_it(missing, item, tmp_path):
@@ -582,3 +581,39 @@ def test_a_missing_part_names_its_place_and_the_command_that_fetches_it(missing,
 def test_a_model_name_with_a_typing_error(tmp_path):
     with pytest.raises(MagiError, match=r"'4.5B_bas'.*4\.5B_base, "):
         find_files(tmp_path, "4.5B_bas")
+
+
+def test_the_published_token_file_is_found_by_its_hash_and_not_missed_where_no_token_is_asked_for(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "ckpt" / "magi" / "4.5B_base" / "inference_weight"
+    for path in (folder, tmp_path / "ckpt" / "vae", tmp_path / "ckpt" / "t5" / "t5-v1_1-xxl"):
+        path.mkdir(parents=True)
+    assert find_files(tmp_path, "4.5B_base").special_tokens is None
+    renamed = tmp_path / "tokens of mine.npz"
+    renamed.touch()
+    monkeypatch.setattr("magi.special_tokens.is_official", lambda file: file == renamed)
+    assert find_files(tmp_path, "4.5B_base").special_tokens == renamed
+
+
+@pytest.mark.parametrize(("start", "size"), [({}, (256, 448)), ({"video": numbered(24).transpose(1, 2)}, (336, 336))])
+def test_a_named_area_takes_the_shape_of_the_input_or_is_wide(start, size, pipe):
+    runtime = pipe.plan(Request("A cat", area="256p", **start)).config.runtime
+    assert (runtime.video_size_h, runtime.video_size_w) == size
+    with pytest.raises(MagiError, match=r"Both an area \(256p\) and"):
+        pipe.plan(Request("A cat", area="256p", height=64))
+
+
+def test_negative_tokens_on_distilled_weights_are_remarked_upon(pipe):
+    with pytest.warns(UserWarning, match="Negative tokens steer base models"):
+        pipe.plan(Request(**SMALL, negative_tokens=True))
+
+
+def test_running_out_of_device_memory_says_what_to_do(files, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GB")
+
+    small = load(files)
+    monkeypatch.setattr(small.load().__class__, "forward", full)
+    with pytest.raises(MagiError, match=r"cpu ran out of memory at 48x32 with a window of 4.*smaller size"):
+        made(small)

@@ -8,7 +8,7 @@ import torch
 from magi import special_tokens
 from magi.errors import MagiError
 from magi.prompt import Caption, caption_per_chunk, null_caption
-from magi.special_tokens import STYLES, SpecialTokens
+from magi.special_tokens import STYLES, SpecialTokens, find_special_tokens
 
 # Rows of other_tokens (reference section 10)
 TRANSITION, HQ, STATIC, DYNAMIC, BORDERNESS, MODEL_3D, ANIME_2D = 0, 1, 2, 3, 4, 15, 16
@@ -171,14 +171,14 @@ def test_the_published_file_is_known_by_its_hash(tmp_path, monkeypatch):
     for folder in folders[:2]:
         folder.mkdir()
     np.savez(folders[0] / "special_tokens.npz", **arrays(rows=20))
-    assert SpecialTokens.find(folders) is None
+    assert find_special_tokens(folders) is None
     right = folders[1] / "renamed.npz"
     np.savez(right, **arrays(width=16), filler=np.zeros(0, np.uint8))
     np.savez(right, **arrays(width=16), filler=np.zeros(3_343_124 - right.stat().st_size, np.uint8))
-    assert SpecialTokens.find(folders) is None
+    assert find_special_tokens(folders) is None
     monkeypatch.setattr(special_tokens, "SHA256", hashlib.sha256(right.read_bytes()).hexdigest())
-    found = SpecialTokens.find(folders)
-    assert found is not None
-    assert found.width == 16
+    found = find_special_tokens(folders)
+    assert found == right
+    assert SpecialTokens.load(found).width == 16
     assert special_tokens.is_official(right)
     assert not special_tokens.is_official(folders[0] / "special_tokens.npz")

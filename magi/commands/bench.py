@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from ..bench import BenchResult, BenchSettings, run_bench
 from ..config import PRESETS
+from ..frames import size_for
 from .generate import DTYPES, add_device_arguments, parse_size
 
 
@@ -37,7 +38,8 @@ def main(args: argparse.Namespace) -> int:
     """Runs `bench`."""
     config = PRESETS[args.preset].with_runtime(num_steps=args.steps, window_size=args.window)
     if args.size:
-        height, width = parse_size(args.size, config)
+        size = parse_size(args.size)
+        height, width = size_for(size, 16 / 9) if isinstance(size, str) else size
         config = config.with_runtime(video_size_h=height, video_size_w=width)
     if args.layers is not None:
         config = config.with_layers(args.layers)

@@ -32,4 +32,4 @@ def main(args: argparse.Namespace) -> int:
     if args.image is None and args.video is None:
         args.image = str(PHOTO)
     pipeline = MagiPipeline.embedded(args.cache, device=args.device)
-    return write_video(pipeline, request_from(args, pipeline.config), args)
+    return write_video(pipeline, request_from(args), args)

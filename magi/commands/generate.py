@@ -12,7 +12,7 @@ import torch
 from ..config import PRESETS, MagiConfig
 from ..embedding_cache import EmbeddingCache
 from ..errors import MagiError
-from ..frames import AREAS, size_for
+from ..frames import AREAS
 from ..model_files import find_files
 from ..pipeline import MagiPipeline, Plan, Request
 from ..special_tokens import STYLES
@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.prompt:
         raise MagiError('No prompt is given. Say what to show: --prompt "A cat looks around".')
     pipeline = _pipeline(args)
-    return write_video(pipeline, request_from(args, pipeline.config), args)
+    return write_video(pipeline, request_from(args), args)
 
 
 def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespace) -> int:
@@ -152,9 +152,10 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
     return 0
 
 
-def request_from(args: argparse.Namespace, config: MagiConfig) -> Request:
+def request_from(args: argparse.Namespace) -> Request:
     """The request that the content arguments describe."""
-    height, width = parse_size(args.size, config) if args.size else (None, None)
+    size = parse_size(args.size) if args.size else (None, None)
+    height, width = (None, None) if isinstance(size, str) else size
     return Request(
         prompt=args.prompt[0] if len(args.prompt) == 1 else tuple(args.prompt),
         image=args.image,
@@ -164,6 +165,7 @@ def request_from(args: argparse.Namespace, config: MagiConfig) -> Request:
         frames=args.frames,
         height=height,
         width=width,
+        area=size if isinstance(size, str) else None,
         fit=args.fit,
         seed=args.seed,
         num_steps=args.steps,
@@ -175,10 +177,10 @@ def request_from(args: argparse.Namespace, config: MagiConfig) -> Request:
     )
 
 
-def parse_size(text: str, config: MagiConfig) -> tuple[int, int]:
-    """(height, width) of "1280x720", or of a name such as "480p" in the shape of the model's own size."""
+def parse_size(text: str) -> tuple[int, int] | str:
+    """(height, width) of "1280x720", or the name of an area such as "480p"."""
     if text in AREAS:
-        return size_for(text, config.runtime.video_size_w / config.runtime.video_size_h)
+        return text
     match = re.fullmatch(r"(\d+)[x×*](\d+)", text.strip().lower())
     if not match:
         raise MagiError(
