@@ -95,9 +95,8 @@ class Sampler:
         """Guided velocities of base models. Passes and chunks whose result has no weight are left out."""
         weights = [guidance_weights(self._times[g], self._config.runtime) for g in it.grid]
         passes: list[Pass] = []
-        slots: list[
-            tuple[PassName, list[int]]
-        ] = []  # per pass: its name and the active chunks it holds, -1 the refresh
+        # Per pass its name and which active chunks it holds; -1 stands for the refresh.
+        slots: list[tuple[PassName, list[int]]] = []
         for name in ("text", "prev"):
             wanted = [getattr(w, name) != 0 for w in weights]
             made, chunks = self._context_pass(it, state, wanted, conditional=name == "text", store=name == "prev")
@@ -182,9 +181,7 @@ class Sampler:
     @torch.inference_mode()
     def fill_cache(self) -> None:
         """Runs the clean chunks of the state through the model for their keys; iterating does it where it was not done."""
-        *_, height, width = (
-            self._noise.chunk(0).shape if not self.state.window else next(iter(self.state.window.values())).shape
-        )
+        *_, height, width = self._noise.shape
         self._cache = self._model.new_cache(self._schedule.cached_chunks, height, width)
         if self.state.iteration >= len(self._schedule):
             return
