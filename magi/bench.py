@@ -16,8 +16,8 @@ from .config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig
 from .device import pick_device, synchronize
 from .errors import MagiError
 from .flops import chunk_tokens, forward_flops
-from .frames import check_size
 from .generate import make_sampler
+from .media.frames import check_size
 from .model import Pass, Transformer, build_transformer
 from .prompt import Caption
 from .sampler_state import ProgressEvent, SamplerState

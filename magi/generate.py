@@ -8,7 +8,7 @@ import torch
 
 from .config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig
 from .errors import MagiError
-from .frames import check_size
+from .media.frames import check_size
 from .model import Transformer
 from .prompt import Caption, caption_per_chunk, null_caption
 from .sampler import Sampler

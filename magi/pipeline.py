@@ -12,19 +12,19 @@ from .checkpoint import Checkpoint
 from .config import MagiConfig
 from .device import pick_device
 from .embedded import embedded_files
-from .embedding_cache import EmbeddingCache
 from .errors import MagiError
-from .frames import from_model, to_model
 from .generate import make_sampler
+from .media.frames import from_model, to_model
 from .model import Transformer, load_transformer
 from .model_files import ModelFiles, load_special_tokens
 from .prompt import Caption, caption_per_chunk
-from .prompt_encoding import encode_prompts
 from .quant import require_float8
 from .recognise import recognise, resolve_config
 from .request import Media, Plan, Request, make_plan
 from .sampler_state import ProgressEvent
 from .special_tokens import SpecialTokens
+from .text.embedding_cache import EmbeddingCache
+from .text.prompt_encoding import encode_prompts
 from .vae import VideoVAE, load_vae
 from .weights import check_tensors, has_fp8
 

@@ -9,11 +9,11 @@ import torch
 
 from .config import SPATIAL_DOWNSAMPLE, MagiConfig
 from .errors import MagiError
-from .frames import check_mode, check_size, fit, size_for
+from .media.frames import check_mode, check_size, fit, size_for
+from .media.video_reader import probe, read_image, read_video
 from .prompt import Caption, caption_per_chunk, null_caption
 from .schedule import Schedule
 from .special_tokens import SpecialTokens
-from .video_reader import probe, read_image, read_video
 
 Media = str | Path | torch.Tensor  # a file, or frames uint8 (T, H, W, 3)
 

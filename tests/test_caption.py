@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from magi.caption import clean_caption
+from magi.text.caption import clean_caption
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "caption_cleaning.json").read_text(encoding="utf-8"))
 

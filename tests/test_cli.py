@@ -19,14 +19,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from magi import embedded, pipeline, prompt_encoding
+from magi import embedded, pipeline
 from magi.cli import COMMANDS, main
 from magi.commands import generate
 from magi.config import PRESETS
 from magi.embedded import embedded_files
+from magi.media.video_reader import probe, read_video
+from magi.media.video_writer import read_metadata
 from magi.model_files import ModelFiles
-from magi.video_reader import probe, read_video
-from magi.video_writer import read_metadata
+from magi.text import prompt_encoding
 from magi.weights import tensor_shapes
 
 ROOT = Path(embedded.__file__).parent.parent

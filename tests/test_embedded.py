@@ -10,14 +10,14 @@ import torch
 from magi import embedded
 from magi.embedded import EMBEDDED_CONFIG, embedded_files
 from magi.errors import MagiError
-from magi.frames import fit, from_model, to_model
+from magi.media.frames import fit, from_model, to_model
+from magi.media.video_reader import read_image
 from magi.pipeline import MagiPipeline, Request
 from magi.recognise import recognise
 from magi.special_tokens import SpecialTokens
-from magi.t5_checkpoint import read_t5
-from magi.t5_tokenizer import find_tokenizer, load_tokenizer
+from magi.text.t5_checkpoint import read_t5
+from magi.text.t5_tokenizer import find_tokenizer, load_tokenizer
 from magi.vae import load_vae
-from magi.video_reader import read_image
 
 PHOTO = Path(embedded.__file__).parent / "assets" / "cat.jpg"
 

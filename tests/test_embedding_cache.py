@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from magi.embedding_cache import EmbeddingCache, embedding_key
+from magi.text.embedding_cache import EmbeddingCache, embedding_key
 
 KEY = embedding_key("a cat", "t5", max_tokens=800)
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from magi.errors import MagiError
-from magi.frames import AREAS, check_size, fit, from_model, nearest_size, over_white, size_for, to_model
+from magi.media.frames import AREAS, check_size, fit, from_model, nearest_size, over_white, size_for, to_model
 
 
 def picture(height: int, width: int) -> torch.Tensor:

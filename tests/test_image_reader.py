@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from magi.errors import MagiError
-from magi.video_reader import probe, read_image
+from magi.media.video_reader import probe, read_image
 
 RED, BLUE, GREEN = (255, 0, 0), (0, 0, 255), (0, 128, 0)
 

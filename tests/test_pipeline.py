@@ -10,15 +10,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from magi import embedded, pipeline, prompt_encoding, quant
+from magi import embedded, pipeline, quant
 from magi.config import PRESETS
 from magi.embedded import embedded_files
-from magi.embedding_cache import EmbeddingCache
 from magi.errors import MagiError
+from magi.media.video_reader import read_image
+from magi.media.video_writer import VideoWriter
 from magi.model_files import ModelFiles, find_files
 from magi.pipeline import MagiPipeline, Request
-from magi.video_reader import read_image
-from magi.video_writer import VideoWriter
+from magi.request import make_plan
+from magi.special_tokens import SpecialTokens
+from magi.text import prompt_encoding
+from magi.text.embedding_cache import EmbeddingCache
 
 PHOTO = Path(embedded.__file__).parent / "assets" / "cat.jpg"
 SMALL = {"prompt": "A cat", "height": 32, "width": 48, "num_steps": 4}  # as little work as can be
@@ -123,8 +126,9 @@ def test_a_clip_so_short_that_it_is_one_latent_is_not_repeated(pipe):
         ({"image": torch.zeros(1, 100, 4000, 3, dtype=torch.uint8), "width": 64}, (32, 64)),
     ],
 )
-def test_sizes_left_out_follow_the_input_and_keep_the_models_area(request_, size, pipe):
-    plan = pipe.plan(Request("A cat", **request_))
+def test_sizes_left_out_follow_the_input_and_keep_the_models_area(request_, size, pipe, files):
+    config = pipe.config.with_runtime(video_size_h=160, video_size_w=256)
+    plan = make_plan(Request("A cat", **request_), config, SpecialTokens.load(files.special_tokens))
     assert (plan.config.runtime.video_size_h, plan.config.runtime.video_size_w) == size
     assert plan.prefix is None or plan.prefix.shape[1:3] == size
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from magi.embedding_cache import EmbeddingCache
 from magi.errors import MagiError
-from magi.prompt_encoding import encode_prompts
-from magi.t5_checkpoint import read_t5
-from magi.text_encoder import TextEncoder, encoder_fingerprint
+from magi.text.embedding_cache import EmbeddingCache
+from magi.text.prompt_encoding import encode_prompts
+from magi.text.t5_checkpoint import read_t5
+from magi.text.text_encoder import TextEncoder, encoder_fingerprint
 
 TEXT = "a cat walks through the sunlit garden"
 SENTENCES = [TEXT, "the quick brown fox jumps over the lazy dog", "an African queen slowly walked out of the temple"]

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from magi.errors import MagiError
-from magi.video_decoder import TimedFrame
-from magi.video_reader import probe, read_video, resample
+from magi.media.video_decoder import TimedFrame
+from magi.media.video_reader import probe, read_video, resample
 
 MATRICES = {
     "upright": (1, 0, 0, 1),

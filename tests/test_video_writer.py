@@ -13,11 +13,11 @@ import av
 import pytest
 import torch
 
-from magi import video_encoder
 from magi.errors import MagiError
-from magi.video_encoder import boxes
-from magi.video_reader import probe, read_video
-from magi.video_writer import VideoWriter, read_metadata
+from magi.media import video_encoder
+from magi.media.video_encoder import boxes
+from magi.media.video_reader import probe, read_video
+from magi.media.video_writer import VideoWriter, read_metadata
 
 H, W = 48, 64
 
@@ -189,7 +189,7 @@ def test_chunks_of_an_earlier_run_are_not_overwritten(tmp_path: Path):
 
 KILLED = """
 import sys, torch
-from magi.video_writer import VideoWriter
+from magi.media.video_writer import VideoWriter
 def stop(done, total):
     if done == 10:
         print("mid-write", flush=True)
@@ -334,7 +334,7 @@ def test_names_that_cannot_be_written_are_told_before_the_work(tmp_path: Path, m
     def read_only(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("magi.video_writer.FileIO", read_only)
+    monkeypatch.setattr("magi.media.video_writer.FileIO", read_only)
     with pytest.raises(MagiError, match=r"cannot be written: Permission denied.*choose a folder that can be written"):
         VideoWriter(tmp_path / "a.mp4", H, W)
     assert names(tmp_path) == ["file", "folder.mp4"]

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from ..bench import BenchResult, BenchSettings, run_bench
 from ..config import PRESETS
-from ..frames import size_for
+from ..media.frames import size_for
 from .generate import DTYPES, add_device_arguments, parse_size
 
 

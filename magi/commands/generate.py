@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from ..config import PRESETS, MagiConfig
-from ..embedding_cache import EmbeddingCache
 from ..errors import MagiError
-from ..frames import AREAS
+from ..media.frames import AREAS
+from ..media.video_writer import VideoWriter
 from ..model_files import find_files
 from ..pipeline import MagiPipeline, Plan, Request
 from ..special_tokens import STYLES
-from ..video_writer import VideoWriter
+from ..text.embedding_cache import EmbeddingCache
 from .progress import Bars
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}

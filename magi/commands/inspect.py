@@ -9,7 +9,7 @@ from pathlib import Path
 from ..checkpoint import Checkpoint
 from ..errors import MagiError
 from ..recognise import Recognised, recognise_tensors
-from ..t5_checkpoint import find_t5_files, read_t5
+from ..text.t5_checkpoint import find_t5_files, read_t5
 from ..weights import check_tensors
 
 _NEEDS = {

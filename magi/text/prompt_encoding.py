@@ -7,9 +7,9 @@ from warnings import warn
 
 import torch
 
+from ..errors import MagiError
 from .caption import clean_caption
 from .embedding_cache import EmbeddingCache, embedding_key
-from .errors import MagiError
 from .text_encoder import MAX_TOKENS, Progress, TextEncoder, encoder_fingerprint
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import MagiError
+from ..errors import MagiError
 from .frames import over_white
 
 # Formats whose further images are later moments; in others (TIFF, MPO, PSD ...) they are pages, views or layers.

@@ -9,7 +9,7 @@ from math import ceil, floor, log, sqrt
 import torch
 import torch.nn.functional as F
 
-from .errors import MagiError
+from ..errors import MagiError
 
 MODES = ("crop", "pad", "stretch")
 

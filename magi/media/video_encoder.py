@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .errors import MagiError
+from ..errors import MagiError
 
 # In the order of preference. Only the first knows a CRF; PyAV builds without it get a bit rate of about that quality.
 ENCODERS = ("libx264", "libopenh264", "h264_nvenc", "h264_qsv", "h264_amf", "h264_videotoolbox", "h264_mf", "mpeg4")

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from .errors import MagiError
+from ..errors import MagiError
 from .frames import check_mode, fit
 from .image_reader import check_file, is_animation, open_image, read_image, to_rgb
 from .video_decoder import Animation, TimedFrame, VideoFile, open_clip

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Checkpoint, find_weight_files
-from .errors import MagiError
+from ..checkpoint import Checkpoint, find_weight_files
+from ..errors import MagiError
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _EMBEDDING = "shared.weight"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import MagiError
+from ..errors import MagiError
 
 _BYT5_OFFSET = 3  # ids 0, 1, 2: padding, end, unknown
 _BYT5_VOCABULARY = _BYT5_OFFSET + 256

@@ -15,7 +15,7 @@ from types import TracebackType
 
 import torch
 
-from .errors import MagiError
+from ..errors import MagiError
 from .frames import check_size
 from .video_encoder import boxes, find_encoder, tag_flags
 

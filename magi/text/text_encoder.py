@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import MagiError
+from ..errors import MagiError
 from .t5_checkpoint import T5Checkpoint, T5Shape, find_t5_files, read_t5
 from .t5_tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 

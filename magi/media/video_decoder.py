@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from .errors import MagiError
+from ..errors import MagiError
 from .frames import fit, over_white
 from .image_reader import check_file, is_animation, open_image, to_rgb
 
