@@ -1,7 +1,8 @@
 """Shared by all tests: the golden files, and small models of random weights in any configuration."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,23 @@ def _one_thread():
 def golden() -> Path:
     """Folder of recorded outputs of the public implementation."""
     return Path(__file__).parent / "golden"
+
+
+@contextmanager
+def _file_size_limit(size: int) -> Iterator[None]:
+    resource = pytest.importorskip("resource", reason="only POSIX can limit the size of files")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.fixture
+def file_size_limit() -> Callable[[int], AbstractContextManager[None]]:
+    """Within `file_size_limit(bytes)` no file of this process can grow beyond: the disk is full, for real."""
+    return _file_size_limit
 
 
 class MemorySource:

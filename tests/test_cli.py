@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -341,18 +340,7 @@ def test_an_interrupt_before_the_first_chunk_leaves_nothing(magi, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-@contextmanager
-def file_size_limit(size: int):
-    resource = pytest.importorskip("resource", reason="only POSIX can limit the size of files")
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
-def test_a_full_disk_keeps_the_finished_chunks(magi, tmp_path):
+def test_a_full_disk_keeps_the_finished_chunks(magi, tmp_path, file_size_limit):
     arguments = ["--prompt", "A cat", "--seconds", 6, "--crf", 1, "--steps", 4, "--device", "cpu", "--size", "64x64"]
     assert magi("generate", *arguments, "--out", "whole.mp4")[0] == 0
     limit = (tmp_path / "whole.mp4").stat().st_size // 2

@@ -1,7 +1,6 @@
 """The embedded model: its files are made whole or not at all, and pictures and videos survive the whole pipeline."""
 
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -111,18 +110,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     assert (tmp_path / "file").read_bytes() == b""
 
 
-@contextmanager
-def file_size_limit(size: int):
-    resource = pytest.importorskip("resource", reason="only POSIX can limit the size of files")
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(tmp_path, file_size_limit):
     with file_size_limit(100_000), pytest.raises(MagiError, match=r"magi1-embedded.*room"):
         embedded_files(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -42,18 +42,6 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Files of this process cannot grow beyond `size` bytes: the disk is full, for real."""
-    resource = pytest.importorskip("resource", reason="only POSIX can limit the size of files")
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 # A clean end
@@ -244,7 +232,7 @@ def noise(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, H, W, 3), generator=torch.manual_seed(0)).to(torch.uint8)
 
 
-def test_a_full_disk_while_writing_keeps_the_chunks_before(tmp_path: Path):
+def test_a_full_disk_while_writing_keeps_the_chunks_before(tmp_path: Path, file_size_limit):
     with (
         pytest.raises(MagiError, match=r"cannot be written: .*room in .*first 24 frames are kept.*a\.partial\.mp4"),
         VideoWriter(tmp_path / "a.mp4", H, W) as writer,
@@ -259,14 +247,14 @@ def test_a_full_disk_while_writing_keeps_the_chunks_before(tmp_path: Path):
 
 
 @pytest.mark.parametrize("missing", [1, 300, 20_000])
-def test_a_full_disk_while_finishing_keeps_everything(tmp_path: Path, missing: int):
+def test_a_full_disk_while_finishing_keeps_everything(tmp_path: Path, missing: int, file_size_limit):
     with VideoWriter(tmp_path / "whole.mp4", H, W) as writer:
         writer.write(noise(24))
     size = writer.path.stat().st_size
     with (
         pytest.raises(MagiError, match=r"cannot be finished: .*first 24 frames are kept"),
         file_size_limit(size - missing),
-        _written(tmp_path / "a.mp4", noise(24), size * 2),
+        _written(tmp_path / "a.mp4", noise(24), file_size_limit(size * 2)),
     ):
         pass
     assert names(tmp_path) == ["a.partial.mp4", "whole.mp4"]
@@ -274,10 +262,10 @@ def test_a_full_disk_while_finishing_keeps_everything(tmp_path: Path, missing: i
 
 
 @contextmanager
-def _written(path: Path, frames: torch.Tensor, limit: int) -> Iterator[None]:
+def _written(path: Path, frames: torch.Tensor, limit: AbstractContextManager[None]) -> Iterator[None]:
     """A writer that has its frames; the limit outside counts from here on."""
     with VideoWriter(path, H, W) as writer:
-        with file_size_limit(limit):
+        with limit:
             writer.write(frames)
         yield
 
