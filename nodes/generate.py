@@ -48,21 +48,16 @@ class Magi1Generate(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Another number, another video.",
                 ),
-                io.Int.Input(
-                    "width",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=16,
-                    tooltip="In pixels; 0: the model's, in the picture's shape.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=16,
-                    tooltip="In pixels; 0: the model's, in the picture's shape.",
+                *(
+                    io.Int.Input(
+                        side,
+                        default=0,
+                        min=0,
+                        max=4096,
+                        step=16,
+                        tooltip="In pixels, a multiple of 16; 0: the model's, in the picture's shape.",
+                    )
+                    for side in ("width", "height")
                 ),
                 io.Int.Input(
                     "steps", default=0, min=0, max=256, tooltip="Denoising steps a chunk; 0: the model's own."
