@@ -46,7 +46,7 @@ def test_the_count_equals_what_torch_counts(gated, tiny_config, tiny_model, tiny
     latents = torch.zeros(1, 16, 6, 8, 12)
 
     def run(*passes: Pass) -> float:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.inference_mode():
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             model.forward(passes, cache, 4.0)
         return counter.get_total_flops()
 

@@ -195,8 +195,14 @@ def _build(checkpoint: T5Checkpoint, device: torch.device, dtype: torch.dtype, p
     import transformers  # here: it takes seconds
 
     config = transformers.T5Config(**asdict(checkpoint.shape), feed_forward_proj="gated-gelu")
-    with torch.device("meta"):
-        model: Any = transformers.T5EncoderModel(config)
+    try:
+        with torch.device("meta"):
+            model: Any = transformers.T5EncoderModel(config)
+    except ImportError as error:  # it hides its models from a torch that is too old for it
+        raise MagiError(
+            f"transformers {transformers.__version__} does not work with torch {torch.__version__}. "
+            'Update torch, or install an older one: pip install "transformers<5".'
+        ) from error
     plain: dict[str, torch.Tensor] = {}
     for done, (name, tensor) in enumerate(checkpoint.tensors.items(), 1):
         stored = _place(tensor, device, dtype)
