@@ -88,7 +88,7 @@ class VideoFile:
         if _is_text(self.path):  # FFmpeg draws text as a video, and follows playlists to other files and the network
             raise MagiError(f"{str(self.path)!r} is not a video but a text file or playlist. Give the video itself.")
         try:
-            container = av.open(str(self.path), options={"protocol_whitelist": "file"}, metadata_errors="replace")
+            container = open_container(self.path, options={"protocol_whitelist": "file"})
         except (av.error.FFmpegError, OSError, ValueError) as error:
             raise MagiError(
                 f"{str(self.path)!r} is not a video that can be read, or it is cut off ({_reason(error)}). "
@@ -175,6 +175,16 @@ class Animation:
         if image is None:
             raise MagiError(f"The file {str(self.path)!r} was replaced while it was read. Try again.")
         return image
+
+
+def open_container(path: Path, **options: Any) -> Any:
+    """PyAV's container of a file, tags in broken text included."""
+    import av
+
+    try:
+        return av.open(str(path), metadata_errors="replace", **options)
+    except TypeError:  # PyAV 19 has no such argument any more
+        return av.open(str(path), **options)
 
 
 def open_clip(path: str | Path) -> VideoFile | Animation:

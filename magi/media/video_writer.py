@@ -17,6 +17,7 @@ import torch
 
 from ..errors import MagiError
 from .frames import check_size
+from .video_decoder import open_container
 from .video_encoder import boxes, find_encoder, tag_flags
 
 # Longer writes are cut into pieces of this many frames: it bounds memory, and the work that a crash can cost.
@@ -221,7 +222,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
     path = check_file(path)
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_container(path) as container:
             return {key: value for key, value in container.metadata.items() if key not in _CONTAINER_TAGS}
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise MagiError(f"{str(path)!r} is not a video that can be read ({error}). Give an MP4 file.") from error
