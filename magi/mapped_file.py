@@ -9,8 +9,10 @@ import json
 import math
 import mmap
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -48,6 +50,28 @@ class TensorInfo:
         """Bytes in the file. Spellings end in their bits (BF16) or name them (F8_E4M3)."""
         bits = {"BOOL": 8}.get(self.dtype) or int("".join(c for c in self.dtype.split("_")[0] if c.isdigit()))
         return math.prod(self.shape) * bits // 8
+
+
+class TensorFaults(NamedTuple):
+    """Names of tensors that keep a file from being what is wanted."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+
+def compare_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> TensorFaults:
+    """What is wrong with the tensors `found`, name -> shape, each list in the order of its origin."""
+    return TensorFaults(
+        missing=[name for name in wanted if name not in found],
+        unexpected=[name for name in found if name not in wanted],
+        misshapen=[name for name, shape in wanted.items() if name in found and tuple(found[name]) != shape],
+    )
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first three names, for a message."""
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
 class MappedFile:

@@ -310,7 +310,7 @@ def build_transformer(
     progress: Callable[[int, int], None] | None = None,
 ) -> Transformer:
     """A transformer from named tensors that are known to fit `config`; arguments as for `load_transformer`."""
-    if has_fp8(source):
+    if has_fp8(source.tensors):
         require_float8()
     where = pick_device(device)
     if dtype is None:

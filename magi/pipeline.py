@@ -118,15 +118,10 @@ class MagiPipeline:
             Path(special_tokens) if special_tokens else None,
             Path(tokenizer) if tokenizer else None,
         )
-        if config is not None and distilled is not None and config.engine.distill != distilled:
-            chosen, settings = ("distill", "base") if distilled else ("base", "distill")
-            raise MagiError(
-                f"The variant {chosen} is chosen, but the settings are for {settings} weights. Leave out one of them."
-            )
         with Checkpoint(transformer) as checkpoint:
             config = resolve_config(checkpoint, config, distilled)
             check_tensors(checkpoint, config.model, repr(str(transformer)))
-            if has_fp8(checkpoint):
+            if has_fp8(checkpoint.tensors):
                 require_float8()
         found = recognise(vae)
         if found.kind != "vae":
@@ -141,7 +136,7 @@ class MagiPipeline:
         """The small demo model, its files made below `folder` on first use."""
         files = embedded_files(folder)
         options = {"vae_dtype": torch.float32, **options}
-        return cls.from_files(files.transformer, files.vae, files.text_encoder, files.special_tokens, **options)
+        return cls.from_files(**vars(files), **options)
 
     def plan(self, request: Request) -> Plan:
         """Checks a request and reads its image or video.

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint
 from .config import PRESETS, MagiConfig, ModelConfig
 from .errors import MagiError
 from .mapped_file import TensorInfo
+from .weights import has_fp8
 
 Kind = Literal["transformer", "magi-1.1", "vae", "t5", "unknown"]
 _NAMES = {
@@ -78,7 +79,7 @@ def recognise_tensors(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, 
     kind = _kind(tensors)
     if kind != "transformer":
         return Recognised(kind)
-    fp8 = any(name.endswith(".weight_scale") for name in tensors)
+    fp8 = has_fp8(tensors)
     model = _model_config(tensors)
     preset = next((name.split("_")[0] for name, config in PRESETS.items() if config.model == model), None)
     distilled, evidence = (True, "the float8 layers") if fp8 and preset else _distilled(metadata, path, model)
@@ -93,6 +94,11 @@ def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled:
     Raises:
         MagiError: the file is no MAGI-1 transformer, base and distilled are mixed up, or nothing says which it is.
     """
+    if config is not None and distilled is not None and config.engine.distill != distilled:
+        chosen, settings = ("distill", "base") if distilled else ("base", "distill")
+        raise MagiError(
+            f"The variant {chosen} is chosen, but the settings are for {settings} weights. Leave out one of them."
+        )
     found = recognise_tensors(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
     label = repr(str(checkpoint.path))
     if found.kind == "magi-1.1":
@@ -128,9 +134,7 @@ def _made_config(found: Recognised, model: ModelConfig, distilled: bool) -> Magi
     name = f"{found.preset}_{'distill' if distilled else 'base'}{'_quant' if found.fp8 else ''}"
     if name in PRESETS:
         return PRESETS[name]
-    return MagiConfig.from_dict({"model_config": vars(model), "runtime_config": {"cfg_number": 3}}).as_variant(
-        distilled, found.fp8
-    )
+    return MagiConfig(model).as_variant(distilled, found.fp8)
 
 
 def _kind(tensors: Mapping[str, TensorInfo]) -> Kind:

@@ -184,17 +184,16 @@ def _size(request: Request, config: MagiConfig, aspect: float | None) -> tuple[i
         if height is not None or width is not None:
             raise MagiError(f"Both an area ({request.area}) and a width or height are given. Give one of them.")
         return size_for(request.area, aspect or _WIDE)
-    if height is None and width is None:
-        return default if aspect is None else size_for(default[0] * default[1], aspect)
-    aspect = aspect or default[1] / default[0]
+    shape = aspect or default[1] / default[0]
     step = SPATIAL_DOWNSAMPLE * config.model.patch_size
-    if height is None and width is not None:
-        height = max(2, round(width / aspect / step)) * step
-    if width is None and height is not None:
-        width = max(2, round(height * aspect / step)) * step
-    size = (height or 0, width or 0)
-    check_size(*size, step)
-    return size
+    if width is None:
+        if height is None:
+            return default if aspect is None else size_for(default[0] * default[1], aspect)
+        width = max(2, round(height * shape / step)) * step
+    elif height is None:
+        height = max(2, round(width / shape / step)) * step
+    check_size(height, width, step)
+    return height, width
 
 
 def _check_frames(frames: torch.Tensor, what: str) -> None:

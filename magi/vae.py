@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .checkpoint import Checkpoint
+from .device import pick_device
 from .errors import MagiError
+from .mapped_file import compare_shapes, first_few
 from .tiling import PATCH_FRAMES, PATCH_SIZE, ProgressCallback, TileProgress, Tiling, map_tiles, recut
 from .vae_model import Decoder, Encoder, VAEConfig
 
@@ -235,7 +237,7 @@ def load_vae(
 
     Args:
         path: folder or file.
-        device: where the weights go; None is torch's default device.
+        device: where the weights go; None is the best there is.
         dtype: what to compute in: bfloat16, float16 or float32.
 
     Raises:
@@ -243,7 +245,7 @@ def load_vae(
     """
     if dtype not in DTYPES:
         raise MagiError(f"The VAE cannot compute in {dtype}. Choose bfloat16 (the official one), float16 or float32.")
-    device = torch.get_default_device() if device is None else torch.device(device)
+    device = pick_device(device)
     with Checkpoint(path) as checkpoint:
         config = _beside(checkpoint.files[0]) or _config_of(checkpoint)
         with torch.device("meta"):
@@ -292,21 +294,19 @@ def _config_of(checkpoint: Checkpoint) -> VAEConfig:
 def _compare(checkpoint: Checkpoint, vae: VideoVAE) -> None:
     """Names and shapes of the file against those of the config."""
     expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    missing = [name for name in expected if name not in checkpoint]
-    unexpected = [name for name in checkpoint if name not in expected]
-    if missing or unexpected:
+    faults = compare_shapes({name: info.shape for name, info in checkpoint.tensors.items()}, expected)
+    if faults.missing or faults.unexpected:
         differences = [
-            f"{len(names)} {kind}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-            for kind, names in (("missing", missing), ("unexpected", unexpected))
+            f"{len(names)} {kind}: {first_few(names)}"
+            for kind, names in (("missing", faults.missing), ("unexpected", faults.unexpected))
             if names
         ]
         raise MagiError(_no_vae(checkpoint, f"Tensors {'; '.join(differences)}"))
-    wrong = [name for name, shape in expected.items() if checkpoint.tensors[name].shape != shape]
-    if wrong:
-        name = wrong[0]
+    if faults.misshapen:
+        name = faults.misshapen[0]
         raise MagiError(
-            f"{len(wrong)} tensors of {str(checkpoint.path)!r} differ in shape from the VAE's config: {name} is {checkpoint.tensors[name].shape}, "
-            f"expected {expected[name]}. Put the config.json that belongs to the file beside it."
+            f"{len(faults.misshapen)} tensors of {str(checkpoint.path)!r} differ in shape from the VAE's config: {name} is "
+            f"{checkpoint.tensors[name].shape}, expected {expected[name]}. Put the config.json that belongs to the file beside it."
         )
 
 

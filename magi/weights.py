@@ -4,7 +4,7 @@ A model reads its blocks by iterating over a `BlockSource`, one pass over the so
 live between two uses (on the device, in a mapped file, on the way over the bus) is the source's affair alone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import torch
 from .config import ModelConfig
 from .errors import MagiError
 from .layers import AnyLinear, Linear, Norm
-from .mapped_file import TensorInfo
+from .mapped_file import TensorInfo, compare_shapes, first_few
 from .quant import Fp8Weight
 
 BLOCK = "videodit_blocks.layers.{}."
@@ -233,9 +233,9 @@ def _quantised(block: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def has_fp8(source: TensorSource) -> bool:
-    """Whether the source holds official fp8 layers."""
-    return any(name.endswith(".weight_scale") for name in source.tensors)
+def has_fp8(tensors: Iterable[str]) -> bool:
+    """Whether official fp8 layers are among these tensor names."""
+    return any(name.endswith(".weight_scale") for name in tensors)
 
 
 def check_tensors(source: TensorSource, config: ModelConfig, label: str) -> None:
@@ -244,16 +244,17 @@ def check_tensors(source: TensorSource, config: ModelConfig, label: str) -> None
     Raises:
         MagiError: names the first missing, unexpected or misshapen tensors and what to do.
     """
-    wanted = tensor_shapes(config, has_fp8(source))
-    found = source.tensors
-    missing = [n for n in wanted if n not in found]
-    unexpected = [n for n in found if n not in wanted]
-    misshapen = [
-        f"{n} {found[n].shape} instead of {s}" for n, s in wanted.items() if n in found and found[n].shape != s
-    ]
+    wanted = tensor_shapes(config, has_fp8(source.tensors))
+    found = {name: info.shape for name, info in source.tensors.items()}
+    faults = compare_shapes(found, wanted)
+    misshapen = [f"{name} {found[name]} instead of {wanted[name]}" for name in faults.misshapen]
     problems = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        f"{len(names)} {kind} ({first_few(names)})"
+        for kind, names in (
+            ("missing", faults.missing),
+            ("unexpected", faults.unexpected),
+            ("of another shape", misshapen),
+        )
         if names
     ]
     if problems:

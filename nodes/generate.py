@@ -90,10 +90,7 @@ class Magi1Generate(io.ComfyNode):
         if model == EMBEDDED:
             pipeline = MagiPipeline.embedded(host.cache_folder(), **options)
         else:
-            files = find_files(host.models_folder(), model)
-            pipeline = MagiPipeline.from_files(
-                files.transformer, files.vae, files.text_encoder, files.special_tokens, **options
-            )
+            pipeline = MagiPipeline.from_files(**vars(find_files(host.models_folder(), model)), **options)
         request = Request(
             prompt=prompt,
             image=None if image is None else (image[:1] * 255).round().clamp(0, 255).to(torch.uint8).cpu(),

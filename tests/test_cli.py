@@ -277,7 +277,7 @@ def test_names_that_contradict_the_variant(name, wrong, magi, files, tmp_path, n
 
 
 def test_a_released_model_of_the_other_variant(magi, files, tmp_path, nothing_is_loaded):
-    (tmp_path / "models/ckpt/magi/4.5B_base/inference_weight").mkdir(parents=True)
+    shutil.copytree(files.transformer, tmp_path / "models/ckpt/magi/4.5B_base/inference_weight")
     model = ["--model", "4.5B_base", *model_arguments(files)]
     status, stderr = magi("generate", "--prompt", "A cat", *model, "--variant", "distill")
     assert status == 1

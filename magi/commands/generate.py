@@ -208,16 +208,7 @@ def _pipeline(args: argparse.Namespace) -> MagiPipeline:
     files = find_files(args.models, args.model, args.vae, args.text_encoder, args.special_tokens, args.tokenizer)
     config = MagiConfig.from_json(args.config) if args.config else PRESETS.get(args.model)
     distilled = {"auto": None, "base": False, "distill": True}[args.variant]
-    return MagiPipeline.from_files(
-        files.transformer,
-        files.vae,
-        files.text_encoder,
-        files.special_tokens,
-        files.tokenizer,
-        config=config,
-        distilled=distilled,
-        **options,
-    )
+    return MagiPipeline.from_files(**vars(files), config=config, distilled=distilled, **options)
 
 
 def _summary(plan: Plan) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from ..checkpoint import Checkpoint, find_weight_files
 from ..errors import MagiError
+from ..mapped_file import compare_shapes, first_few
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _EMBEDDING = "shared.weight"
@@ -205,10 +206,11 @@ def _with_config(shape: T5Shape, file: Path) -> T5Shape:
 
 def _check(tensors: dict[str, torch.Tensor], scales: dict[str, torch.Tensor], shape: T5Shape, path: Path) -> None:
     expected = shape.tensors()
+    found = compare_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected)
     faults = {
-        "missing": [name for name in expected if name not in tensors],
-        "unexpected": [name for name in tensors if name not in expected],
-        "of the wrong shape": [n for n, s in expected.items() if n in tensors and tuple(tensors[n].shape) != s],
+        "missing": found.missing,
+        "unexpected": found.unexpected,
+        "of the wrong shape": found.misshapen,
         "of a type that cannot be used (float32, bfloat16, float16 and float8 can)": [
             f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
             for name, tensor in tensors.items()
@@ -222,8 +224,7 @@ def _check(tensors: dict[str, torch.Tensor], scales: dict[str, torch.Tensor], sh
     }
     for fault, names in faults.items():
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise MagiError(
-                f"The T5 in {str(path)!r} has tensors {fault}: {', '.join(names[:3])}{more}. "
+                f"The T5 in {str(path)!r} has {len(names)} tensors {fault}: {first_few(names)}. "
                 "Download it again, with all its shards, or choose another t5xxl file."
             )
