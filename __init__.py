@@ -1,5 +1,20 @@
 """MAGI-1 for ComfyUI: registers the nodes, nothing else."""
 
-from .nodes import comfy_entrypoint
+from typing import Any
 
-__all__ = ["comfy_entrypoint"]
+from .nodes.requirements import check_comfyui, check_packages
+
+check_comfyui()  # here: a ComfyUI without the V3 interface does not know `comfy_entrypoint`
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint() -> Any:
+    """What ComfyUI asks for the nodes. It logs an error from here as one line, and starts without them."""
+    check_packages()
+    from .nodes.extension import comfy_entrypoint as nodes
+
+    return await nodes()
+
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

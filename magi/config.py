@@ -6,6 +6,7 @@ Field names are the official ones, so that a config file and this code can be re
 import dataclasses
 import difflib
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -210,6 +211,29 @@ class MagiConfig:
         """A copy with some engine settings changed; None leaves a setting as it is."""
         changes = {k: v for k, v in changes.items() if v is not None}
         return dataclasses.replace(self, engine=dataclasses.replace(self.engine, **changes))
+
+    def with_guidance(self, text: float | None = None, prev: float | None = None) -> "MagiConfig":
+        """A copy with guidance of another strength; None leaves the model's own.
+
+        Args:
+            text: in place of every text scale that is not 0, the value that switches it off.
+            prev: in place of every previous-chunk scale that is not 1, likewise.
+
+        Raises:
+            MagiError: a scale is negative or no number, or the model is a distilled one.
+        """
+        for name, scale in (("text", text), ("previous-chunk", prev)):
+            if scale is not None and not 0 <= scale < math.inf:
+                raise MagiError(f"The {name} guidance is {scale}; it must be 0 or more.")
+        if text is None and prev is None:
+            return self
+        if self.engine.distill:
+            raise MagiError("Distilled models take no guidance: leave it at the model's own.")
+        runtime = self.runtime
+        return self.with_runtime(
+            text_scales=None if text is None else tuple(s and text for s in runtime.text_scales),
+            prev_chunk_scales=None if prev is None else tuple(s if s == 1 else prev for s in runtime.prev_chunk_scales),
+        )
 
     def with_layers(self, layers: int) -> "MagiConfig":
         """A copy with another number of transformer layers."""

@@ -7,6 +7,7 @@ picture stays, a video's last second goes on and slowly comes to rest. That look
 given frames and guidance all are, but it says nothing of what MAGI-1 can do.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from .special_tokens import FILE_NAME as SPECIAL_TOKENS_FILE
 from .synthetic import RandomTensors
 from .weights import BLOCK
 
-VERSION = 1  # part of the folder's name: a new one is made when the recipe changes
+DEMO_IMAGE = Path(__file__).parent / "assets" / "cat.jpg"
 _TEXT_WIDTH = 64
 _VAE_WIDTH = 64
 _PATCH = (4, 8, 8)  # frames, rows, columns of a VAE patch
@@ -53,7 +54,9 @@ def embedded_files(folder: str | Path) -> ModelFiles:
     Raises:
         MagiError: the folder cannot be written, or is full.
     """
-    home = Path(folder) / f"magi1-embedded-{VERSION}"
+    # Named after the recipe, which is this file: where that has changed, the model is made anew.
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    home = Path(folder) / f"magi1-embedded-{recipe}"
     files = ModelFiles(home / "transformer", home / "vae", home / "text_encoder", home / SPECIAL_TOKENS_FILE)
     if not _is_whole(home):
         # Made aside and moved into place whole, so that an interrupted or concurrent start leaves nothing half-made.

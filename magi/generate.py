@@ -1,6 +1,7 @@
 """From captions, noise and given frames to a run of the sampler: everything is checked here, before anything heavy."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -59,11 +60,66 @@ def make_sampler(
     Raises:
         MagiError: at once, before any computing, for anything that does not fit together.
     """
-    config = (config or model.config).with_runtime(num_frames=num_frames, video_size_h=height, video_size_w=width)
+    config = config or model.config
     if config.model != model.shape:
         raise MagiError(
             "The config's model_config is not the loaded model's. Use the config the model was loaded with."
         )
+    run = prepare(
+        config,
+        caption=caption,
+        special_tokens=special_tokens,
+        style_tokens=style_tokens,
+        duration_tokens=duration_tokens,
+        negative_tokens=negative_tokens,
+        noise=noise,
+        prefix=prefix,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+    )
+    null = null_caption(model.outer.null_caption.cpu(), special_tokens, negative_tokens)
+    drawn = Noise(run.chunk_shape, seed, noise)
+    return Sampler(model, run.config, run.schedule, drawn, run.captions, null, prefix, state, progress, heartbeat)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was found possible.
+
+    Attributes:
+        config: the settings, with the run's size and length.
+        schedule: its stages; `len` of it are the forward iterations.
+        chunk_shape: of one chunk's latents, (1, 16, W, h, w).
+        captions: (tokens, channels) of each generated chunk.
+    """
+
+    config: MagiConfig
+    schedule: Schedule
+    chunk_shape: tuple[int, ...]
+    captions: list[torch.Tensor]
+
+
+def prepare(
+    config: MagiConfig,
+    *,
+    caption: Caption | Sequence[Caption],
+    special_tokens: SpecialTokens | None = None,
+    style_tokens: Sequence[str] = ("hq",),
+    duration_tokens: bool = True,
+    negative_tokens: bool = False,
+    noise: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Run:
+    """All checks of `make_sampler`, whose arguments these are, with no model loaded.
+
+    Raises:
+        MagiError: for anything that does not fit together.
+    """
+    config = config.with_runtime(num_frames=num_frames, video_size_h=height, video_size_w=width)
     runtime = config.runtime
     latent_size = _latent_size(config, noise, prefix, explicit=(height is not None, width is not None))
     given = 0 if prefix is None else prefix.shape[2]
@@ -82,10 +138,8 @@ def make_sampler(
     captions = caption_per_chunk(
         caption, chunks - schedule.prefix_chunks, config.model, special_tokens, style_tokens, duration_tokens
     )
-    null = null_caption(model.outer.null_caption.cpu(), special_tokens, negative_tokens)
-    return Sampler(
-        model, config, schedule, Noise(shape, seed, noise), captions, null, prefix, state, progress, heartbeat
-    )
+    null_caption(torch.zeros(1, config.model.caption_channels), special_tokens, negative_tokens)
+    return Run(config, schedule, shape, captions)
 
 
 @wraps(make_sampler)

@@ -26,7 +26,7 @@ class KVCache:
             tokens: tokens of a chunk.
             head_size: size of one head.
             dtype: of the keys and values.
-            device: where they are kept.
+            device: where they are kept; need not be where they are used.
         """
         self._ring = torch.empty(layers, slots, 2, groups, tokens, head_size, dtype=dtype, device=device)
         self._held: dict[tuple[int, int], int] = {}  # (layer, slot) -> chunk
@@ -37,10 +37,10 @@ class KVCache:
         return self._ring.numel() * self._ring.element_size()
 
     def store(self, layer: int, chunk: int, kv: torch.Tensor) -> None:
-        """Keeps a chunk's keys and values: (2, groups, tokens, head_size)."""
+        """Keeps a chunk's keys and values, (2, groups, tokens, head_size) on any device: they may be overwritten afterwards."""
         slots = self._ring.shape[1]
         if slots:
-            self._ring[layer, chunk % slots] = kv
+            self._ring[layer, chunk % slots].copy_(kv)
             self._held[layer, chunk % slots] = chunk
 
     def load(self, layer: int, chunk: int, out: torch.Tensor) -> None:
@@ -48,4 +48,5 @@ class KVCache:
         slot = chunk % self._ring.shape[1] if self._ring.shape[1] else -1
         if self._held.get((layer, slot)) != chunk:
             raise LookupError(f"chunk {chunk} is not in the cache of layer {layer}")
-        out.copy_(self._ring[layer, slot], non_blocking=True)
+        # Elsewhere than on CUDA a copy that is not waited for may read what is stored next.
+        out.copy_(self._ring[layer, slot], non_blocking=out.device.type == "cuda")

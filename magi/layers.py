@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .quant import Fp8Weight, apply_fp8, multiply_exact
+from .quant import ROWS, Fp8Weight, StoredFp8, apply_fp8, multiply_exact
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Linear:
     bias: torch.Tensor | None = None
 
 
-AnyLinear = Linear | Fp8Weight
+AnyLinear = Linear | Fp8Weight | StoredFp8
 
 
 def layer_norm(x: torch.Tensor, norm: Norm, eps: float) -> torch.Tensor:
@@ -37,6 +37,8 @@ def linear(x: torch.Tensor, layer: AnyLinear) -> torch.Tensor:
     """(..., in) -> (..., out) in x's dtype."""
     if isinstance(layer, Fp8Weight):
         return apply_fp8(x, layer)
+    if isinstance(layer, StoredFp8):
+        return F.linear(x, layer.dense(x.dtype))
     return F.linear(x, layer.weight, layer.bias)
 
 
@@ -44,25 +46,32 @@ def output_projection(x: torch.Tensor, layer: AnyLinear) -> torch.Tensor:
     """Attention's projection, (tokens, in) -> (tokens, out): float32 sums kept in float32, but fp8 layers round as ever."""
     if isinstance(layer, Fp8Weight):
         return apply_fp8(x, layer)
-    return multiply_exact(x, layer.weight)
+    return multiply_exact(x, layer.dense(x.dtype) if isinstance(layer, StoredFp8) else layer.weight)
 
 
 def mlp(x: torch.Tensor, fc1: AnyLinear, fc2: AnyLinear, gated: bool) -> torch.Tensor:
     """SwiGLU (float32 between the matrices, one rounding) or GELU MLP: (tokens, D) -> (tokens, D)."""
-    hidden = linear(x, fc1)
-    if gated:
-        gate, value = hidden.float().chunk(2, dim=-1)
-        hidden = (F.silu(gate) * value).to(x.dtype)
-    else:
-        hidden = F.gelu(hidden)
-    return linear(hidden, fc2)
+    return linear(_activated(linear(x, fc1), gated), fc2)
+
+
+def _activated(hidden: torch.Tensor, gated: bool) -> torch.Tensor:
+    """What stands between the matrices, a few rows at a time: whole float32 copies would be the peak of a forward call."""
+    out = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2) if gated else hidden
+    for rows, target in zip(hidden.split(ROWS), out.split(ROWS), strict=True):
+        target.copy_(_swiglu(rows) if gated else F.gelu(rows))
+    return out
+
+
+def _swiglu(rows: torch.Tensor) -> torch.Tensor:
+    gate, value = rows.float().chunk(2, dim=-1)
+    return F.silu(gate).mul_(value)
 
 
 def gated_residual(
     residual: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, norm: Norm, eps: float
 ) -> torch.Tensor:
     """residual + norm(value * gate), in float32 without rounding between: (tokens, D) in residual's dtype."""
-    return (residual.float() + layer_norm(value.float() * gate.float(), norm, eps)).to(residual.dtype)
+    return layer_norm(value.float() * gate.float(), norm, eps).add_(residual).to(residual.dtype)
 
 
 def timestep_embedding(t: float, size: int, device: torch.device) -> torch.Tensor:

@@ -8,72 +8,39 @@ first, and a chunk's keys are written before a later chunk looks at them.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from .attention import attend
+from .attention import attend, check_attention
 from .checkpoint import Checkpoint
 from .config import MagiConfig, ModelConfig
 from .device import fits, pick_device
+from .errors import MagiError
 from .kv_cache import KVCache
 from .layers import Norm, gated_residual, layer_norm, linear, mlp, output_projection, timestep_embedding
+from .memory import CacheDevice, weight_sizes
+from .offload import block_source
+from .passes import ChunkInput, EncodedCaption, Pass
 from .quant import require_float8
 from .recognise import resolve_config
 from .rope import rope_angles, rotate
 from .weights import (
     BlockSource,
     BlockWeights,
-    MappedBlocks,
     OuterWeights,
+    Precision,
     TensorSource,
     WeightReader,
     check_tensors,
+    compute_dtype,
     has_fp8,
 )
 
 _TIME_FREQUENCIES = 256
-_TYPICAL = "videodit_blocks.layers.0.mlp.linear_fc2.weight"  # never float8, so its type is the file's
 _INTERLEAVE = 8  # self and cross attention are interleaved in this many feature blocks before the projection
-
-
-@dataclass(frozen=True)
-class EncodedCaption:
-    """A caption as cross attention takes it: (tokens, D) in the compute dtype."""
-
-    states: torch.Tensor
-
-
-@dataclass(frozen=True)
-class ChunkInput:
-    """One chunk in one pass.
-
-    Attributes:
-        chunk: its place in the video, for positions and for keys.
-        latents: (1, 16, W, h, w) float32.
-        timestep: 0 (noise) .. 1 (clean).
-        caption: what its tokens cross-attend to.
-        first_key: first chunk whose keys it sees; the last one is itself.
-        store: its keys and values go into the cache: the chunk is clean.
-        wanted: its velocity is asked for.
-    """
-
-    chunk: int
-    latents: torch.Tensor
-    timestep: float
-    caption: EncodedCaption
-    first_key: int
-    store: bool = False
-    wanted: bool = True
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Chunks that see each other's keys, in ascending order, and the kind of condition vector they all take."""
-
-    chunks: tuple[ChunkInput, ...]
-    conditional: bool
 
 
 @dataclass
@@ -91,7 +58,14 @@ class Transformer:
     """A MAGI-1 transformer of any size, on any device."""
 
     def __init__(
-        self, config: MagiConfig, outer: OuterWeights, blocks: BlockSource, device: torch.device, dtype: torch.dtype
+        self,
+        config: MagiConfig,
+        outer: OuterWeights,
+        blocks: BlockSource,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: str = "auto",
+        cache_device: CacheDevice = "device",
     ):
         """Ties weights together; `load_transformer` is the usual way to one."""
         self.config = config
@@ -99,6 +73,8 @@ class Transformer:
         self.blocks = blocks
         self.device = device
         self.dtype = dtype
+        self.attention = attention
+        self.cache_device = cache_device
 
     @property
     def shape(self) -> ModelConfig:
@@ -109,9 +85,8 @@ class Transformer:
         """An empty cache for `slots` chunks of latents of this height and width."""
         c = self.shape
         tokens = self.config.runtime.chunk_width * (height // c.patch_size) * (width // c.patch_size)
-        return KVCache(
-            c.num_layers, slots, c.num_query_groups, tokens, c.kv_channels, dtype=self.dtype, device=self.device
-        )
+        where = self.device if self.cache_device == "device" else "cpu"
+        return KVCache(c.num_layers, slots, c.num_query_groups, tokens, c.kv_channels, dtype=self.dtype, device=where)
 
     def encode_caption(self, embeds: torch.Tensor) -> EncodedCaption:
         """Projects text embeddings (tokens, caption_channels), real tokens only."""
@@ -138,12 +113,18 @@ class Transformer:
         """
         streams = [[self._embed(c, p.conditional, step_size) for c in p.chunks] for p in passes]
         scratch = self._key_scratch(streams)
+        parts, done = 2 * sum(map(len, streams)) * len(self.blocks), 0
+
+        def alive() -> None:
+            nonlocal done
+            done += 1
+            if heartbeat:
+                heartbeat(done / parts)
+
         for layer, weights in enumerate(self.blocks):
             text_keys: dict[int, torch.Tensor] = {}  # chunks mostly share their caption
-            for i, pass_streams in enumerate(streams):
-                self._run_layer(layer, weights, pass_streams, cache, scratch, text_keys)
-                if heartbeat:
-                    heartbeat((layer + (i + 1) / len(streams)) / len(self.blocks))
+            for pass_streams in streams:
+                self._run_layer(layer, weights, pass_streams, cache, scratch, text_keys, alive)
         return [[self._velocity(s) if s.input.wanted else None for s in pass_streams] for pass_streams in streams]
 
     # -- one layer ---------------------------------------------------------------------------------------------------
@@ -156,7 +137,9 @@ class Transformer:
         cache: KVCache,
         scratch: torch.Tensor,
         text_keys: dict[int, torch.Tensor],
+        alive: Callable[[], None],
     ) -> None:
+        eps = self.shape.layernorm_epsilon
         tokens = streams[0].hidden.shape[0]
         own = {s.input.chunk for s in streams}
         base = min(s.input.first_key for s in streams)
@@ -172,19 +155,31 @@ class Transformer:
             caption = id(item.caption)
             if caption not in text_keys:
                 text_keys[caption] = self._text_keys(weights, item.caption)
-            normed = layer_norm(s.hidden, weights.qkv_norm, self.shape.layernorm_epsilon)
+            normed = layer_norm(s.hidden, weights.qkv_norm, eps)
             self._keys(weights, normed, s, out=place(item.chunk, item.chunk))
             if item.store:
                 cache.store(layer, item.chunk, place(item.chunk, item.chunk))
-            attended = self._attention(weights, normed, s, place(item.first_key, item.chunk), text_keys[caption])
             gates = torch.tanh(linear(F.silu(s.condition), weights.gates))
             attn_gate, mlp_gate = gates.chunk(2, dim=-1)
-            eps = self.shape.layernorm_epsilon
-            out = output_projection(attended, weights.proj)
-            s.hidden = gated_residual(s.hidden, out, attn_gate, weights.attn_post_norm, eps)
+            # Results without a name: one would keep them in memory while the next are made.
+            keys, text = place(item.first_key, item.chunk), text_keys[caption]
+            s.hidden = gated_residual(
+                s.hidden,
+                output_projection(self._attention(weights, normed, s, keys, text), weights.proj),
+                attn_gate,
+                weights.attn_post_norm,
+                eps,
+            )
+            alive()
             normed = layer_norm(s.hidden, weights.mlp_norm, eps)
-            out = mlp(normed, weights.fc1, weights.fc2, self.shape.gated_linear_unit)
-            s.hidden = gated_residual(s.hidden, out, mlp_gate, weights.mlp_post_norm, eps)
+            s.hidden = gated_residual(
+                s.hidden,
+                mlp(normed, weights.fc1, weights.fc2, self.shape.gated_linear_unit),
+                mlp_gate,
+                weights.mlp_post_norm,
+                eps,
+            )
+            alive()
 
     def _keys(self, weights: BlockWeights, normed: torch.Tensor, s: _Stream, out: torch.Tensor) -> None:
         """Writes a chunk's keys and values into `out`, (2, G, S, d)."""
@@ -193,9 +188,9 @@ class Transformer:
 
     def _rotated(self, x: torch.Tensor, norm: Norm, s: _Stream) -> torch.Tensor:
         """Per-head norm and rotation in float32: (S, n * d) -> (n, S, d) in the compute dtype."""
-        heads = rearrange(x, "s (n d) -> s n d", d=self.shape.kv_channels)
-        heads = layer_norm(heads, norm, self.shape.layernorm_epsilon)
-        return rotate(heads, s.cos, s.sin).to(self.dtype).transpose(0, 1)
+        x = rearrange(x, "s (n d) -> s n d", d=self.shape.kv_channels)
+        x = layer_norm(x, norm, self.shape.layernorm_epsilon)
+        return rotate(x, s.cos, s.sin).to(self.dtype).transpose(0, 1)
 
     def _text_keys(self, weights: BlockWeights, caption: EncodedCaption) -> torch.Tensor:
         """Keys and values of a caption, (2, G, tokens, d)."""
@@ -208,11 +203,11 @@ class Transformer:
         self, weights: BlockWeights, normed: torch.Tensor, s: _Stream, keys: torch.Tensor, text: torch.Tensor
     ) -> torch.Tensor:
         """Self and cross attention side by side, interleaved for the projection: (S, 2 * D)."""
-        q = self._rotated(linear(normed, weights.q), weights.q_norm, s)
-        own = attend(q, keys[0], keys[1])
-        q_x = rearrange(linear(normed, weights.q_x), "s (n d) -> n s d", d=self.shape.kv_channels)
-        q_x = layer_norm(q_x, weights.q_norm_x, self.shape.layernorm_epsilon)
-        cross = attend(q_x, text[0], text[1])
+        own = self._rotated(linear(normed, weights.q), weights.q_norm, s)
+        own = attend(own, keys[0], keys[1], self.attention)
+        cross = rearrange(linear(normed, weights.q_x), "s (n d) -> n s d", d=self.shape.kv_channels)
+        cross = layer_norm(cross, weights.q_norm_x, self.shape.layernorm_epsilon)
+        cross = attend(cross, text[0], text[1], self.attention)
         return rearrange(torch.stack([own, cross]), "two s (b f) -> s (b two f)", b=_INTERLEAVE)
 
     # -- before and after the layers ---------------------------------------------------------------------------------
@@ -280,6 +275,11 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     offload: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    precision: Precision = "auto",
+    attention: str = "auto",
+    pinned: bool | None = None,
+    cache_device: CacheDevice = "device",
 ) -> Transformer:
     """A transformer from an official folder or a single file.
 
@@ -288,17 +288,33 @@ def load_transformer(
         config: official config; None tells it from the file.
         device: where it computes; None takes the best there is.
         dtype: compute dtype of what is not float32 or float8 by policy; None: bfloat16, but float32 for a float32 file.
-        offload: keep the layers in the mapped file and fetch each one when its turn comes; None: only if they do not fit.
+        offload: fetch each layer from the host when its turn comes; None: only if they do not fit.
         progress: called with (layers placed, layers) while they are; what it raises ends the loading.
+        precision: "bf16" or "fp32" in place of `dtype`; "fp8" keeps the large matrices of bf16 and float32 files in float8,
+            half the memory, and multiplies in the compute dtype. Official float8 layers stay what they are.
+        attention: one of `attention.attention_choices`.
+        pinned: layers that are fetched wait in page-locked host memory; see `offload.block_source`.
+        cache_device: where the keys and values of finished chunks are kept, "device" or "host".
 
     Raises:
-        MagiError: the file is unreadable or something else, its tensors do not fit the config, or base and distilled
-            are mixed up.
+        MagiError: the file is unreadable or something else, its tensors do not fit the config, base and distilled are
+            mixed up, or what is asked for cannot be had.
     """
     checkpoint = Checkpoint(path)
     config = resolve_config(checkpoint, config)
     check_tensors(checkpoint, config.model, repr(str(checkpoint.path)))
-    return build_transformer(checkpoint, config, device, dtype, offload, progress)
+    return build_transformer(
+        checkpoint,
+        config,
+        device,
+        dtype,
+        offload,
+        progress,
+        precision=precision,
+        attention=attention,
+        pinned=pinned,
+        cache_device=cache_device,
+    )
 
 
 def build_transformer(
@@ -308,26 +324,26 @@ def build_transformer(
     dtype: torch.dtype | None = None,
     offload: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    precision: Precision = "auto",
+    attention: str = "auto",
+    pinned: bool | None = None,
+    cache_device: CacheDevice = "device",
 ) -> Transformer:
     """A transformer from named tensors that are known to fit `config`; arguments as for `load_transformer`."""
-    if has_fp8(source.tensors):
-        require_float8()
     where = pick_device(device)
-    if dtype is None:
-        dtype = torch.float32 if source.tensors[_TYPICAL].dtype == "F32" else torch.bfloat16
-    reader = WeightReader(source, config.model, where, dtype)
-    if offload is None:
-        offload = not fits(sum(info.nbytes for info in source.tensors.values()), where)
-    blocks: BlockSource = MappedBlocks(reader)
-    if not offload:
-        blocks = _resident(blocks, progress)
-    return Transformer(config, reader.outer(), blocks, where, dtype)
-
-
-def _resident(blocks: BlockSource, progress: Callable[[int, int], None] | None) -> list[BlockWeights]:
-    kept = []
-    for block in blocks:
-        kept.append(block)
-        if progress:
-            progress(len(kept), len(blocks))
-    return kept
+    low = compute_dtype(source.tensors, precision, dtype)
+    store_fp8 = precision == "fp8" and not has_fp8(source.tensors)
+    if store_fp8 or has_fp8(source.tensors):
+        require_float8()
+    if cache_device not in get_args(CacheDevice):
+        raise MagiError(
+            f"The cache cannot be kept on {cache_device!r}. Choose one of {', '.join(get_args(CacheDevice))}."
+        )
+    c = config.model
+    check_attention(attention, where, low, c.num_attention_heads, c.num_query_groups, c.kv_channels)
+    sizes = weight_sizes(source.tensors, c, where, precision, dtype)
+    reader = WeightReader(source, c, where, low, store_fp8)
+    offload = not fits(sizes.total, where) if offload is None else offload
+    blocks = block_source(reader, offload, pinned, sum(sizes.blocks), progress)
+    return Transformer(config, reader.outer(), blocks, where, low, attention, cache_device)

@@ -53,7 +53,7 @@ def find_files(
         MagiError: a part is not there; it says where it should be and how to fetch it.
     """
     models = Path(models).expanduser()
-    weights = _transformer(models, transformer)
+    weights = find_transformer(models, transformer)
     return ModelFiles(
         transformer=weights,
         vae=_part(models, vae, VAE, "VAE", "vae"),
@@ -76,7 +76,12 @@ def load_special_tokens(files: ModelFiles) -> SpecialTokens | None:
     return SpecialTokens.load(files.special_tokens) if files.special_tokens else None
 
 
-def _transformer(models: Path, name: str) -> Path:
+def find_transformer(models: Path, name: str) -> Path:
+    """The folder of a released model's weights below `models`, or the path that `name` is.
+
+    Raises:
+        MagiError: it is not there.
+    """
     if name not in PRESETS:
         path = Path(name).expanduser()
         if not path.exists():

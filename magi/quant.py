@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from .errors import MagiError
 
 E4M3_MAX = 448.0
+ROWS = 4096  # tokens whose float32 copies are held at a time
 _SMALLEST_STEP = 2.0**-9  # spacing of the subnormal numbers
+_EXPONENT = 0x7F800000  # of a float32: alone, it is the power of two below
 FLOAT8 = getattr(torch, "float8_e4m3fn", None)
 
 
@@ -64,6 +66,37 @@ class Fp8Weight:
         return cls(weight.to(device), scale(weight_scale), scale(input_scale), smooth)
 
 
+@dataclass(frozen=True)
+class StoredFp8:
+    """A matrix kept in float8 for its size alone: it is made dense where it is used, and multiplied in the compute dtype.
+
+    Attributes:
+        weight: (out, in) e4m3fn, or its bytes as uint8 on devices without float8.
+        scale: (out, 1) float32 powers of two, which no product rounds: the largest of a row lies within 224 .. 448.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    @classmethod
+    def quantise(cls, weight: torch.Tensor, device: torch.device | str) -> "StoredFp8":
+        """From (out, in) numbers of any floating type. Raises MagiError where torch has no float8."""
+        float8 = require_float8()
+        device = torch.device(device)
+        native = holds_float8(device.type)
+        weight = weight.to(device if native else "cpu")
+        ratio = weight.abs().amax(dim=1, keepdim=True).float() / E4M3_MAX
+        power = (ratio.view(torch.int32) & _EXPONENT).view(torch.float32) * 2
+        scale = torch.where(power > 0, power, 1.0)  # of a row of zeros: 1
+        kept = (weight / scale).to(float8)
+        return cls((kept if native else kept.view(torch.uint8)).to(device), scale.to(device))
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix as (out, in) of `dtype`, a new tensor."""
+        raw = self.weight.dtype == torch.uint8
+        return (decode_e4m3(self.weight) if raw else self.weight).to(dtype).mul_(self.scale.to(dtype))
+
+
 def fp8_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -77,8 +110,9 @@ def fp8_linear(
 
 def apply_fp8(x: torch.Tensor, layer: Fp8Weight) -> torch.Tensor:
     """Quantise x, multiply, rescale: (..., in) -> (..., out) in x's dtype."""
-    divisor = layer.input_scale if layer.smooth_scale is None else layer.smooth_scale
-    scaled = (x.float() / divisor).clamp(-E4M3_MAX, E4M3_MAX).to(torch.bfloat16)
+    divisor = layer.input_scale.reshape(1) if layer.smooth_scale is None else layer.smooth_scale
+    # Of a 16-bit number and a float32 one of at least one axis: float32.
+    scaled = (x / divisor).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.bfloat16)
     flat = scaled.reshape(-1, scaled.shape[-1])
     if layer.weight.dtype == torch.uint8:
         product = multiply_exact(round_to_e4m3(flat), decode_e4m3(layer.weight))
@@ -86,15 +120,24 @@ def apply_fp8(x: torch.Tensor, layer: Fp8Weight) -> torch.Tensor:
         product = _multiply_float8(flat.to(layer.weight.dtype), layer.weight)
     else:
         product = multiply_exact(flat.to(layer.weight.dtype).to(torch.bfloat16), layer.weight.to(torch.bfloat16))
-    y = (product * layer.input_scale) * layer.weight_scale
+    y = product.mul_(layer.input_scale).mul_(layer.weight_scale)
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def multiply_exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x @ weight.T of 16-bit numbers with float32 products, sums and result: (n, in), (out, in) -> (n, out)."""
-    if x.device.type == "cuda" and torch.version.hip is None and _has_out_dtype():
+    if keeps_sums(x.device):
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    return F.linear(x.float(), weight.float())
+    weight = weight.float()
+    product = torch.empty(x.shape[0], weight.shape[0], device=x.device)
+    for rows, part in zip(x.split(ROWS), product.split(ROWS), strict=True):
+        part.copy_(F.linear(rows.float(), weight))
+    return product
+
+
+def keeps_sums(device: torch.device) -> bool:
+    """Whether a product of 16-bit numbers can have float32 results on `device`, without float32 copies of its factors."""
+    return device.type == "cuda" and torch.version.hip is None and _has_out_dtype()
 
 
 @lru_cache(1)

@@ -7,9 +7,9 @@ from warnings import warn
 
 import torch
 
-from .config import SPATIAL_DOWNSAMPLE, MagiConfig
+from .config import SPATIAL_DOWNSAMPLE, MagiConfig, RuntimeConfig
 from .errors import MagiError
-from .media.frames import check_mode, check_size, fit, size_for
+from .media.frames import check_mode, complete_size, fit, size_for
 from .media.video_reader import probe, read_image, read_video
 from .prompt import Caption, caption_per_chunk, null_caption
 from .schedule import Schedule
@@ -87,6 +87,39 @@ class Plan:
         return self.frames / self.config.runtime.fps
 
 
+@dataclass(frozen=True)
+class Length:
+    """How long a video becomes.
+
+    Attributes:
+        num_frames: as `make_sampler` takes it: frames to make after the given ones.
+        chunks: of the whole, given ones included.
+        made: of them, those that are generated.
+        frames: video frames that come out.
+    """
+
+    num_frames: int
+    chunks: int
+    made: int
+    frames: int
+
+
+def plan_length(runtime: RuntimeConfig, wanted: int, given: int, shown: bool) -> Length:
+    """What becomes of a wish for `wanted` video frames: whole chunks, the given latent frames before them.
+
+    Args:
+        runtime: the model's.
+        wanted: video frames that shall come out at least.
+        given: latent frames of an image or clip.
+        shown: they begin the video, as an image does; a clip comes before it.
+    """
+    per_latent, width = runtime.temporal_downsample_factor, runtime.chunk_width
+    latents = max(1, -(-wanted // per_latent) - given * shown)
+    chunks = -(-(latents + given) // width)
+    hidden = 0 if shown else given
+    return Length(latents * per_latent, chunks, chunks - given // width, (chunks * width - hidden) * per_latent)
+
+
 def make_plan(request: Request, config: MagiConfig, special: SpecialTokens | None) -> Plan:
     """Checks a request and reads its image or video.
 
@@ -108,28 +141,23 @@ def make_plan(request: Request, config: MagiConfig, special: SpecialTokens | Non
     wanted = _wanted_frames(request, runtime.num_frames, runtime.fps)
     prefix = _prefix(request, config)
     height, width = _size(request, config, None) if prefix is None else (int(n) for n in prefix.shape[1:3])
-    per_latent = runtime.temporal_downsample_factor
-    given = 0 if prefix is None else -(-len(prefix) // per_latent)
-    # An image is the first latent frame of what comes out; a video's frames come before it.
-    shown = given if request.image is not None else 0
-    latents = max(1, -(-wanted // per_latent) - shown)
+    given = 0 if prefix is None else -(-len(prefix) // runtime.temporal_downsample_factor)
+    length = plan_length(runtime, wanted, given, shown=request.image is not None)
     config = config.with_runtime(
-        num_frames=latents * per_latent,
+        num_frames=length.num_frames,
         video_size_h=height,
         video_size_w=width,
         num_steps=request.num_steps,
         window_size=request.window_size,
         seed=request.seed,
     )
-    chunks = -(-(latents + given) // runtime.chunk_width)
-    schedule = Schedule.of(config.runtime, chunks, given // runtime.chunk_width)
-    if not isinstance(request.prompt, str) and not 1 <= len(request.prompt) <= chunks - schedule.prefix_chunks:
+    Schedule.of(config.runtime, length.chunks, given // runtime.chunk_width)  # settings that do not go together
+    if not isinstance(request.prompt, str) and not 1 <= len(request.prompt) <= length.made:
         raise MagiError(
-            f"There are {len(request.prompt)} prompts for {chunks - schedule.prefix_chunks} chunks of a second each. "
+            f"There are {len(request.prompt)} prompts for {length.made} chunks of a second each. "
             "Give one, or up to one a chunk."
         )
-    made = chunks * runtime.chunk_width - (given - shown)
-    return Plan(request, config, prefix, chunks - schedule.prefix_chunks, made * per_latent)
+    return Plan(request, config, prefix, length.made, length.frames)
 
 
 def _check_special_tokens(request: Request, config: MagiConfig, special: SpecialTokens | None) -> None:
@@ -185,15 +213,9 @@ def _size(request: Request, config: MagiConfig, aspect: float | None) -> tuple[i
             raise MagiError(f"Both an area ({request.area}) and a width or height are given. Give one of them.")
         return size_for(request.area, aspect or _WIDE)
     shape = aspect or default[1] / default[0]
-    step = SPATIAL_DOWNSAMPLE * config.model.patch_size
-    if width is None:
-        if height is None:
-            return default if aspect is None else size_for(default[0] * default[1], aspect)
-        width = max(2, round(height * shape / step)) * step
-    elif height is None:
-        height = max(2, round(width / shape / step)) * step
-    check_size(height, width, step)
-    return height, width
+    if height is None and width is None:
+        return default if aspect is None else size_for(default[0] * default[1], aspect)
+    return complete_size(height, width, shape, SPATIAL_DOWNSAMPLE * config.model.patch_size)
 
 
 def _check_frames(frames: torch.Tensor, what: str) -> None:

@@ -228,7 +228,10 @@ def _counted(
 
 @torch.inference_mode(False)  # weights made in inference mode, as ComfyUI runs its nodes, could not be moved outside it
 def load_vae(
-    path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16
+    path: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: ProgressCallback | None = None,
 ) -> VideoVAE:
     """Loads a MAGI-1 VAE from its folder (config.json and one .safetensors) or from the bare .safetensors file.
 
@@ -239,6 +242,7 @@ def load_vae(
         path: folder or file.
         device: where the weights go; None is the best there is.
         dtype: what to compute in: bfloat16, float16 or float32.
+        progress: called with (tensors placed, tensors); what it raises ends the loading.
 
     Raises:
         MagiError: nothing readable is there, or it is no MAGI-1 VAE.
@@ -252,7 +256,11 @@ def load_vae(
             vae = VideoVAE(config)
         _compare(checkpoint, vae)
         # One tensor at a time: another dtype or device never costs a second copy of the whole.
-        weights = {name: checkpoint.tensor(name).to(device, dtype) for name in checkpoint}
+        weights: dict[str, torch.Tensor] = {}
+        for name in checkpoint:
+            weights[name] = checkpoint.tensor(name).to(device, dtype)
+            if progress:
+                progress(len(weights), len(checkpoint.tensors))
     vae.load_state_dict(weights, assign=True)
     return vae.requires_grad_(False).eval()
 

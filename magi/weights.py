@@ -4,9 +4,10 @@ A model reads its blocks by iterating over a `BlockSource`, one pass over the so
 live between two uses (on the device, in a mapped file, on the way over the bus) is the source's affair alone.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 
@@ -14,7 +15,13 @@ from .config import ModelConfig
 from .errors import MagiError
 from .layers import AnyLinear, Linear, Norm
 from .mapped_file import TensorInfo, compare_shapes, first_few
-from .quant import Fp8Weight
+from .quant import Fp8Weight, StoredFp8
+
+Precision = Literal["auto", "bf16", "fp32", "fp8"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+_COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_Weights = TypeVar("_Weights")
+_TYPICAL = "videodit_blocks.layers.0.mlp.linear_fc2.weight"  # never float8, so its type is the file's
 
 BLOCK = "videodit_blocks.layers.{}."
 _FP8_PER_TENSOR = (*(f"self_attention.linear_qkv.{name}" for name in ("q", "qx", "k", "v")), "mlp.linear_fc1")
@@ -72,6 +79,28 @@ class OuterWeights:
     final: Linear
 
 
+def map_tensors(weights: _Weights, change: Callable[[torch.Tensor], torch.Tensor]) -> _Weights:
+    """The same weights (a dataclass of tensors and of such dataclasses) with every tensor changed, in the fields' order."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return change(value)
+        return map_tensors(value, change) if dataclasses.is_dataclass(value) else value
+
+    parts = {f.name: changed(getattr(weights, f.name)) for f in dataclasses.fields(weights)}  # type: ignore[arg-type]
+    return dataclasses.replace(weights, **parts)  # type: ignore[type-var]
+
+
+def tensors_in(weights: Any) -> Iterator[torch.Tensor]:
+    """The tensors of what `map_tensors` takes, in its order."""
+    for field in dataclasses.fields(weights):
+        value = getattr(weights, field.name)
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif dataclasses.is_dataclass(value):
+            yield from tensors_in(value)
+
+
 class BlockSource(Protocol):
     """The layers' weights in order. A block is valid until the next one is asked for."""
 
@@ -102,12 +131,14 @@ class WeightReader:
         config: the transformer's shape.
         device: where they go.
         dtype: of everything that is not float32 or float8 by policy (reference section 2).
+        store_fp8: keep in float8 what an official fp8 checkpoint does, where this is none.
     """
 
     source: TensorSource
     config: ModelConfig
     device: torch.device
     dtype: torch.dtype
+    store_fp8: bool = False
 
     def outer(self) -> OuterWeights:
         """The weights outside the layers, float32."""
@@ -130,25 +161,26 @@ class WeightReader:
 
     def block(self, layer: int) -> BlockWeights:
         """The weights of one layer."""
+        store = self.store_fp8 and _may_be_fp8(layer, self.config)
         p, a = BLOCK.format(layer), BLOCK.format(layer) + "self_attention."
         f32, low = torch.float32, self.dtype
         return BlockWeights(
             gates=self._dense(p + "ada_modulate_layer.proj.0", low),
             qkv_norm=self._norm(a + "linear_qkv.layer_norm", low),
-            q=self._linear(a + "linear_qkv.q"),
-            k=self._linear(a + "linear_qkv.k"),
-            v=self._linear(a + "linear_qkv.v"),
-            q_x=self._linear(a + "linear_qkv.qx"),
+            q=self._linear(a + "linear_qkv.q", store),
+            k=self._linear(a + "linear_qkv.k", store),
+            v=self._linear(a + "linear_qkv.v", store),
+            q_x=self._linear(a + "linear_qkv.qx", store),
             kv_x=self._dense(a + "linear_kv_xattn", low, bias=False),
             q_norm=self._norm(a + "q_layernorm", f32, one_p=True),
             k_norm=self._norm(a + "k_layernorm", f32, one_p=True),
             q_norm_x=self._norm(a + "q_layernorm_xattn", low, one_p=True),
             k_norm_x=self._norm(a + "k_layernorm_xattn", low, one_p=True),
-            proj=self._linear(a + "linear_proj"),
+            proj=self._linear(a + "linear_proj", store),
             attn_post_norm=self._norm(p + "self_attn_post_norm", f32, one_p=True),
             mlp_norm=self._norm(p + "mlp.layer_norm", low),
-            fc1=self._linear(p + "mlp.linear_fc1"),
-            fc2=self._linear(p + "mlp.linear_fc2"),
+            fc1=self._linear(p + "mlp.linear_fc1", store),
+            fc2=self._linear(p + "mlp.linear_fc2", store),
             mlp_post_norm=self._norm(p + "mlp_post_norm", f32, one_p=True),
         )
 
@@ -162,8 +194,10 @@ class WeightReader:
         weight, bias = self._get(name + ".weight", dtype), self._get(name + ".bias", dtype)
         return Norm(weight + 1 if one_p and self.config.apply_layernorm_1p else weight, bias)
 
-    def _linear(self, name: str) -> AnyLinear:
+    def _linear(self, name: str, store: bool) -> AnyLinear:
         if name + ".weight_scale" not in self.source.tensors:
+            if store:
+                return StoredFp8.quantise(self.source.tensor(name + ".weight"), self.device)
             return self._dense(name, self.dtype, bias=False)
         smooth = name + ".smooth_scale"
         return Fp8Weight.from_official(
@@ -217,7 +251,7 @@ def tensor_shapes(config: ModelConfig, fp8: bool = False) -> dict[str, tuple[int
     sizes |= {f"self_attention.{x}_layernorm{kind}": head for x in "qk" for kind in ("", "_xattn")}
     block |= {f"{name}.{part}": (size,) for name, size in sizes.items() for part in ("weight", "bias")}
     for i in range(config.num_layers):
-        quantised = fp8 and 0 < i < config.num_layers - 1
+        quantised = fp8 and _may_be_fp8(i, config)
         shapes |= {BLOCK.format(i) + k: v for k, v in (_quantised(block) if quantised else block).items()}
     return shapes
 
@@ -233,9 +267,42 @@ def _quantised(block: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _may_be_fp8(layer: int, config: ModelConfig) -> bool:
+    return 0 < layer < config.num_layers - 1
+
+
 def has_fp8(tensors: Iterable[str]) -> bool:
     """Whether official fp8 layers are among these tensor names."""
     return any(name.endswith(".weight_scale") for name in tensors)
+
+
+def compute_dtype(
+    tensors: Mapping[str, TensorInfo], precision: str = "auto", dtype: torch.dtype | None = None
+) -> torch.dtype:
+    """What is not float32 or float8 by policy is kept and computed in this dtype.
+
+    Args:
+        tensors: a transformer's headers.
+        precision: "bf16" and "fp32" are that dtype; "auto" and "fp8" leave it to `dtype`.
+        dtype: None is the file's own: float32 for a float32 file, else bfloat16.
+
+    Raises:
+        MagiError: there is no such precision, the two contradict each other, or the layers of the file are float8.
+    """
+    if precision not in PRECISIONS:
+        raise MagiError(f"There is no precision {precision!r}. Choose one of {', '.join(PRECISIONS)}.")
+    if precision in _COMPUTE:
+        if has_fp8(tensors):
+            raise MagiError(
+                f"The precision {precision} is chosen, but this checkpoint's layers are float8 and are computed as such. "
+                "Choose auto, or the bf16 checkpoint."
+            )
+        if dtype not in (None, _COMPUTE[precision]):
+            raise MagiError(
+                f"The precision {precision} and the dtype {dtype} exclude each other. Leave out one of them."
+            )
+        return _COMPUTE[precision]
+    return dtype or (torch.float32 if tensors[_TYPICAL].dtype == "F32" else torch.bfloat16)
 
 
 def check_tensors(source: TensorSource, config: ModelConfig, label: str) -> None:

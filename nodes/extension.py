@@ -2,7 +2,13 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from .generate import Magi1Generate
+from . import host
+from .conditioning import Magi1ImageToVideo, Magi1TextToVideo, Magi1VideoToVideo
+from .decode import Magi1VAEDecode
+from .demo import Magi1DemoImage
+from .loaders import Magi1MemoryOptions, Magi1ModelLoader, Magi1TextEncoderLoader, Magi1VAELoader
+from .sampler import Magi1Sampler
+from .text import Magi1TextEncode
 
 
 class Magi1Extension(ComfyExtension):
@@ -10,9 +16,22 @@ class Magi1Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All of them."""
-        return [Magi1Generate]
+        return [
+            Magi1ModelLoader,
+            Magi1MemoryOptions,
+            Magi1VAELoader,
+            Magi1TextEncoderLoader,
+            Magi1TextEncode,
+            Magi1TextToVideo,
+            Magi1ImageToVideo,
+            Magi1VideoToVideo,
+            Magi1Sampler,
+            Magi1VAEDecode,
+            Magi1DemoImage,
+        ]
 
 
 async def comfy_entrypoint() -> Magi1Extension:
     """Called once by ComfyUI."""
+    host.register_folder()
     return Magi1Extension()

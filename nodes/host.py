@@ -1,21 +1,47 @@
-"""Everything that is asked of ComfyUI: folders, device, progress, previews and interrupts."""
+"""Everything that is asked of ComfyUI: folders, device, memory manager, progress, previews and interrupts."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import torch
+from server import PromptServer
+
+if TYPE_CHECKING:
+    from .managed import Managed
 
 FOLDER = "magi1"  # below ComfyUI's models/: the tree that `python -m magi download` makes
 _PREVIEW_SIZE = 512
-_SHARES = {"text": 0.05, "prefix": 0.02, "load": 0.03, "sample": 0.9}  # of the bar, in the order of the work
-_STEPS = 1000
 
 
-def models_folder() -> Path:
-    """Where MAGI-1's files are expected."""
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def register_folder() -> None:
+    """Makes models/magi1 known to ComfyUI, beside what extra_model_paths.yaml says of it."""
+    default = str(home())
+    paths, extensions = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
+    paths = [*paths, *([] if default in paths else [default])]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, ".safetensors"})
+
+
+def home() -> Path:
+    """The folder that MAGI-1's files belong in."""
     return Path(folder_paths.models_dir) / FOLDER
+
+
+def model_folders(kind: str = FOLDER) -> list[Path]:
+    """The folders in which ComfyUI looks for models of a kind."""
+    return [Path(p) for p in folder_paths.get_folder_paths(kind)]
+
+
+def model_names(kind: str) -> list[str]:
+    """The files there, relative, with forward slashes on every system."""
+    return [name.replace("\\", "/") for name in folder_paths.get_filename_list(kind)]
 
 
 def cache_folder() -> Path:
@@ -23,11 +49,83 @@ def cache_folder() -> Path:
     return Path(folder_paths.get_user_directory()) / FOLDER
 
 
-def make_room() -> Any:
-    """Frees the device of other models and returns it."""
-    comfy.model_management.unload_all_models()
-    comfy.model_management.soft_empty_cache()
+def t5_tokenizer() -> Path:
+    """The tokenizer of T5 that ComfyUI ships for its own text encoders."""
+    return Path(comfy.model_management.__file__).parent / "text_encoders" / "t5_tokenizer"
+
+
+# -- device and memory -------------------------------------------------------------------------------------------------
+
+
+def device() -> torch.device:
+    """What ComfyUI computes on."""
     return comfy.model_management.get_torch_device()
+
+
+def usable_memory() -> int | None:
+    """Device memory in bytes that could be had if everything else were evicted; None where it is the host's own."""
+    where = device()
+    if where.type == "cpu":
+        return None
+    evictable = sum(
+        model.loaded_size() for model in comfy.model_management.loaded_models() if model.load_device == where
+    )
+    return int(
+        comfy.model_management.get_free_memory(where) + evictable - comfy.model_management.extra_reserved_memory()
+    )
+
+
+def make_room(nbytes: int) -> None:
+    """Has ComfyUI evict models until so much of the device is free."""
+    comfy.model_management.free_memory(nbytes, device())
+
+
+def load(*models: "Managed", working: int = 0, progress: Callable[[int, int], None] | None = None) -> list[Any]:
+    """What the models hold, on the device, with `working` bytes to spare there; other models make room.
+
+    `progress(parts placed, parts)` is called while weights are read; what it raises ends that.
+    """
+    for model in models:
+        model.held.progress = progress
+    try:
+        comfy.model_management.load_models_gpu(list(models), memory_required=working)
+    except BaseException:
+        # Those that ComfyUI had taken off its list for the time of loading are not to stay behind unseen.
+        known = comfy.model_management.loaded_models()
+        for model in models:
+            if not any(model is other for other in known):
+                model.detach()
+        release()
+        raise
+    finally:
+        for model in models:
+            model.held.progress = None
+    return [model.held.content for model in models]
+
+
+@contextmanager
+def device_work(what: str, remedy: str) -> Iterator[None]:
+    """Around heavy work: what torch then holds unused goes back to the device, and running out of memory is said clearly.
+
+    Raises:
+        MagiError: the device ran out of memory doing `what`; it names the `remedy`.
+    """
+    from ..magi.errors import MagiError
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MagiError(f"{device()} ran out of memory {what}. {remedy}") from error
+    finally:
+        release()
+
+
+def release() -> None:
+    """Gives what torch holds but does not use back to the device."""
+    comfy.model_management.soft_empty_cache()
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
 
 
 def check_interrupt() -> None:
@@ -35,27 +133,17 @@ def check_interrupt() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-class NodeProgress:
-    """ComfyUI's bar over all stages of a run, with finished frames as the preview; every call asks for a cancel."""
-
-    def __init__(self, node_id: str | None) -> None:
-        """`node_id` is the node that runs."""
-        self._bar = comfy.utils.ProgressBar(_STEPS, node_id=node_id)
-        self._at = 0
-
-    def __call__(self, stage: Any) -> None:
-        """Moves the bar; decoding happens between samples and leaves it where it is."""
-        check_interrupt()
-        if stage.name in _SHARES:
-            names = list(_SHARES)
-            before = sum(_SHARES[name] for name in names[: names.index(stage.name)])
-            at = int(_STEPS * (before + _SHARES[stage.name] * stage.done / max(stage.total, 1e-9)))
-            if at > self._at:
-                self._at = at
-                self._bar.update_absolute(at, _STEPS)
-
-    def show(self, frame: Any) -> None:
-        """Shows a finished frame, uint8 (H, W, 3)."""
+def show_progress(node_id: str | None, value: int, total: int, picture: torch.Tensor | None = None) -> None:
+    """Moves a node's bar, with a picture, uint8 (H, W, 3), as its preview."""
+    preview = None
+    if picture is not None:
         from PIL import Image
 
-        self._bar.update_absolute(self._at, _STEPS, ("JPEG", Image.fromarray(frame.numpy()), _PREVIEW_SIZE))
+        preview = ("JPEG", Image.fromarray(picture.numpy()), _PREVIEW_SIZE)
+    comfy.utils.ProgressBar(total, node_id=node_id).update_absolute(value, total, preview)
+
+
+def show_text(node_id: str | None, text: str) -> None:
+    """Writes a line under a node."""
+    if node_id is not None and getattr(PromptServer, "instance", None) is not None:
+        PromptServer.instance.send_progress_text(text, node_id)

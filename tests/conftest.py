@@ -1,5 +1,6 @@
 """Shared by all tests: the golden files, and small models of random weights in any configuration."""
 
+import gc
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from magi.embedded import embedded_files
 from magi.mapped_file import TensorInfo
 from magi.model import Transformer, build_transformer
 from magi.prompt import Caption
 from magi.special_tokens import SpecialTokens
 from magi.weights import tensor_shapes
+from tests.comfy_host import Comfy, open_comfy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,3 +168,21 @@ def tiny_tokens() -> SpecialTokens:
     width = TINY.caption_channels
     caption, logo, other = (noise_of(n, width, seed=f"tokens {i}") for i, n in enumerate((1, 1, 100)))
     return SpecialTokens(caption, logo, other)
+
+
+@pytest.fixture(scope="session")
+def embedded_home(tmp_path_factory) -> Path:
+    """A folder with the embedded model's files."""
+    from transformers import T5EncoderModel  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # a text encoder collects garbage when it is closed: half the time of a test, for what never goes
+    home = tmp_path_factory.mktemp("embedded")
+    embedded_files(home)
+    return home
+
+
+@pytest.fixture
+def comfy(tmp_path, embedded_home) -> Iterator[Comfy]:
+    """The pack in ComfyUI's stand-in, or in the real one at COMFYUI_PATH; nothing in its folders but the embedded model."""
+    yield from open_comfy(tmp_path / "comfy", embedded_home)

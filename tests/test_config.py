@@ -8,6 +8,7 @@ import pytest
 
 from magi.config import PRESETS, EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi.errors import MagiError
+from magi.guidance import guidance_weights
 
 CASES = json.loads((Path(__file__).parent / "golden" / "manifest.json").read_text(encoding="utf-8"))["cases"]
 OFFICIAL = CASES[0]["config"]
@@ -205,3 +206,41 @@ def test_parts_can_be_made_by_hand():
     model = ModelConfig(num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, kv_channels=8)
     made = MagiConfig(model, RuntimeConfig(cfg_number=3))
     assert made == MagiConfig.from_dict(made.to_dict())
+
+
+# -- guidance --------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_replaces_the_scales_that_do_something():
+    base = MagiConfig.preset("4.5B_base")
+    made = base.with_guidance(text=5, prev=1.2).runtime
+    assert made.text_scales == (5, 5, 5, 0, 0)
+    assert made.prev_chunk_scales == (1.2, 1.2, 1.2, 1, 1)
+    assert base.with_guidance(text=5).runtime.prev_chunk_scales == base.runtime.prev_chunk_scales
+    assert base.with_guidance(prev=2).runtime.text_scales == base.runtime.text_scales
+    assert base.with_guidance(text=0).runtime.text_scales == (0,) * 5
+    assert base.with_guidance() == base
+
+
+def test_guidance_reaches_the_shares_of_the_passes():
+    made = MagiConfig.preset("4.5B_base").with_guidance(text=5, prev=1.2).runtime
+    early, late = guidance_weights(0.05, made), guidance_weights(0.5, made)
+    assert (early.text, early.prev, early.independent) == pytest.approx((5, -3.8, -0.2))
+    assert (late.text, late.prev, late.independent) == (0, 1, 0)
+
+
+def test_distilled_models_take_no_guidance():
+    distilled = MagiConfig.preset("4.5B_distill")
+    assert distilled.with_guidance() == distilled
+    for scales in ({"text": 7.5}, {"prev": 1.5}, {"text": 0}):
+        with pytest.raises(MagiError, match="Distilled models take no guidance: leave it at the model's own"):
+            distilled.with_guidance(**scales)
+
+
+@pytest.mark.parametrize("value", [-1, -0.001, float("nan"), float("inf")])
+def test_guidance_that_is_no_strength(value):
+    base = MagiConfig.preset("4.5B_base")
+    with pytest.raises(MagiError, match=f"text guidance is {value}; it must be 0 or more"):
+        base.with_guidance(text=value)
+    with pytest.raises(MagiError, match=f"previous-chunk guidance is {value}; it must be 0 or more"):
+        base.with_guidance(prev=value)

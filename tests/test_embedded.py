@@ -75,6 +75,14 @@ def test_a_folder_of_which_a_part_was_deleted_is_made_anew(tmp_path):
     assert everything(tmp_path) == whole
 
 
+def test_another_version_of_the_recipe_does_not_take_up_files_of_this_one(tmp_path, monkeypatch):
+    before = embedded_files(tmp_path)
+    changed = tmp_path / "embedded.py"
+    changed.write_text(Path(embedded.__file__).read_text(encoding="utf-8") + "# changed", encoding="utf-8")
+    monkeypatch.setattr(embedded, "__file__", str(changed))
+    assert embedded_files(tmp_path).vae != before.vae
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_start_leaves_nothing(error, tmp_path, monkeypatch):
     def interrupted():

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from magi.errors import MagiError
+from magi.generate import generate_latents
 from magi.kv_cache import KVCache
 
 
@@ -44,3 +46,37 @@ def test_a_cache_of_no_chunks(randn):
 
 def test_size():
     assert cache(3).nbytes == 2 * 3 * 2 * 4 * 6 * 8 * 2
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_a_models_cache_is_kept_where_it_is_asked_for(place, tiny_config, tiny_model, randn):
+    config = tiny_config(shape={"num_layers": 3})
+    model = tiny_model(config, cache_device=place)
+    model.device = torch.device("meta")  # stands for a device: what is copied there is gone
+    made = model.new_cache(2, 4, 4)
+    value, out = randn(2, 4, 24, 8), torch.zeros(2, 4, 24, 8)
+    made.store(0, 7, value)
+    if place == "device":
+        with pytest.raises(NotImplementedError):
+            made.load(0, 7, out)
+    else:
+        made.load(0, 7, out)
+        assert torch.equal(out, value)
+
+
+def test_there_is_no_third_place(tiny_config, tiny_model):
+    with pytest.raises(MagiError, match=r"cannot be kept on 'disk'\. Choose one of device, host"):
+        tiny_model(tiny_config(), cache_device="disk")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distill", [False, True])
+def test_a_cache_on_the_host_changes_no_bit(distill, tiny_config, tiny_model, tiny_caption, tiny_tokens):
+    config = tiny_config(distill, num_frames=72, window_size=2)
+
+    def run(place):
+        model = tiny_model(config, device="cuda", dtype=torch.bfloat16, cache_device=place)
+        chunks = generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens)
+        return torch.cat([chunk.latents for chunk in chunks], dim=2)
+
+    assert torch.equal(run("host"), run("device"))

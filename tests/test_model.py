@@ -5,9 +5,9 @@ from safetensors.torch import save_file
 
 from magi.errors import MagiError
 from magi.generate import generate_latents
-from magi.layers import output_projection, timestep_embedding
+from magi.layers import Linear, mlp, output_projection, timestep_embedding
 from magi.model import load_transformer
-from magi.quant import Fp8Weight
+from magi.quant import ROWS, Fp8Weight, StoredFp8
 
 
 @pytest.fixture
@@ -99,6 +99,16 @@ def test_the_output_projection_keeps_its_sums_unless_it_is_fp8(tiny_config, tiny
     assert output_projection(x, quantised).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("tokens", [3, 2 * ROWS + 5])
+def test_swiglu_is_rounded_once_and_gelu_where_it_is_computed(tokens, randn):
+    x, fc1, fc2 = randn(tokens, 8).bfloat16(), randn(24, 8, seed=1).bfloat16(), randn(8, 24, seed=2).bfloat16()
+    hidden = F.linear(x, fc1)
+    gate, value = hidden.float().chunk(2, dim=-1)
+    wanted = F.linear((F.silu(gate) * value).bfloat16(), fc2[:, :12])
+    assert torch.equal(mlp(x, Linear(fc1), Linear(fc2[:, :12]), gated=True), wanted)
+    assert torch.equal(mlp(x, Linear(fc1), Linear(fc2), gated=False), F.linear(F.gelu(hidden), fc2))
+
+
 @pytest.mark.parametrize("distill", [False, True])
 def test_sixteen_bits_stay_near_thirty_two(distill, tiny_config, tiny_model, tiny_caption, tiny_tokens):
     config = tiny_config(distill, num_frames=24)
@@ -138,3 +148,55 @@ def test_layers_that_stay_in_the_file_are_the_same(file):
 def test_a_device_that_is_not_there(file):
     with pytest.raises(MagiError, match="no device 'gpu'"):
         load_transformer(file(), device="gpu")
+
+
+# -- precision -------------------------------------------------------------------------------------------------------
+
+MATRICES = ("q", "k", "v", "q_x", "proj", "fc1", "fc2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_precision_is_a_compute_type(dtype, file):
+    path = file(dtype)
+    for precision, wanted in (("auto", dtype), ("fp8", dtype), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        model = load_transformer(path, device="cpu", precision=precision)
+        assert model.dtype == model.blocks[1].gates.weight.dtype == wanted
+        assert isinstance(model.blocks[1].fc1, StoredFp8) == (precision == "fp8")
+    assert load_transformer(path, device="cpu", dtype=torch.float16, precision="fp8").dtype == torch.float16
+
+
+def test_float8_storage_takes_the_matrices_of_all_layers_but_the_first_and_the_last(tiny_config, tiny_model):
+    model = tiny_model(tiny_config(shape={"num_layers": 4}), precision="fp8")
+    for i, block in enumerate(model.blocks):
+        for name in MATRICES:
+            assert isinstance(getattr(block, name), StoredFp8) == (0 < i < 3)
+    plain = tiny_model(tiny_config(shape={"num_layers": 4}))
+    assert torch.equal(model.blocks[1].kv_x.weight, plain.blocks[1].kv_x.weight), "not even in the official ones"
+    assert torch.equal(model.blocks[1].q_norm.weight, plain.blocks[1].q_norm.weight)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_float8_storage_stays_near(gated, tiny_config, tiny_model, tiny_caption, tiny_tokens):
+    config = tiny_config(True, shape={"num_layers": 4, "gated_linear_unit": gated}, num_frames=24)
+    options = {"caption": tiny_caption(), "special_tokens": tiny_tokens}
+    stored, full = (
+        next(generate_latents(tiny_model(config, precision=precision), **options)).latents
+        for precision in ("fp8", "auto")
+    )
+    assert 1e-4 < float((stored - full).norm() / full.norm()) < 5e-2
+
+
+def test_official_float8_is_what_it_is(tiny_config, tiny_model):
+    config = tiny_config(True, shape={"num_layers": 3})
+    for precision in ("auto", "fp8"):
+        assert isinstance(tiny_model(config, fp8=True, precision=precision).blocks[1].fc1, Fp8Weight)
+    for precision in ("bf16", "fp32"):
+        with pytest.raises(MagiError, match=f"precision {precision} is chosen, but .* are float8 .*Choose auto"):
+            tiny_model(config, fp8=True, dtype=None, precision=precision)
+
+
+def test_precisions_that_are_none(file):
+    with pytest.raises(MagiError, match=r"no precision 'int4'\. Choose one of auto, bf16, fp32, fp8"):
+        load_transformer(file(), device="cpu", precision="int4")
+    with pytest.raises(MagiError, match=r"precision bf16 and the dtype torch\.float32 exclude each other"):
+        load_transformer(file(), device="cpu", dtype=torch.float32, precision="bf16")

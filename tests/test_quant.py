@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from magi import quant
 from magi.errors import MagiError
 from magi.generate import generate_latents
-from magi.quant import Fp8Weight, apply_fp8, decode_e4m3, fp8_linear, multiply_exact, round_to_e4m3
+from magi.layers import linear, output_projection
+from magi.quant import Fp8Weight, StoredFp8, apply_fp8, decode_e4m3, fp8_linear, multiply_exact, round_to_e4m3
 
 
 def all_bf16() -> torch.Tensor:
@@ -108,6 +109,75 @@ def test_products_of_16_bit_numbers_are_not_rounded(randn):
     got = multiply_exact(x, weight)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_many_rows_are_not_rounded_either(randn):
+    x, weight = randn(2 * quant.ROWS + 3, 16).bfloat16(), randn(8, 16, seed=1).bfloat16()
+    torch.testing.assert_close(multiply_exact(x, weight).double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+
+
+# -- float8 for its size alone ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stored_matrices_stay_near_their_own(dtype, randn):
+    weight = (randn(32, 48) * torch.logspace(-4, 1, 32)[:, None]).to(dtype)
+    stored = StoredFp8.quantise(weight, "cpu")
+    dense = stored.dense(dtype)
+    assert dense.dtype == dtype
+    assert dense.shape == weight.shape
+    error = (dense.double() - weight.double()).norm(dim=1) / weight.double().norm(dim=1)
+    assert (error < 0.04).all(), "each row has a scale of its own"
+    assert (error > 0.005).all(), "it is quantised"
+    assert stored.weight.nbytes == 32 * 48
+    assert stored.scale.shape == (32, 1)
+
+
+def test_stored_numbers_are_float8_times_their_rows_scale_exactly(randn):
+    stored = StoredFp8.quantise(randn(16, 64) * 0.02, "cpu")
+    exact = stored.weight.double() * stored.scale.double()
+    assert torch.equal(stored.dense(torch.float32).double(), exact)
+    assert torch.equal(stored.dense(torch.bfloat16).double(), exact), "nothing is rounded once more"
+    assert stored.weight.float().abs().amax(dim=1).min() >= 224
+    assert stored.weight.float().abs().max() <= 448
+
+
+def test_rows_of_nothing_and_of_the_smallest_numbers(randn):
+    weight = torch.zeros(4, 16)
+    weight[1] = randn(16) * 1e-30
+    weight[2] = 1e-40
+    weight[3, 5] = 3e38
+    dense = StoredFp8.quantise(weight, "cpu").dense(torch.float32)
+    assert dense.isfinite().all()
+    assert not dense[0].any()
+    torch.testing.assert_close(dense[1], weight[1], rtol=0.07, atol=1e-33)
+    assert dense[3, 5] == pytest.approx(3e38, rel=0.07)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_bytes_give_the_very_same_numbers(dtype, randn, monkeypatch):
+    weight = randn(32, 48).to(dtype)
+    wanted = StoredFp8.quantise(weight, "cpu")
+    monkeypatch.setattr(quant, "holds_float8", lambda kind: False)
+    got = StoredFp8.quantise(weight, "cpu")
+    assert got.weight.dtype == torch.uint8
+    assert torch.equal(got.dense(dtype), wanted.dense(dtype))
+
+
+def test_products_with_stored_matrices(randn):
+    x, stored = randn(5, 48).bfloat16(), StoredFp8.quantise(randn(32, 48, seed=1), "cpu")
+    wanted = x.double() @ stored.dense(torch.float32).double().T
+    assert linear(x, stored).dtype == torch.bfloat16
+    torch.testing.assert_close(linear(x, stored).double(), wanted, rtol=1e-2, atol=5e-2)
+    assert output_projection(x, stored).dtype == torch.float32
+    torch.testing.assert_close(output_projection(x, stored).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_stored_matrices_on_the_gpu(randn):
+    weight = randn(32, 48).bfloat16()
+    here, there = (StoredFp8.quantise(weight, device).dense(torch.bfloat16).cpu() for device in ("cpu", "cuda"))
+    assert torch.equal(here, there)
 
 
 @pytest.mark.gpu

@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
+from ..embedded import DEMO_IMAGE
 from ..pipeline import MagiPipeline
 from .generate import add_content_arguments, add_device_arguments, default_cache, request_from, write_video
 
-PHOTO = Path(__file__).parent.parent / "assets" / "cat.jpg"
 _OUT = "demo.mp4"
 _PROMPT = "A ginger cat looks around, close-up, soft light"
 
@@ -14,7 +14,7 @@ _PROMPT = "A ginger cat looks around, close-up, soft light"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `demo` understands: the content of `generate`, with defaults."""
     parser.epilog = (
-        "The embedded model has random weights: the picture survives, what follows it is colour and movement without sense. "
+        "The embedded model is set up by hand to repeat what it sees, and nothing in it is trained. "
         "It runs through exactly the code that the real weights run through."
     )
     add_content_arguments(parser)
@@ -30,6 +30,6 @@ def main(args: argparse.Namespace) -> int:
     args.prompt = args.prompt or [_PROMPT]
     args.overwrite = args.overwrite or args.out == _OUT  # the last demo, not a file somebody named
     if args.image is None and args.video is None:
-        args.image = str(PHOTO)
+        args.image = str(DEMO_IMAGE)
     pipeline = MagiPipeline.embedded(args.cache, device=args.device)
     return write_video(pipeline, request_from(args), args)

@@ -111,6 +111,21 @@ def check_size(height: int, width: int, multiple: int = 16) -> None:
             )
 
 
+def complete_size(height: int | None, width: int | None, aspect: float, multiple: int = 16) -> tuple[int, int]:
+    """(height, width) where at least one side is given: the other follows from the aspect ratio width / height.
+
+    Raises:
+        MagiError: a given side is no valid one.
+    """
+    if width is None and height is not None:
+        width = max(2, round(height * aspect / multiple)) * multiple
+    elif height is None and width is not None:
+        height = max(2, round(width / aspect / multiple)) * multiple
+    assert height is not None and width is not None  # noqa: S101, PT018 (one was given)
+    check_size(height, width, multiple)
+    return height, width
+
+
 def size_for(area: int | str, aspect: float, multiple: int = 16) -> tuple[int, int]:
     """(height, width) of about `area` pixels (a number, or a name of `AREAS`) and the aspect ratio width / height.
 

@@ -1,0 +1,221 @@
+"""What a video starts from: a size, a picture, or the end of a clip. Each gives a LATENT for the sampler."""
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from . import clips, host, schema
+from .native_vae import magi_vae
+from .progress import Progress
+
+_SIZES = ["720p", "540p", "480p", "360p", "256p"]
+_OWN = "from image"
+_SHAPES = {"16:9": 16 / 9, "9:16": 9 / 16, "1:1": 1.0, "4:3": 4 / 3, "3:4": 3 / 4, "21:9": 21 / 9}
+_SIZE_TIP = (
+    "A number of pixels, whatever the shape: 720p is 1280x720 in 16:9. Time and memory go with it; 540p has as many "
+    "pixels as the 720x720 that the 4.5B models are at home at."
+)
+
+
+def _sides() -> list[Any]:
+    tip = "In pixels, a multiple of 16. 0: by size and shape; if only one side is given, the other follows from the shape."
+    return [io.Int.Input(side, default=0, min=0, max=4096, step=16, tooltip=tip) for side in ("width", "height")]
+
+
+def _fit() -> Any:
+    return io.Combo.Input(
+        "fit",
+        options=["crop", "pad", "stretch"],
+        default="crop",
+        tooltip="Where the size has another shape than the picture: cut its edges, add black bars, or distort it.",
+    )
+
+
+class Magi1TextToVideo(io.ComfyNode):
+    """A size to start from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return schema.schema(
+            node_id="Magi1TextToVideo",
+            display_name="MAGI-1 Text to Video (size)",
+            aliases=["empty latent", "magi size", "t2v"],
+            description="The size of a video that starts from text alone. Its length is set in the sampler.",
+            inputs=[
+                io.Combo.Input("size", options=_SIZES, default="540p", tooltip=_SIZE_TIP),
+                io.Combo.Input("shape", options=list(_SHAPES), default="16:9", tooltip="Width to height."),
+                *_sides(),
+            ],
+            outputs=[io.Latent.Output(display_name="start")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
+        """Refuses impossible sizes before anything runs."""
+        return _impossible(width, height)
+
+    @classmethod
+    def execute(cls, size: str, shape: str, width: int, height: int) -> io.NodeOutput:
+        """Empty latents: only their size counts."""
+        rows, columns = _choose(size, width, height, _SHAPES[shape])
+        return io.NodeOutput({"samples": torch.zeros(1, 16, 1, rows // 8, columns // 8)})
+
+
+class Magi1ImageToVideo(io.ComfyNode):
+    """A picture to start from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return schema.schema(
+            node_id="Magi1ImageToVideo",
+            display_name="MAGI-1 Image to Video",
+            aliases=["first frame", "i2v", "animate image"],
+            description="Encodes the picture that a video starts with.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="From the MAGI-1 VAE Loader."),
+                io.Image.Input("image", tooltip="The first frame. Of several pictures the first one is taken."),
+                io.Combo.Input(
+                    "size", options=[*_SIZES, _OWN], default="540p", tooltip=f"{_SIZE_TIP} Keeps the picture's shape."
+                ),
+                *_sides(),
+                _fit(),
+            ],
+            outputs=[io.Latent.Output(display_name="start")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
+        """Refuses impossible sizes before anything runs."""
+        return _impossible(width, height)
+
+    @classmethod
+    def execute(cls, vae: Any, image: torch.Tensor, size: str, width: int, height: int, fit: str) -> io.NodeOutput:
+        """Encodes it."""
+        from ..magi.media.frames import fit as fit_frames
+
+        frames = clips.frames_of(image[:1])
+        target = _choose(size, width, height, frames.shape[2] / frames.shape[1], own=frames.shape[1:3])
+        progress = Progress(cls.hidden.unique_id, load=0.3, encode=0.7)
+        return io.NodeOutput(_encoded(vae, fit_frames(frames, *target, fit), progress))
+
+
+class Magi1VideoToVideo(io.ComfyNode):
+    """The end of a clip to go on from."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return schema.schema(
+            node_id="Magi1VideoToVideo",
+            display_name="MAGI-1 Video to Video",
+            aliases=["extend video", "continue video", "v2v"],
+            description="Encodes the end of a clip, for a sampler that goes on from there. The sampler's result begins after it.",
+            inputs=[
+                io.MultiType.Input(
+                    "video",
+                    types=[io.Video, io.Image, io.Latent],
+                    tooltip="A video, its frames, or what another MAGI-1 Sampler made (which needs no encoding and keeps its size).",
+                ),
+                io.Float.Input(
+                    "continue_seconds",
+                    default=2.0,
+                    min=0.5,
+                    max=30.0,
+                    step=0.5,
+                    tooltip="How much of the end is looked at. One or two seconds hold movement and look; more takes longer.",
+                ),
+                io.Combo.Input(
+                    "size", options=[*_SIZES, _OWN], default="540p", tooltip=f"{_SIZE_TIP} Keeps the clip's shape."
+                ),
+                *_sides(),
+                _fit(),
+                schema.advanced(
+                    io.Float.Input(
+                        "fps",
+                        default=24.0,
+                        min=1.0,
+                        max=240.0,
+                        step=0.001,
+                        tooltip="Frame rate of separate frames (a video knows its own). MAGI-1 works at 24.",
+                    )
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="From the MAGI-1 VAE Loader. Not needed for latents."),
+            ],
+            outputs=[io.Latent.Output(display_name="start")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
+        """Refuses impossible sizes before anything runs."""
+        return _impossible(width, height)
+
+    @classmethod
+    def execute(
+        cls,
+        video: Any,
+        continue_seconds: float,
+        size: str,
+        width: int,
+        height: int,
+        fit: str,
+        fps: float = 24.0,
+        vae: Any = None,
+    ) -> io.NodeOutput:
+        """Takes the end, and encodes it where it is not latents already."""
+        from ..magi.errors import MagiError
+
+        if isinstance(video, dict):
+            return io.NodeOutput(clips.latent_tail(video, continue_seconds))
+        if vae is None:
+            raise MagiError("A video has to be encoded. Connect a MAGI-1 VAE Loader to vae.")
+        source = clips.Clip.of(video, fps)
+        target = _choose(size, width, height, source.width / source.height, own=(source.height, source.width))
+        progress = Progress(cls.hidden.unique_id, read=0.2, load=0.2, encode=0.6)
+        frames = source.read(*target, fit, continue_seconds, lambda *_: progress.at("read", 0))
+        if len(frames) < clips.LEAST:
+            raise MagiError(
+                f"The clip has {len(frames)} frames at 24 a second; {clips.LEAST} are needed to see a movement. "
+                "For a single picture use MAGI-1 Image to Video."
+            )
+        # Whole latents that end where the clip ends: frames too many are dropped at the beginning.
+        return io.NodeOutput(_encoded(vae, frames[len(frames) % 4 :], progress))
+
+
+def _encoded(vae: Any, frames: torch.Tensor, progress: Progress) -> dict[str, torch.Tensor]:
+    from ..magi.media.frames import to_model
+    from ..magi.tiling import Tiling
+
+    report = progress.phase("encode", f"encoding {frames.shape[2]}x{frames.shape[1]}")
+    with host.device_work("encoding", "Close what else uses it, or encode with ComfyUI's own VAE Encode (Tiled)."):
+        loaded = magi_vae(vae).loaded(Tiling(), progress.phase("load", "loading the VAE"))
+        samples = loaded.encode(to_model(frames), progress=report)
+    progress.say(
+        f"{frames.shape[2]}x{frames.shape[1]}, {samples.shape[2]} latent frame{'s' * (samples.shape[2] > 1)}",
+        at_once=True,
+    )
+    return {"samples": samples}
+
+
+def _choose(size: str, width: int, height: int, aspect: float, own: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(height, width) to make."""
+    from ..magi.media.frames import complete_size, nearest_size, size_for
+
+    if width or height:
+        return complete_size(height or None, width or None, aspect)
+    return nearest_size(*own) if size == _OWN and own else size_for(size, aspect)
+
+
+def _impossible(width: int | None, height: int | None) -> bool | str:
+    from ..magi.errors import MagiError
+    from ..magi.media.frames import check_size
+
+    try:
+        check_size(height or 32, width or 32)
+    except MagiError as error:
+        return str(error)
+    return True

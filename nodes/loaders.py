@@ -1,0 +1,319 @@
+"""Loaders: they find and check files by their headers; weights are read when a sampler or decoder needs them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import files, host, schema
+
+_PRECISION = {"auto": "auto", "bf16": "bf16", "fp32": "fp32", "fp8 storage": "fp8"}
+_VARIANT = {"auto": None, "base": False, "distilled": True}
+_SWITCH = {"auto": None, "on": True, "off": False}
+_ATTENTION = ["auto", "flash", "efficient", "math", "sage"]
+
+
+class Magi1ModelLoader(io.ComfyNode):
+    """Finds a transformer."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return schema.schema(
+            node_id="Magi1ModelLoader",
+            display_name="MAGI-1 Model Loader",
+            aliases=["magi", "load magi", "video model"],
+            description="Chooses a MAGI-1 transformer. It is read when a sampler runs, and stays loaded until room is needed.",
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=files.model_menu(),
+                    tooltip=(
+                        "Released models belong in models/magi1/ckpt/magi; other files may lie in models/magi1 or "
+                        "models/diffusion_models. The embedded one needs no download and only shows that everything works."
+                    ),
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(_PRECISION),
+                    default="auto",
+                    tooltip="auto: as the file has it. fp8 storage halves what the weights of a bf16 file take, at a small loss.",
+                ),
+                io.Combo.Input(
+                    "variant",
+                    options=list(_VARIANT),
+                    default="auto",
+                    tooltip=(
+                        "Base models take three passes a step, distilled ones one. auto: as the file or its folder says; "
+                        "choose only where it cannot tell. The wrong one ruins the picture."
+                    ),
+                ),
+                schema.advanced(
+                    io.Combo.Input(
+                        "attention",
+                        options=_ATTENTION,
+                        default="auto",
+                        tooltip="auto: PyTorch's fastest. sage needs the package sageattention, which is a little less exact.",
+                    )
+                ),
+                schema.Memory.Input(
+                    "memory", optional=True, tooltip="Only to override what is decided from the free memory."
+                ),
+            ],
+            outputs=[schema.Model.Output(display_name="model")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model: str | None = None) -> bool | str:
+        """Refuses missing and wrong files before anything runs."""
+        return _problem(_check_model, model)
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str | None = None, **others: Any) -> Any:
+        """A file that was replaced is another one."""
+        return _fingerprint(files.find_model, model)
+
+    @classmethod
+    def execute(
+        cls, model: str, precision: str, variant: str, attention: str = "auto", memory: Any = None
+    ) -> io.NodeOutput:
+        """Reads headers."""
+        from ..magi.attention import check_attention
+        from ..magi.checkpoint import Checkpoint
+        from ..magi.memory import MemoryOptions
+        from ..magi.recognise import resolve_config
+        from ..magi.special_tokens import SpecialTokens
+        from ..magi.weights import check_tensors, compute_dtype
+        from .managed import Managed
+        from .models import MagiTransformer, Model
+
+        path = files.find_model(model)
+        with Checkpoint(path) as checkpoint:
+            config = resolve_config(checkpoint, None, _VARIANT[variant])
+            check_tensors(checkpoint, config.model, repr(model))
+            dtype = compute_dtype(checkpoint.tensors, _PRECISION[precision])
+        shape = config.model
+        heads = (shape.num_attention_heads, shape.num_query_groups, shape.kv_channels)
+        check_attention(attention, host.device(), dtype, *heads)
+        held = MagiTransformer(path, config, _PRECISION[precision], attention, memory or MemoryOptions())
+        tokens = SpecialTokens.load(files.find_special_tokens(path))
+        return io.NodeOutput(Model(model, config, tokens, Managed(held)))
+
+
+class Magi1MemoryOptions(io.ComfyNode):
+    """Overrides for experts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return schema.schema(
+            node_id="Magi1MemoryOptions",
+            display_name="MAGI-1 Memory Options",
+            aliases=["low vram", "offload", "block swap", "streaming"],
+            description="What goes where in memory. Everything on auto is what happens without this node.",
+            inputs=[
+                io.Float.Input(
+                    "budget_gb",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.5,
+                    tooltip="Device memory to use in all, in GB of 10^9 bytes. 0: what is free.",
+                ),
+                io.Combo.Input(
+                    "streaming",
+                    options=list(_SWITCH),
+                    default="auto",
+                    tooltip="on: a few layers at a time are on the device, the rest comes from memory or disk in each step. auto: only if they do not all fit.",
+                ),
+                io.Combo.Input(
+                    "pinned_memory",
+                    options=list(_SWITCH),
+                    default="auto",
+                    tooltip="Streamed layers in page-locked memory: faster, but they take as much RAM as the model. auto: if there is plenty.",
+                ),
+                io.Combo.Input(
+                    "cache",
+                    options=["auto", "device", "host"],
+                    default="auto",
+                    tooltip="Where the keys of finished chunks are kept. host saves device memory and costs a little time.",
+                ),
+            ],
+            outputs=[schema.Memory.Output(display_name="memory")],
+        )
+
+    @classmethod
+    def execute(cls, budget_gb: float, streaming: str, pinned_memory: str, cache: str) -> io.NodeOutput:
+        """Hands them on."""
+        from ..magi.memory import MemoryOptions
+
+        budget = round(budget_gb * 1e9) or None
+        return io.NodeOutput(MemoryOptions(budget, _SWITCH[streaming], _SWITCH[pinned_memory], cache))
+
+
+class Magi1VAELoader(io.ComfyNode):
+    """Finds a VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return schema.schema(
+            node_id="Magi1VAELoader",
+            display_name="MAGI-1 VAE Loader",
+            aliases=["magi vae", "load vae"],
+            description="Chooses MAGI-1's VAE. Its output also goes into ComfyUI's own VAE nodes.",
+            inputs=[
+                io.Combo.Input(
+                    "vae",
+                    options=files.vae_menu(),
+                    tooltip="The official one belongs in models/magi1/ckpt/vae. The embedded one goes with the embedded model only.",
+                ),
+                schema.advanced(
+                    io.Combo.Input(
+                        "precision",
+                        options=["auto", "bf16", "fp16", "fp32"],
+                        default="auto",
+                        tooltip="auto: bf16, as MAGI-1 was published. fp32 is exact and slower.",
+                    )
+                ),
+            ],
+            outputs=[io.Vae.Output(display_name="vae")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, vae: str | None = None) -> bool | str:
+        """Refuses missing and wrong files before anything runs."""
+        return _problem(_check_vae, vae)
+
+    @classmethod
+    def fingerprint_inputs(cls, vae: str | None = None, **others: Any) -> Any:
+        """A file that was replaced is another one."""
+        return _fingerprint(files.find_vae, vae)
+
+    @classmethod
+    def execute(cls, vae: str, precision: str = "auto") -> io.NodeOutput:
+        """Reads the header."""
+        import torch
+
+        from .native_vae import manage_vae
+
+        auto = torch.float32 if vae == files.EMBEDDED else torch.bfloat16
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        return io.NodeOutput(manage_vae(files.find_vae(vae), dtypes.get(precision, auto)))
+
+
+class Magi1TextEncoderLoader(io.ComfyNode):
+    """Finds a T5."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return schema.schema(
+            node_id="Magi1TextEncoderLoader",
+            display_name="MAGI-1 Text Encoder Loader",
+            aliases=["t5", "t5xxl", "magi text encoder"],
+            description=(
+                "Chooses a T5 v1.1 XXL encoder. It is loaded for prompts that were not encoded before, and freed afterwards. "
+                "A t5xxl file that you have for other models also works through ComfyUI's Load CLIP (type mochi)."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "encoder",
+                    options=files.encoder_menu(),
+                    tooltip="The official one belongs in models/magi1/ckpt/t5/t5-v1_1-xxl, single t5xxl files in models/text_encoders.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=["cpu", "gpu"],
+                    default="cpu",
+                    tooltip="cpu needs no graphics memory and takes up to a minute a prompt; gpu needs room for the whole encoder.",
+                ),
+                schema.advanced(
+                    io.Combo.Input(
+                        "precision",
+                        options=["fp32", "bf16"],
+                        default="fp32",
+                        tooltip="What is computed in. fp32 is what MAGI-1 was published with; bf16 takes half the memory.",
+                    )
+                ),
+            ],
+            outputs=[schema.TextEncoder.Output(display_name="encoder")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, encoder: str | None = None) -> bool | str:
+        """Refuses missing and wrong files before anything runs."""
+        return _problem(_check_encoder, encoder)
+
+    @classmethod
+    def fingerprint_inputs(cls, encoder: str | None = None, **others: Any) -> Any:
+        """A file that was replaced is another one."""
+        return _fingerprint(lambda name: files.find_encoder(name)[0], encoder)
+
+    @classmethod
+    def execute(cls, encoder: str, device: str, precision: str = "fp32") -> io.NodeOutput:
+        """Finds the tokenizer too."""
+        import torch
+
+        from ..magi.text.t5_checkpoint import find_t5_files
+        from .models import Encoder
+
+        path, tokenizer = files.find_encoder(encoder)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        where = host.device() if device == "gpu" else torch.device("cpu")
+        nbytes = sum(file.stat().st_size for file in find_t5_files(path))
+        return io.NodeOutput(Encoder(path, tokenizer, where, dtype, nbytes))
+
+
+def _problem(check: Callable[[str], None], name: str | None) -> bool | str:
+    """True, or what is wrong; a name that comes over a link is None before the graph runs."""
+    from ..magi.errors import MagiError
+
+    try:
+        if name is not None:
+            check(name)
+    except MagiError as error:
+        return str(error)
+    return True
+
+
+def _check_model(name: str) -> None:
+    from ..magi.checkpoint import Checkpoint
+    from ..magi.recognise import recognise_tensors, resolve_config
+    from ..magi.weights import check_tensors
+
+    path = files.find_model(name)
+    with Checkpoint(path) as checkpoint:
+        found = recognise_tensors(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
+        # Where the file does not tell base from distilled, the other input does, which is looked at when the node runs.
+        config = resolve_config(checkpoint, None, False if found.distilled is None else None)
+        check_tensors(checkpoint, config.model, repr(name))
+    files.find_special_tokens(path)
+
+
+def _check_vae(name: str) -> None:
+    from ..magi.vae import load_vae
+
+    load_vae(files.find_vae(name), "meta")
+
+
+def _check_encoder(name: str) -> None:
+    from ..magi.text.t5_checkpoint import read_t5
+    from ..magi.text.t5_tokenizer import find_tokenizer
+
+    path, tokenizer = files.find_encoder(name)
+    read_t5(path)
+    find_tokenizer(path, tokenizer)
+
+
+def _fingerprint(find: Callable[[str], Path], name: str | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of every file; nothing where there is none, which validation has told."""
+    from ..magi.errors import MagiError
+
+    try:
+        path = find(name or files.EMBEDDED)
+    except MagiError:
+        return []
+    found = sorted(path.glob("*")) if path.is_dir() else [path]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]

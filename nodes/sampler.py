@@ -1,0 +1,260 @@
+"""The sampler: text, and what to start from, to latents."""
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy_api.latest import io
+
+from . import clips, host, schema
+from .native_vae import magi_vae, working_memory
+from .progress import Clock, Progress
+from .text import captions_of
+
+if TYPE_CHECKING:
+    from ..magi.config import MagiConfig
+    from ..magi.generate import Run
+    from ..magi.request import Length
+    from ..magi.sampler_state import ProgressEvent
+    from ..magi.vae import VideoVAE
+    from .models import Model
+
+_PREVIEW_SECONDS = 1.0  # between two rough previews
+_FROM_MODEL = "0: the model's own"
+
+
+class Magi1Sampler(io.ComfyNode):
+    """Makes the video, in latents."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return schema.schema(
+            node_id="Magi1Sampler",
+            display_name="MAGI-1 Sampler",
+            aliases=["ksampler", "magi", "generate video"],
+            description="Makes the video chunk by chunk, a second each. Shows how long it will be, and how long it still takes.",
+            inputs=[
+                schema.Model.Input("model", tooltip="From the MAGI-1 Model Loader."),
+                io.Conditioning.Input("text", tooltip="From MAGI-1 Text Encode."),
+                io.Float.Input(
+                    "seconds",
+                    default=4.0,
+                    min=0.5,
+                    max=600.0,
+                    step=0.5,
+                    tooltip="Length. It is rounded up to whole chunks of 24 frames (1 s); what comes out is shown under the node.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="Another number, another video. The first seconds do not depend on the length.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=256,
+                    step=4,
+                    tooltip=f"Denoising steps a chunk, a multiple of 4. {_FROM_MODEL}. Base models take 32 to 64, distilled ones 8, 12, 16, 32 or 64.",
+                ),
+                io.Int.Input(
+                    "window",
+                    default=0,
+                    min=0,
+                    max=16,
+                    tooltip=f"Chunks denoised at a time. {_FROM_MODEL} (4). 1 takes least memory and most time.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip=f"How closely the prompt is followed, for base models only. {_FROM_MODEL} (7.5).",
+                ),
+                schema.advanced(
+                    io.Float.Input(
+                        "previous_guidance",
+                        default=0.0,
+                        min=0.0,
+                        max=10.0,
+                        step=0.1,
+                        tooltip=f"How closely a chunk follows the ones before it, for base models only. {_FROM_MODEL} (1.5).",
+                    )
+                ),
+                schema.advanced(
+                    io.Boolean.Input(
+                        "negative_tokens",
+                        default=False,
+                        tooltip="Steers away from burnt-in captions, logos, transitions and borders; for base models.",
+                    )
+                ),
+                io.Latent.Input(
+                    "start",
+                    optional=True,
+                    tooltip="A size, picture or clip from the other MAGI-1 nodes; or latents to go on from. Nothing: text to video in the model's own size.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Only for previews in true colours."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="samples"),
+                io.Int.Output(display_name="frames", tooltip="Frames that the decoder will give, 24 a second."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, steps: int | None = None) -> bool | str:
+        """Refuses step counts no model takes before anything runs."""
+        if steps is not None and steps % 4:
+            below = steps - steps % 4
+            return f"{steps} steps cannot be split over the four stages of a chunk. Use {f'{below} or ' if below else ''}{below + 4}, or 0."
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        model: "Model",
+        text: list[Any],
+        seconds: float,
+        seed: int,
+        steps: int,
+        window: int,
+        guidance: float,
+        previous_guidance: float = 0.0,
+        negative_tokens: bool = False,
+        start: dict[str, Any] | None = None,
+        vae: Any = None,
+    ) -> io.NodeOutput:
+        """Checks everything, loads the transformer and runs."""
+        from ..magi.generate import make_sampler, prepare
+        from ..magi.request import plan_length
+
+        config = model.config.with_guidance(guidance or None, previous_guidance or None)
+        config = config.with_runtime(num_steps=steps or None, window_size=window or None)
+        prefix, config = _start(start, config)
+        given = 0 if prefix is None else prefix.shape[2]
+        length = plan_length(config.runtime, round(seconds * config.runtime.fps), given, shown=given == 1)
+        captions, styles, durations = captions_of(text)
+        settings = {
+            "caption": captions,
+            "special_tokens": model.special_tokens,
+            "style_tokens": styles,
+            "duration_tokens": durations,
+            "negative_tokens": negative_tokens,
+            "prefix": prefix,
+            "num_frames": length.num_frames,
+        }
+        run = prepare(config, **settings)
+        placement = model.transformer.plan(run.config, given // config.runtime.chunk_width)
+        logging.info(f"MAGI-1 {model.name}: {placement.describe()}.")
+        view = _View(cls.hidden.unique_id, run, length)
+        finished = []
+        with host.device_work(
+            f"at {view.size} with a window of {config.runtime.window_size}",
+            "Try a smaller size, a window of 1, or MAGI-1 Memory Options with a smaller budget.",
+        ):
+            loaded, decoder = _load(model, vae, placement.working_bytes, view)
+            view.use(decoder)
+            sampler = make_sampler(
+                loaded, config, seed=seed, progress=view.sampled, heartbeat=view.heartbeat, **settings
+            )
+            for chunk in sampler:
+                finished.append(chunk.latents.to("cpu", torch.float32))
+                view.finished(chunk.index, finished[-1])
+            del sampler  # its keys, before what torch holds is given back
+        view.done()
+        return io.NodeOutput({"samples": torch.cat(finished, dim=2)}, length.frames)
+
+
+def _start(start: dict[str, Any] | None, config: "MagiConfig") -> tuple[torch.Tensor | None, "MagiConfig"]:
+    """Given latents, if any, and the config with the size of the video."""
+    if start is None:
+        return None, config
+    samples = clips.check_latent(start)
+    config = config.with_runtime(video_size_h=8 * samples.shape[3], video_size_w=8 * samples.shape[4])
+    return (samples if samples.any() else None), config
+
+
+def _load(model: "Model", vae: Any, working: int, view: "_View") -> tuple[Any, "VideoVAE | None"]:
+    """The transformer, and the VAE for previews where both fit without a change of what goes where."""
+    from ..magi.tiling import Tiling
+
+    if vae is not None:
+        patcher = magi_vae(vae).patcher
+        usable = host.usable_memory()
+        needed = model.patcher.model_size() + working + patcher.model_size() + working_memory(Tiling())
+        if usable is None or needed <= usable:
+            return tuple(host.load(model.patcher, patcher, working=working, progress=view.loading))
+    return host.load(model.patcher, working=working, progress=view.loading)[0], None
+
+
+class _View:
+    """What a user sees of a run."""
+
+    def __init__(self, node_id: str | None, run: "Run", length: "Length") -> None:
+        runtime = run.config.runtime
+        self.size = f"{runtime.video_size_w}x{runtime.video_size_h}"
+        self._chunks = length.made
+        self._length = f"{length.frames / runtime.fps:g} s = {length.frames} frames"
+        self._progress = Progress(node_id, load=0.04, sample=0.96)
+        self._clock, self._previewed = Clock(), 0.0
+        self._iteration, self._total = 0, len(run.schedule)
+        self._where = ""
+        self._decoder: VideoVAE | None = None
+        self._rough: Any = None
+        self._progress.say(f"{self._length}, {self.size}, {runtime.num_steps} steps a chunk", at_once=True)
+
+    def use(self, decoder: "VideoVAE | None") -> None:
+        """Makes ready for previews."""
+        from ..magi.preview import RoughDecoder
+
+        self._decoder, self._rough = decoder, RoughDecoder(decoder)
+        self._progress.at("load", 1)
+
+    def loading(self, done: int, total: int) -> None:
+        """Parts of the weights have been placed."""
+        self._progress.at("load", 0.99 * done / total)
+        self._progress.say(f"{self._length}: loading the model, {done / total:.0%}")
+
+    def sampled(self, event: "ProgressEvent") -> None:
+        """A step has been made: shows the oldest chunk that is being denoised, as it is expected to become."""
+        self._iteration = event.iteration
+        self._where = f"chunk {max(0, event.first_chunk) + 1} of {self._chunks}"
+        picture = None
+        if time.monotonic() - self._previewed >= _PREVIEW_SECONDS:
+            self._previewed = time.monotonic()
+            t = event.timesteps[0]
+            width = event.latents.shape[2] // len(event.timesteps)
+            expected = event.latents[:, :, :width] + (1 - t) * event.velocity[:, :, :width]
+            picture = self._rough(expected)
+        self._show(event.iteration / self._total, picture)
+
+    def heartbeat(self, fraction: float) -> None:
+        """Part of a step has been made."""
+        self._show((self._iteration + min(fraction, 0.999)) / self._total)
+
+    def finished(self, index: int, latents: torch.Tensor) -> None:
+        """A chunk is clean: shows its last frame as it is."""
+        picture = self._rough(latents)
+        if self._decoder is not None:
+            from ..magi.media.frames import from_model
+
+            video = self._decoder.decode(latents[:, :, -1:], progress=lambda *_: host.check_interrupt())
+            picture = from_model(video[:, :, -1:])[0].cpu()
+        self._where = f"chunk {index + 1} of {self._chunks} is done"
+        self._show(self._iteration / self._total, picture)
+
+    def done(self) -> None:
+        """The last line."""
+        self._progress.at("sample", 1)
+        self._progress.say(f"{self._length}, {self.size}", at_once=True)
+
+    def _show(self, part: float, picture: torch.Tensor | None = None) -> None:
+        self._progress.at("sample", part, picture)
+        self._progress.say(f"{self._length}: {self._where or 'starting'}, {part:.0%}{self._clock.left(part)}")

@@ -1,0 +1,154 @@
+"""Prompts to text embeddings: by our own T5 or a native CLIP, kept on disk, one for all or one a second."""
+
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io
+
+from . import host, schema
+from .progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..magi.prompt import Caption
+    from .models import Encoder
+
+_ONE, _LINES = "one prompt", "one line a second"
+_MOTION = {"any": (), "static": ("static",), "dynamic": ("dynamic",)}
+_LOOK = {"any": (), "3D model": ("3d_model",), "2D anime": ("2d_anime",)}
+_OURS = "magi1"  # in a conditioning's options: what the sampler puts in front of the text
+
+
+class Magi1TextEncode(io.ComfyNode):
+    """Encodes what to show."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return schema.schema(
+            node_id="Magi1TextEncode",
+            display_name="MAGI-1 Text Encode",
+            aliases=["prompt", "magi prompt", "prompt schedule", "prompt travel"],
+            description="Encodes a prompt, or a prompt for every second. Encodings are kept on disk: the same prompt never needs T5 twice.",
+            inputs=[
+                io.MultiType.Input(
+                    "encoder",
+                    types=[schema.TextEncoder, io.Clip],
+                    tooltip="From the MAGI-1 Text Encoder Loader, or a t5xxl file from ComfyUI's Load CLIP with type mochi or ltxv.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="A cat looks around, then at the camera",
+                    tooltip="What to show. A sentence or two about subject, movement and camera work best.",
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=[_ONE, _LINES],
+                    default=_ONE,
+                    tooltip="one line a second: each line is the prompt of one chunk of 24 frames; the last holds to the end.",
+                ),
+                io.Boolean.Input(
+                    "high_quality", default=True, tooltip="Asks for quality, as the published examples do."
+                ),
+                io.Combo.Input(
+                    "motion", options=list(_MOTION), default="any", tooltip="Asks for a still or a lively picture."
+                ),
+                io.Combo.Input(
+                    "look", options=list(_LOOK), default="any", tooltip="Asks for the look of 3D or of drawn animation."
+                ),
+                schema.advanced(io.Boolean.Input("borders", default=False, tooltip="Asks for a picture with borders.")),
+                schema.advanced(
+                    io.Boolean.Input(
+                        "duration_tokens",
+                        default=True,
+                        tooltip="Tells each chunk how many are to come, as in training.",
+                    )
+                ),
+                schema.advanced(
+                    io.Boolean.Input(
+                        "clean_prompt",
+                        default=True,
+                        tooltip="Cleans the text as the captions in training were cleaned.",
+                    )
+                ),
+            ],
+            outputs=[io.Conditioning.Output(display_name="text")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        encoder: Any,
+        prompt: str,
+        schedule: str,
+        high_quality: bool,
+        motion: str,
+        look: str,
+        borders: bool = False,
+        duration_tokens: bool = True,
+        clean_prompt: bool = True,
+    ) -> io.NodeOutput:
+        """Encodes."""
+        from .models import Encoder
+
+        texts = [line for line in prompt.splitlines() if line.strip()] if schedule == _LINES else []
+        texts = texts or [prompt]
+        progress = Progress(cls.hidden.unique_id, load=0.5, encode=0.5)
+        if isinstance(encoder, Encoder):
+            embeds = _encode(encoder, texts, clean_prompt, progress)
+        else:
+            from .native_clip import encode_with_clip
+
+            embeds = encode_with_clip(encoder, texts, clean_prompt, progress)
+        progress.at("encode", 1)
+        blank = "" if all(len(e) for e in embeds) else ", an empty one: that part is made without text"
+        progress.say(f"{len(embeds)} prompt{'s' * (len(embeds) > 1)}{blank}", at_once=True)
+        styles = (*(["hq"] * high_quality), *_MOTION[motion], *_LOOK[look], *(["borderness"] * borders))
+        options = {_OURS: {"styles": styles, "durations": duration_tokens}}
+        return io.NodeOutput([[e[None], dict(options)] for e in embeds])
+
+
+def _encode(encoder: "Encoder", texts: list[str], clean: bool, progress: Progress) -> list["torch.Tensor"]:
+    from ..magi.text.embedding_cache import EmbeddingCache
+    from ..magi.text.prompt_encoding import encode_prompts
+    from ..magi.text.t5_checkpoint import read_t5
+
+    loading = True
+
+    def report(done: int, total: int) -> None:
+        nonlocal loading  # the count starts anew when T5 is there and encoding begins
+        if encoder.device.type != "cpu" and done == 1 and loading:
+            host.make_room(encoder.nbytes)
+        progress.at("load" if loading else "encode", done / total)
+        progress.say(f"{'loading' if loading else 'running'} the text encoder: {done / total:.0%}")
+        loading = loading and done < total
+
+    return encode_prompts(
+        texts,
+        encoder.path,
+        tokenizer=encoder.tokenizer,
+        cache=EmbeddingCache(host.cache_folder() / "text"),
+        clean=clean,
+        device=encoder.device,
+        dtype=encoder.dtype,
+        channels=read_t5(encoder.path).shape.d_model,
+        progress=report,
+    )
+
+
+def captions_of(text: list[Any]) -> tuple[list["Caption"], tuple[str, ...], bool]:
+    """The captions in a CONDITIONING, one a second, and what is to stand in front of them: styles, durations.
+
+    Conditionings of native nodes serve too: padding that their mask leaves out is cut off.
+    """
+    from ..magi.prompt import Caption
+
+    captions = []
+    for embeds, options in text:
+        mask = options.get("attention_mask")
+        rows = embeds[0] if mask is None else embeds[0][mask[0].to(embeds.device).bool()]
+        captions.append(Caption(rows.float().cpu()))
+    ours = text[0][1].get(_OURS, {"styles": ("hq",), "durations": True}) if text else {}
+    return captions, tuple(ours.get("styles", ())), bool(ours.get("durations", True))

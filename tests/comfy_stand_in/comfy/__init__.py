@@ -1,0 +1,1 @@
+"""Stands in for ComfyUI's package of the same name."""

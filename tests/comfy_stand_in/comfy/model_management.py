@@ -1,0 +1,169 @@
+"""Which models are on the device, and who must go when another needs room."""
+
+import gc
+import sys
+import threading
+import weakref
+
+import torch
+
+OOM_EXCEPTION = torch.OutOfMemoryError
+current_loaded_models = []
+free_bytes = 16 << 30  # what the device says is free; tests set it
+_interrupted = False
+_mutex = threading.RLock()
+
+
+class InterruptProcessingException(Exception):
+    """The user has cancelled."""
+
+
+def interrupt_current_processing(value=True):
+    global _interrupted
+    with _mutex:
+        _interrupted = value
+
+
+def processing_interrupted():
+    with _mutex:
+        return _interrupted
+
+
+def throw_exception_if_processing_interrupted():
+    """Raises once per cancel."""
+    global _interrupted
+    with _mutex:
+        if _interrupted:
+            _interrupted = False
+            raise InterruptProcessingException
+
+
+def get_torch_device():
+    return torch.device("cpu")
+
+
+def get_total_memory(dev=None, torch_total_too=False):
+    return (16 << 30, 16 << 30) if torch_total_too else 16 << 30
+
+
+def get_free_memory(dev=None, torch_free_too=False):
+    return (free_bytes, free_bytes) if torch_free_too else free_bytes
+
+
+def extra_reserved_memory():
+    return 400 << 20
+
+
+def minimum_inference_memory():
+    return 1 << 30
+
+
+def soft_empty_cache(force=False):
+    """There is none."""
+
+
+def module_size(module):
+    return sum(t.nbytes for t in module.state_dict().values())
+
+
+
+
+class LoadedModel:
+    """An entry of the list: knows its patcher only weakly, and drops out when the model itself is gone."""
+
+    def __init__(self, patcher):
+        self._patcher = weakref.ref(patcher)
+        self.device = patcher.load_device
+        self.currently_used = True
+        self.real_model = self.model_finalizer = None
+
+    @property
+    def model(self):
+        return self._patcher()
+
+    def __eq__(self, other):
+        return self.model is other.model
+
+    __hash__ = None
+
+    def is_dead(self):
+        return self.real_model() is not None and self.model is None
+
+    def load(self, extra_memory):
+        self.model.model_patches_to(self.device)
+        self.model.model_patches_to(self.model.model_dtype())
+        self.model.partially_load(self.device, extra_memory, force_patch_weights=False)
+        self.real_model = weakref.ref(self.model.model)
+        self.model_finalizer = weakref.finalize(self.model.model, _forget_dead)
+
+    def unload(self, needed):
+        """Gives up `needed` bytes or, where that is not enough (None: in any case), all; True if all."""
+        if needed is not None and needed < self.model.loaded_size():
+            if self.model.partially_unload(self.model.offload_device, needed) >= needed:
+                return False
+        self.model.detach(True)
+        self.model_finalizer.detach()
+        self.real_model = self.model_finalizer = None
+        return True
+
+
+def _forget_dead():
+    current_loaded_models[:] = [entry for entry in current_loaded_models if entry.real_model() is not None]
+
+
+def free_memory(memory_required, device, keep_loaded=()):
+    """Unloads until so much is free: what is least on the device first, then the least referenced, then the smallest."""
+    order = []
+    for i in reversed(range(len(current_loaded_models))):
+        entry = current_loaded_models[i]
+        if entry.device == device and entry not in keep_loaded and not entry.is_dead():
+            size = entry.model.model_size()
+            order.append((entry.model.loaded_size() - size, sys.getrefcount(entry.model), size, i))
+            entry.currently_used = False
+    gone = []
+    for *_, i in sorted(order):
+        needed = memory_required - get_free_memory(device)
+        if needed < 0:
+            break
+        if current_loaded_models[i].unload(needed):
+            gone.append(i)
+    return [current_loaded_models.pop(i) for i in sorted(gone, reverse=True)]
+
+
+def load_models_gpu(models, memory_required=0, force_patch_weights=False, minimum_memory_required=None, force_full_load=False):
+    """Brings models to their devices, evicting others; one already there is told again how much room there is."""
+    entries = []
+    for patcher in {*models, *(other for m in models for other in m.model_patches_models())}:
+        entry = LoadedModel(patcher)
+        known = [e for e in current_loaded_models if e == entry]
+        entries.append(known[0] if known else entry)
+        entries[-1].currently_used = True
+    for entry in entries:
+        for other in [e for e in current_loaded_models if e.model is not None and entry.model.is_clone(e.model)]:
+            current_loaded_models.remove(other)
+            other.model.detach(unpatch_all=False)
+            other.model_finalizer.detach()
+    extra = max(minimum_inference_memory(), memory_required + extra_reserved_memory())
+    for device in {entry.device for entry in entries}:
+        missing = sum(
+            e.model.model_size() - (e.model.loaded_size() if device == e.model.current_loaded_device() else 0)
+            for e in entries
+            if e.device == device
+        )
+        free_memory(missing * 1.1 + extra, device)
+    for entry in entries:
+        entry.load(1e32 if force_full_load else max(128 << 20, get_free_memory(entry.device) - extra))
+        current_loaded_models.insert(0, entry)
+
+
+def loaded_models(only_currently_used=False):
+    return [e.model for e in current_loaded_models if e.currently_used or not only_currently_used]
+
+
+def unload_all_models():
+    free_memory(1e30, get_torch_device())
+
+
+def cleanup_models_gc():
+    if any(entry.is_dead() for entry in current_loaded_models):
+        gc.collect()
