@@ -57,6 +57,11 @@ class ModelConfig:
         """Rows of the first MLP matrix: value and gate together for SwiGLU."""
         return self.ffn_hidden_size * (2 if self.gated_linear_unit else 1)
 
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key heads, and the size of one."""
+        return self.num_attention_heads, self.num_query_groups, self.kv_channels
+
     def __post_init__(self) -> None:
         if self.hidden_size != self.num_attention_heads * self.kv_channels:
             raise MagiError(
@@ -228,7 +233,8 @@ class MagiConfig:
         if text is None and prev is None:
             return self
         if self.engine.distill:
-            raise MagiError("Distilled models take no guidance: leave it at the model's own.")
+            given = ", ".join(f"{scale:g}" for scale in (text, prev) if scale is not None)
+            raise MagiError(f"Distilled models take no guidance ({given} is given). Leave it at the model's own.")
         runtime = self.runtime
         return self.with_runtime(
             text_scales=None if text is None else tuple(s and text for s in runtime.text_scales),

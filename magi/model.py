@@ -341,7 +341,7 @@ def build_transformer(
             f"The cache cannot be kept on {cache_device!r}. Choose one of {', '.join(get_args(CacheDevice))}."
         )
     c = config.model
-    check_attention(attention, where, low, c.num_attention_heads, c.num_query_groups, c.kv_channels)
+    check_attention(attention, where, low, *config.model.heads)
     sizes = weight_sizes(source.tensors, c, where, precision, dtype)
     reader = WeightReader(source, c, where, low, store_fp8)
     offload = not fits(sizes.total, where) if offload is None else offload

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .attention import check_attention
 from .checkpoint import Checkpoint
 from .config import MagiConfig
 from .device import pick_device
@@ -26,7 +27,7 @@ from .special_tokens import SpecialTokens
 from .text.embedding_cache import EmbeddingCache
 from .text.prompt_encoding import encode_prompts
 from .vae import VideoVAE, load_vae
-from .weights import check_tensors, has_fp8
+from .weights import Precision, check_tensors, compute_dtype, has_fp8
 
 __all__ = ["Clip", "MagiPipeline", "Media", "Plan", "Request", "Stage", "StageProgress"]
 
@@ -67,6 +68,8 @@ class MagiPipeline:
         text_dtype: torch.dtype | None = None,
         cache: EmbeddingCache | None = None,
         offload: bool | None = None,
+        precision: Precision = "auto",
+        attention: str = "auto",
     ) -> None:
         """`from_files` checks the files first; arguments are described there."""
         self.files = files
@@ -78,6 +81,8 @@ class MagiPipeline:
         self._text_dtype = text_dtype
         self._cache = cache
         self._offload = offload
+        self._precision: Precision = precision
+        self._attention = attention
         self._transformer: Transformer | None = None
         self._vae: VideoVAE | None = None
 
@@ -106,7 +111,8 @@ class MagiPipeline:
             distilled: the variant, where nothing in the file tells it.
             **options: `device` and `dtype` to compute on and in (None: the best there is; bfloat16), `vae_dtype`,
                 `text_device` ("cpu") and `text_dtype` (float32) for T5, `cache` for embeddings, `offload` (None: only
-                if the weights do not fit the device).
+                if the weights do not fit the device), `precision` ("fp8": half the memory for bf16 weights) and
+                `attention` as for `load_transformer`.
 
         Raises:
             MagiError: a file is missing, damaged or something else, or base and distilled are mixed up.
@@ -121,6 +127,9 @@ class MagiPipeline:
         with Checkpoint(transformer) as checkpoint:
             config = resolve_config(checkpoint, config, distilled)
             check_tensors(checkpoint, config.model, repr(str(transformer)))
+            dtype = compute_dtype(checkpoint.tensors, options.get("precision", "auto"), options.get("dtype"))
+            device = pick_device(options.get("device"))
+            check_attention(options.get("attention", "auto"), device, dtype, *config.model.heads)
             if has_fp8(checkpoint.tensors):
                 require_float8()
         found = recognise(vae)
@@ -162,7 +171,7 @@ class MagiPipeline:
         except torch.OutOfMemoryError as error:
             raise MagiError(
                 f"{self.device} ran out of memory at {plan.config.runtime.video_size_w}x{plan.config.runtime.video_size_h} "
-                f"with a window of {plan.config.runtime.window_size}. Try a smaller size, a window of 1, or offloading."
+                f"with a window of {plan.config.runtime.window_size}. Try a smaller size, or offloading."
             ) from error
 
     def _run(self, plan: Plan, progress: StageProgress | None) -> Iterator[Clip]:
@@ -231,7 +240,14 @@ class MagiPipeline:
         """The transformer, loaded on first use."""
         if self._transformer is None:
             self._transformer = load_transformer(
-                self.files.transformer, self.config, self.device, self._dtype, self._offload, progress
+                self.files.transformer,
+                self.config,
+                self.device,
+                self._dtype,
+                self._offload,
+                progress,
+                precision=self._precision,
+                attention=self._attention,
             )
         return self._transformer
 

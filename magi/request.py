@@ -37,7 +37,7 @@ class Request:
         fit: "crop", "pad" or "stretch", for an image or video of another shape.
         seed: any integer.
         num_steps: denoising steps a chunk; None: the model's own.
-        window_size: chunks denoised at a time; None: the model's own. 1 takes least memory.
+        window_size: chunks denoised at a time; None: the model's own. Fewer work on less at once but look back on more.
         style_tokens: see `special_tokens.STYLES`.
         duration_tokens: tell each chunk how many are to come.
         negative_tokens: steer away from burnt-in captions, logos, transitions and borders (base models).

@@ -88,8 +88,8 @@ def find_special_tokens(model: Path) -> Path:
     from ..magi.special_tokens import find_special_tokens as find
 
     beside = model if model.is_dir() else model.parent
-    usual = [folder / FILE_NAME for folder in (beside.parent, *host.model_folders())]
-    found = next((file for file in usual if file.is_file()), None) or find([beside, *host.model_folders()])
+    folders = [beside, beside.parent, *host.model_folders()]
+    found = next((f / FILE_NAME for f in folders if (f / FILE_NAME).is_file()), None) or find(folders)
     if found is None:
         raise _error(f"{FILE_NAME} (3 MB) is not in {host.home()}. Download {TOKENS_URL} into that folder.")
     return found

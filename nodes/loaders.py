@@ -93,9 +93,7 @@ class Magi1ModelLoader(io.ComfyNode):
             config = resolve_config(checkpoint, None, _VARIANT[variant])
             check_tensors(checkpoint, config.model, repr(model))
             dtype = compute_dtype(checkpoint.tensors, _PRECISION[precision])
-        shape = config.model
-        heads = (shape.num_attention_heads, shape.num_query_groups, shape.kv_channels)
-        check_attention(attention, host.device(), dtype, *heads)
+        check_attention(attention, host.device(), dtype, *config.model.heads)
         held = MagiTransformer(path, config, _PRECISION[precision], attention, memory or MemoryOptions())
         tokens = SpecialTokens.load(files.find_special_tokens(path))
         return io.NodeOutput(Model(model, config, tokens, Managed(held)))

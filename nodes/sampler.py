@@ -67,7 +67,7 @@ class Magi1Sampler(io.ComfyNode):
                     default=0,
                     min=0,
                     max=16,
-                    tooltip=f"Chunks denoised at a time. {_FROM_MODEL} (4). 1 takes least memory and most time.",
+                    tooltip=f"Chunks denoised at a time. {_FROM_MODEL} (4), best as a rule: fewer must look back on more, and save no memory.",
                 ),
                 io.Float.Input(
                     "guidance",
@@ -157,7 +157,7 @@ class Magi1Sampler(io.ComfyNode):
         finished = []
         with host.device_work(
             f"at {view.size} with a window of {config.runtime.window_size}",
-            "Try a smaller size, a window of 1, or MAGI-1 Memory Options with a smaller budget.",
+            "Try a smaller size, fp8 storage, or MAGI-1 Memory Options with streaming on and the cache on the host.",
         ):
             loaded, decoder = _load(model, vae, placement.working_bytes, view)
             view.use(decoder)

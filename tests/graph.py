@@ -147,7 +147,7 @@ class GraphRunner:
         self.executed.append(id)
         try:
             self.management.throw_exception_if_processing_interrupted()
-            return cls.PREPARE_CLASS_CLONE({h: id for h in hidden}).execute(**inputs).args
+            return cls.PREPARE_CLASS_CLONE(dict.fromkeys(hidden, id)).execute(**inputs).args
         except self.management.InterruptProcessingException as error:
             raise Interrupted(id) from error
         except Exception as error:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -12,7 +13,7 @@ from magi.special_tokens import FILE_NAME as SPECIAL_TOKENS
 from magi.synthetic import RandomTensors
 
 from .comfy_host import Comfy
-from .graph import Graph
+from .graph import Graph, InvalidGraph, NodeError
 
 EMBEDDED = "embedded demo model"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
@@ -76,7 +77,9 @@ def video_to_video(comfy: Comfy, kind: str, video: object, start: dict | None = 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
     """An IMAGE that the embedded VAE keeps: smooth, and different everywhere."""
     rows, columns = torch.linspace(0.2, 0.8, height)[:, None, None], torch.linspace(0.1, 0.9, width)[None, :, None]
-    return (rows * torch.tensor([1.0, 0.5, 0.0]) + columns * torch.tensor([0.0, 0.5, 1.0])).clamp(0, 1)[None].contiguous()
+    return (
+        (rows * torch.tensor([1.0, 0.5, 0.0]) + columns * torch.tensor([0.0, 0.5, 1.0])).clamp(0, 1)[None].contiguous()
+    )
 
 
 def clip(frames: int, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
@@ -95,5 +98,21 @@ def random_model(comfy: Comfy, name: str, **shape: int) -> str:
     rows = {"caption_token": 1, "logo_token": 1, "other_tokens": 100}
     tokens = np.random.default_rng(1)
     width = config.model.caption_channels
-    np.savez(folder.parent / SPECIAL_TOKENS, **{k: tokens.standard_normal((n, width), np.float32) for k, n in rows.items()})
+    np.savez(
+        folder.parent / SPECIAL_TOKENS, **{k: tokens.standard_normal((n, width), np.float32) for k, n in rows.items()}
+    )
     return f"{name}/{name}.safetensors"
+
+
+def error_between(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().mean().item()
+
+
+def refused(comfy: Comfy, graph: Graph) -> str:
+    """The message with which a graph is refused, by validation or the node; nothing was loaded for it."""
+    with pytest.raises((InvalidGraph, NodeError)) as caught:
+        comfy.run(graph)
+    if isinstance(caught.value, NodeError):
+        assert caught.value.kind == "MagiError", str(caught.value)
+    assert comfy.management.loaded_models() == []
+    return str(caught.value)

@@ -102,7 +102,9 @@ def test_cancel_takes_effect_within_a_call(comfy, monkeypatch, phase):
             return fast(*args, **options)
         calls.append(time.monotonic())
         if len(calls) == 1:
-            threading.Timer(0.1, lambda: when.append(time.monotonic()) or comfy.management.interrupt_current_processing()).start()
+            threading.Timer(
+                0.1, lambda: when.append(time.monotonic()) or comfy.management.interrupt_current_processing()
+            ).start()
         time.sleep(0.3)
         return fast(*args, **options)
 
@@ -133,6 +135,15 @@ def test_what_was_half_read_is_not_kept(comfy, monkeypatch):
     assert len(comfy.run(graph)["decode"][0]) == 24
 
 
+def test_every_report_asks_for_a_cancel(comfy):
+    """Also one that is too small to move the bar, as most are in a long video."""
+    progress = comfy.module("nodes.progress").Progress("1", sample=1.0)
+    progress.at("sample", 0.5)
+    comfy.management.interrupt_current_processing()
+    with pytest.raises(comfy.management.InterruptProcessingException):
+        progress.at("sample", 0.5)
+
+
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +164,13 @@ def test_every_bar_only_grows_and_reaches_its_end(comfy):
         assert values[-1] == 1, name
     assert len(found["sampler"]) > 20
     assert len(found["decode"]) > 3
+
+
+def test_a_bar_never_goes_back(comfy):
+    progress = comfy.module("nodes.progress").Progress("1", load=1.0, sample=3.0)
+    for name, part in (("sample", 0.5), ("load", 0.5), ("sample", 0.4), ("sample", 2.0)):
+        progress.at(name, part, torch.zeros(2, 2, 3, dtype=torch.uint8))
+    assert bars(comfy)["1"] == [0.625, 0.625, 0.625, 1.0]
 
 
 def test_the_bar_moves_while_weights_are_read_and_within_steps(comfy):
@@ -176,7 +194,9 @@ def test_previews(comfy):
         wire = io.BytesIO()
         shot.save(wire, "JPEG")
         assert Image.open(io.BytesIO(wire.getvalue())).size == shot.size
-    assert any(shot.size == (WIDTH, HEIGHT) for name, _, shot, _ in shown if name == "sampler"), "finished chunks, decoded"
+    assert any(shot.size == (WIDTH, HEIGHT) for name, _, shot, _ in shown if name == "sampler"), (
+        "finished chunks, decoded"
+    )
 
 
 def test_a_finished_chunk_is_shown_as_it_is(comfy):
@@ -223,6 +243,14 @@ def test_the_time_left_is_told(comfy, monkeypatch):
 def test_the_decoder_tells_its_length(comfy):
     comfy.run(text_to_video(comfy))
     assert re.search(r"24 frames, 1 s, 64x48", texts(comfy, "decode")[-1])
+
+
+def test_no_line_is_left_half_way(comfy):
+    """The last line stays under the node when the run is over."""
+    comfy.run(image_to_video(comfy, picture()))
+    for name in ("text", "start", "sampler", "decode"):
+        said = texts(comfy, name)
+        assert said == [] or not re.search(r"%|loading|running", said[-1]), said
 
 
 def test_lines_do_not_flood(comfy):

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,12 +85,14 @@ def test_everything_can_be_unloaded(comfy, reads):
     """What ComfyUI's "Unload Models" button does."""
     graph = text_to_video(comfy)
     before = comfy.run(graph)["decode"][0]
-    weights = [weakref.ref(model.model.content) for model in comfy.management.loaded_models()]
+    models = comfy.management.loaded_models()
+    weights = [weakref.ref(model.model.content) for model in models]
     assert len(weights) == 2
     comfy.management.unload_all_models()
     gc.collect()
     assert [ref() for ref in weights] == [None, None]
     assert loaded(comfy) == set()
+    assert [(model.loaded_size(), model.current_loaded_device()) for model in models] == [(0, torch.device("cpu"))] * 2
     graph["sampler"]["inputs"]["seed"] = 2
     comfy.run(graph)
     graph["sampler"]["inputs"]["seed"] = 1
@@ -172,6 +175,33 @@ def test_a_file_that_goes_bad_while_it_is_read(comfy, monkeypatch):
     assert loaded(comfy) == BOTH
 
 
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp16"])
+def test_no_model_stays_unseen_when_another_cannot_be_read(comfy, monkeypatch, precision):
+    """Several times, as ComfyUI loads the two in an order of its own."""
+    graph = text_to_video(comfy)
+    graph["sampler"]["inputs"]["vae"] = ["vae", 0]
+    graph["vae"]["inputs"]["precision"] = precision
+    made = comfy.run(graph)
+    patchers = [made["model"][0].patcher, made["vae"][0].patcher]
+    transformer, vae = patchers
+    entries = comfy.management.current_loaded_models
+    entries[:] = [entry for entry in entries if entry.model is not vae]
+    vae.detach()
+    graph["sampler"]["inputs"]["seed"] = 2
+
+    def broken(room):
+        raise RuntimeError("The disk is gone.")
+
+    monkeypatch.setattr(vae.model, "read", broken)
+    with pytest.raises(NodeError, match="The disk is gone"):
+        comfy.run(graph)
+    listed = comfy.management.loaded_models()
+    for patcher in patchers:
+        assert (patcher.model.content is not None) == any(patcher is model for model in listed)
+    monkeypatch.undo()
+    assert comfy.run(graph)["decode"][0].shape[0] == 24
+
+
 @pytest.mark.parametrize(
     ("module", "function"),
     [
@@ -210,6 +240,17 @@ def card(comfy, monkeypatch):
 def deep(comfy) -> str:
     """A model of eight layers: enough to be streamed."""
     return random_model(comfy, "deep", num_layers=8)
+
+
+def test_what_other_models_hold_can_be_had(comfy, monkeypatch):
+    host, card = comfy.module("nodes.host"), torch.device("meta")
+    gone = None  # a model of another pack that was dropped while its weights are still in use
+    models = [SimpleNamespace(load_device=torch.device(d), loaded_size=lambda: 3 << 30) for d in ("meta", "cpu")]
+    monkeypatch.setattr(host, "device", lambda: card)
+    monkeypatch.setattr(comfy.management, "get_free_memory", lambda *a, **k: 5 << 30)
+    monkeypatch.setattr(comfy.management, "loaded_models", lambda *a, **k: [*models, gone])
+    reserved = comfy.management.extra_reserved_memory()
+    assert host.usable_memory() == (8 << 30) - reserved
 
 
 def transformer(comfy):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from tests.graph import InvalidGraph, NodeError
+from tests.graph import NodeError
 from tests.magi_graphs import filled, node, random_model, text_to_video
 
 LINES = "one line a second"
@@ -38,7 +38,13 @@ def test_the_prompt_shows(comfy):
 @pytest.mark.parametrize(
     "change",
     [
-        *({"high_quality": False}, {"motion": "static"}, {"motion": "dynamic"}, {"look": "3D model"}, {"look": "2D anime"}),
+        *(
+            {"high_quality": False},
+            {"motion": "static"},
+            {"motion": "dynamic"},
+            {"look": "3D model"},
+            {"look": "2D anime"},
+        ),
         *({"borders": True}, {"duration_tokens": False}),
     ],
     ids=lambda change: str(*change.items()),
@@ -82,7 +88,9 @@ def test_a_prompt_is_encoded_once(comfy, monkeypatch):
     encoder = comfy.module("magi.text.text_encoder").TextEncoder
     encoded = []
     encode = encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda self, text, **rest: encoded.append(text) or encode(self, text, **rest))
+    monkeypatch.setattr(
+        encoder, "encode", lambda self, text, **rest: encoded.append(text) or encode(self, text, **rest)
+    )
     frames_for(comfy, prompt="a cat")
     first = list(encoded)
     assert len(first) == 1
@@ -115,7 +123,9 @@ class Clip:
     def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
         (row,) = tokens["t5xxl"]
         self.encoded.append(len(row))
-        embeds = torch.tensor([[number, place] for place, (number, _) in enumerate(row)]).float().repeat(1, self.width // 2)
+        embeds = (
+            torch.tensor([[number, place] for place, (number, _) in enumerate(row)]).float().repeat(1, self.width // 2)
+        )
         return {"cond": embeds[None], "pooled_output": None, "attention_mask": torch.ones(1, len(row))}
 
 
@@ -134,6 +144,7 @@ def test_a_native_clip(comfy, names):
     assert embeds[0, :, 1].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.filterwarnings("ignore:.*is not the published special-token file")
 def test_a_video_of_a_native_clips_text(comfy):
     graph = text_to_video(comfy)
     graph["model"]["inputs"]["model"] = random_model(comfy, "wide", caption_channels=4096)

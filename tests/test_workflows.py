@@ -229,8 +229,7 @@ def test_a_clip_of_ones_own_is_off_until_it_is_chosen():
 @every_workflow
 def test_nothing_private_is_in_it(name):
     text = (UI / f"{name}.json").read_text(encoding="utf-8") + (API / f"{name}.json").read_text(encoding="utf-8")
-    texts = re.findall(r'"((?:[^"\\]|\\.)*)"', text)
-    assert not [t for t in texts if re.match(r"(/|~|[A-Za-z]:[\\/]|\\\\)", t)], "absolute paths"
+    assert not re.search(r"(?<![\w:/.-])(/\w|~/|[A-Za-z]:\\)", text), "absolute paths"
     assert not re.search(
         r"(?i)api[_-]?key|token[\"=:]|secret|\bhf_\w{8}|\bsk-\w{8}|file://|localhost|127\.0\.0\.1", text
     )

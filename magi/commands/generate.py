@@ -47,6 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_arguments(run)
     run.add_argument("--dtype", choices=DTYPES, default="auto", help="of the transformer (default: %(default)s)")
     run.add_argument(
+        "--fp8-storage",
+        action="store_true",
+        help="keep the layers of bf16 weights in float8: half the memory, a small loss",
+    )
+    run.add_argument(
+        "--attention", default="auto", help="kernel: auto, flash, efficient, math or sage (default: %(default)s)"
+    )
+    run.add_argument(
         "--offload",
         choices=("auto", "on", "off"),
         default="auto",
@@ -89,9 +97,7 @@ def add_content_arguments(parser: argparse.ArgumentParser) -> None:
     )
     content.add_argument("--seed", type=int, default=0, help="another number, another video (default: %(default)s)")
     content.add_argument("--steps", type=int, help="denoising steps a chunk (default: the model's)")
-    content.add_argument(
-        "--window", type=int, help="chunks denoised at a time; 1 takes least memory (default: the model's)"
-    )
+    content.add_argument("--window", type=int, help="chunks denoised at a time (default: the model's)")
     content.add_argument("--style", nargs="*", choices=STYLES, default=["hq"], help="style tokens (default: hq)")
     content.add_argument("--no-duration", action="store_true", help="do not tell the model how long the video is")
     content.add_argument(
@@ -193,6 +199,8 @@ def _pipeline(args: argparse.Namespace) -> MagiPipeline:
     options = {
         "device": args.device,
         "dtype": DTYPES[args.dtype],
+        "precision": "fp8" if args.fp8_storage else "auto",
+        "attention": args.attention,
         "offload": {"auto": None, "on": True, "off": False}[args.offload],
         "text_device": args.text_device,
         "text_dtype": DTYPES[args.text_dtype],

@@ -1,7 +1,7 @@
 """ComfyUI's own nodes, as far as the tests and example workflows use them."""
 
-import os
 from fractions import Fraction
+from pathlib import Path
 
 import folder_paths
 import numpy as np
@@ -24,20 +24,19 @@ def _load_image(image):
     return torch.from_numpy(pixels / np.float32(255))[None], torch.zeros(1, 64, 64)
 
 
+def _load_video(file):
+    return (InputImpl.VideoFromFile(folder_paths.get_annotated_filepath(file)),)
+
+
 def _save_video(video, filename_prefix="video/ComfyUI", format="auto", codec="auto"):
-    path = os.path.join(folder_paths.get_output_directory(), f"{filename_prefix}_00001_.mp4")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    video.save_to(path)
+    path = Path(folder_paths.get_output_directory(), f"{filename_prefix}_00001_.mp4")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    video.save_to(str(path))
     return ()
 
 
 def _video_of(images, fps=30.0, audio=None):
     return (InputImpl.VideoFromComponents(Types.VideoComponents(images, Fraction(fps))),)
-
-
-def _parts_of(video):
-    parts = video.get_components()
-    return parts.images, parts.audio, float(parts.frame_rate)
 
 
 def _empty_latent(width, height, length, batch_size=1):
@@ -60,20 +59,11 @@ def all_nodes():
     save = [video("video"), text("filename_prefix"), text("format"), text("codec")]
     nodes = [
         _node("LoadImage", [text("image")], [io.Image, io.Mask], _load_image),
-        _node("LoadVideo", [text("file")], [io.Video], lambda file: (_file_video(file),)),
+        _node("LoadVideo", [text("file")], [io.Video], _load_video),
         _node("SaveVideo", save, [], _save_video, output_node=True),
-        _node("PreviewImage", [image("images")], [], lambda images: (), output_node=True),
         _node("CreateVideo", [image("images"), real("fps")], [io.Video], _video_of),
-        _node("GetVideoComponents", [video("video")], [io.Image, io.Audio, io.Float], _parts_of),
-        _node("ImageBatch", [image("image1"), image("image2")], [io.Image], lambda **i: (torch.cat(list(i.values())),)),
         _node("EmptyHunyuanLatentVideo", empty, [io.Latent], _empty_latent),
         _node("VAEEncode", [image("pixels"), vae("vae")], [io.Latent], _encode),
         _node("VAEDecode", [latent("samples"), vae("vae")], [io.Image], _decode),
-        _node("PrimitiveInt", [number("value")], [io.Int], lambda value: (value,)),
-        _node("PreviewAny", [io.AnyType.Input("source")], [], lambda source: (), output_node=True),
     ]
     return {n.GET_SCHEMA().node_id: n for n in nodes}
-
-
-def _file_video(file):
-    return InputImpl.VideoFromFile(folder_paths.get_annotated_filepath(file))

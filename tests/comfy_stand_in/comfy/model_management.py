@@ -1,6 +1,5 @@
 """Which models are on the device, and who must go when another needs room."""
 
-import gc
 import sys
 import threading
 import weakref
@@ -42,10 +41,6 @@ def get_torch_device():
     return torch.device("cpu")
 
 
-def get_total_memory(dev=None, torch_total_too=False):
-    return (16 << 30, 16 << 30) if torch_total_too else 16 << 30
-
-
 def get_free_memory(dev=None, torch_free_too=False):
     return (free_bytes, free_bytes) if torch_free_too else free_bytes
 
@@ -64,8 +59,6 @@ def soft_empty_cache(force=False):
 
 def module_size(module):
     return sum(t.nbytes for t in module.state_dict().values())
-
-
 
 
 class LoadedModel:
@@ -97,10 +90,10 @@ class LoadedModel:
         self.model_finalizer = weakref.finalize(self.model.model, _forget_dead)
 
     def unload(self, needed):
-        """Gives up `needed` bytes or, where that is not enough (None: in any case), all; True if all."""
-        if needed is not None and needed < self.model.loaded_size():
-            if self.model.partially_unload(self.model.offload_device, needed) >= needed:
-                return False
+        """Gives up `needed` bytes or, where a part cannot go or would not do, all; True if all."""
+        part = needed < self.model.loaded_size()
+        if part and self.model.partially_unload(self.model.offload_device, needed) >= needed:
+            return False
         self.model.detach(True)
         self.model_finalizer.detach()
         self.real_model = self.model_finalizer = None
@@ -130,7 +123,9 @@ def free_memory(memory_required, device, keep_loaded=()):
     return [current_loaded_models.pop(i) for i in sorted(gone, reverse=True)]
 
 
-def load_models_gpu(models, memory_required=0, force_patch_weights=False, minimum_memory_required=None, force_full_load=False):
+def load_models_gpu(
+    models, memory_required=0, force_patch_weights=False, minimum_memory_required=None, force_full_load=False
+):
     """Brings models to their devices, evicting others; one already there is told again how much room there is."""
     entries = []
     for patcher in {*models, *(other for m in models for other in m.model_patches_models())}:
@@ -162,8 +157,3 @@ def loaded_models(only_currently_used=False):
 
 def unload_all_models():
     free_memory(1e30, get_torch_device())
-
-
-def cleanup_models_gc():
-    if any(entry.is_dead() for entry in current_loaded_models):
-        gc.collect()

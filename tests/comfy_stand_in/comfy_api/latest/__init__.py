@@ -9,9 +9,6 @@ from ._video import VideoComponents, VideoFromComponents, VideoFromFile, VideoIn
 class ComfyExtension(ABC):
     """A pack's list of nodes."""
 
-    async def on_load(self):
-        """Called once."""
-
     @abstractmethod
     async def get_node_list(self):
         """All node classes."""

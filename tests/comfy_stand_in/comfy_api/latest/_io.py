@@ -15,11 +15,6 @@ class Hidden(str, Enum):
     dynprompt = "DYNPROMPT"
 
 
-class NumberDisplay(str, Enum):
-    number = "number"
-    slider = "slider"
-
-
 class Input:
     """One input; its attributes are the keywords it was made with."""
 
@@ -50,7 +45,7 @@ class Output:
         self.id, self.display_name, self.tooltip, self.is_output_list = id, display_name, tooltip, is_output_list
 
 
-def Custom(io_type, keywords=None):  # noqa: D103
+def Custom(io_type, keywords=None):
     own = {"io_type": io_type} | ({"keywords": f"{_COMMON} {_WIDGET} {keywords}"} if keywords else {})
     inner = {"Input": type("Input", (Input,), own), "Output": type("Output", (Output,), {"io_type": io_type})}
     return type(io_type.title(), (), {"io_type": io_type, **inner})
