@@ -204,6 +204,7 @@ def test_a_prompt_of_which_nothing_is_left_is_a_note(prompt, magi):
             "distilled weights.*variant distill",
         ),
         (["--model", "{files}/transformer", "{parts}", "--config", "none.json"], "none.json"),
+        (["--attention", "quick"], "no attention 'quick'.*auto, flash"),
     ],
 )
 def test_mistakes_end_in_one_line_before_any_work(arguments, message, magi, files, tmp_path, nothing_is_loaded):
@@ -219,6 +220,15 @@ def test_mistakes_end_in_one_line_before_any_work(arguments, message, magi, file
     assert status == 1
     assert re.search(message, error_of(stderr)), stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_fp8_storage_and_the_kernel_reach_the_transformer(magi, monkeypatch):
+    load, asked = pipeline.load_transformer, {}
+    monkeypatch.setattr(
+        pipeline, "load_transformer", lambda *args, **options: asked.update(options) or load(*args, **options)
+    )
+    assert magi("generate", "--prompt", "A cat", "--seconds", 1, *SMALL, "--fp8-storage", "--attention", "math")[0] == 0
+    assert asked == {"precision": "fp8", "attention": "math"}
 
 
 def test_no_prompt(magi, nothing_is_loaded):

@@ -183,7 +183,7 @@ def test_no_model_stays_unseen_when_another_cannot_be_read(comfy, monkeypatch, p
     graph["vae"]["inputs"]["precision"] = precision
     made = comfy.run(graph)
     patchers = [made["model"][0].patcher, made["vae"][0].patcher]
-    transformer, vae = patchers
+    _, vae = patchers
     entries = comfy.management.current_loaded_models
     entries[:] = [entry for entry in entries if entry.model is not vae]
     vae.detach()
