@@ -110,7 +110,8 @@ def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled:
         hint = {"vae": "Give it as the VAE.", "t5": "Give it as the text encoder."}.get(
             found.kind, "Choose another file."
         )
-        raise MagiError(f"{label} is {found.name}, not a MAGI-1 transformer. {hint}")
+        known = f"{found.name}, " if found.kind in ("vae", "t5") else ""
+        raise MagiError(f"{label} is {known}not a MAGI-1 transformer. {hint}")
     asked = config.engine.distill if config else distilled
     if asked is None and found.distilled is None:
         raise MagiError(

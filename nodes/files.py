@@ -49,7 +49,7 @@ def find_model(name: str) -> Path:
             weights = [f for f in sorted(folder.glob("inference_weight*")) if f.is_dir()]
             if weights:
                 return weights[0]
-        raise _missing(name, f"ckpt/magi/{name}", "its folder inference_weight..., with the .safetensors files", name)
+        raise _missing(name, f"ckpt/magi/{name}", "its folder inference_weight... with the .safetensors files", name)
     return _find(name, "diffusion_models")
 
 
