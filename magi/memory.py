@@ -1,5 +1,6 @@
 """How much memory a model and a run need, and where to put what: pure functions on headers, settings and numbers of bytes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -150,6 +151,11 @@ class Placement:
         """On the device at the peak."""
         return self.weight_bytes + self.working_bytes
 
+    @property
+    def spare_bytes(self) -> int:
+        """What must be free on the device besides the weights: the working memory, and the reserve."""
+        return math.ceil(self.device_bytes / (1 - _RESERVE)) - self.weight_bytes
+
     def describe(self) -> str:
         """One line for a log."""
         weights = f"all weights on the device ({_gb(self.weight_bytes)})"
@@ -188,21 +194,21 @@ def place(
         return candidates[0]
     room = free if options.budget is None else options.budget
     for candidate in candidates:
-        if candidate.device_bytes <= room * (1 - _RESERVE):
+        if candidate.weight_bytes + candidate.spare_bytes <= room:
             return candidate
-    least = min(c.device_bytes for c in candidates)
+    least = min(c.weight_bytes + c.spare_bytes for c in candidates)
     narrow = _candidates(config.with_runtime(window_size=1), weights, options, given_chunks)
     remedies = {
         "a smaller size": True,
         "streaming weights": options.streaming is False,
         "keys on the host": options.cache == "device",
-        "a window of 1": min(c.device_bytes for c in narrow) < least,
+        "a window of 1": min(c.weight_bytes + c.spare_bytes for c in narrow) < least,
         "a larger budget": options.budget is not None,
     }
     runtime = config.runtime
     raise MagiError(
         f"{runtime.video_size_w}x{runtime.video_size_h} with a window of {runtime.window_size} needs about "
-        f"{_gb(int(least / (1 - _RESERVE)))} of device memory; {'free are' if options.budget is None else 'the budget is'} "
+        f"{_gb(least)} of device memory; {'free are' if options.budget is None else 'the budget is'} "
         f"{_gb(room)}. Try {' or '.join(name for name, helps in remedies.items() if helps)}."
     )
 

@@ -129,7 +129,10 @@ class Magi1VideoToVideo(io.ComfyNode):
                     tooltip="How much of the end is looked at. One or two seconds hold movement and look; more takes longer.",
                 ),
                 io.Combo.Input(
-                    "size", options=[*_SIZES, _OWN], default="540p", tooltip=f"{_SIZE_TIP} Keeps the clip's shape."
+                    "size",
+                    options=[*_SIZES, _OWN],
+                    default="540p",
+                    tooltip=f"{_SIZE_TIP} Keeps the clip's shape. Latents keep their own size.",
                 ),
                 *_sides(),
                 _fit(),

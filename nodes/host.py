@@ -67,9 +67,8 @@ def usable_memory() -> int | None:
     where = device()
     if where.type == "cpu":
         return None
-    evictable = sum(
-        model.loaded_size() for model in comfy.model_management.loaded_models() if model.load_device == where
-    )
+    models = [m for m in comfy.model_management.loaded_models() if m is not None]  # None: dropped, not yet cleared away
+    evictable = sum(model.loaded_size() for model in models if model.load_device == where)
     return int(
         comfy.model_management.get_free_memory(where) + evictable - comfy.model_management.extra_reserved_memory()
     )

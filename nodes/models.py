@@ -84,7 +84,7 @@ class MagiTransformer(Held):
         self._loaded = None
 
     def _for(self, room: float) -> "Placement":
-        """The placement with `room` bytes for weights besides the working memory; the planned one where that is too little."""
+        """The placement with `room` bytes for weights besides what is spared for the work; the planned one where that is too little."""
         from ..magi.errors import MagiError
 
         planned = self.placement or self.plan(self._config, 0)
@@ -92,7 +92,7 @@ class MagiTransformer(Held):
         if usable is None:
             return planned
         try:
-            return self._place(int(min(usable, room + planned.working_bytes)))
+            return self._place(int(min(usable, room + planned.spare_bytes)))
         except MagiError:
             return planned
 

@@ -159,7 +159,7 @@ class Magi1Sampler(io.ComfyNode):
             f"at {view.size} with a window of {config.runtime.window_size}",
             "Try a smaller size, fp8 storage, or MAGI-1 Memory Options with streaming on and the cache on the host.",
         ):
-            loaded, decoder = _load(model, vae, placement.working_bytes, view)
+            loaded, decoder = _load(model, vae, placement.spare_bytes, view)
             view.use(decoder)
             sampler = make_sampler(
                 loaded, config, seed=seed, progress=view.sampled, heartbeat=view.heartbeat, **settings

@@ -104,7 +104,7 @@ class Magi1TextEncode(io.ComfyNode):
             embeds = encode_with_clip(encoder, texts, clean_prompt, progress)
         progress.at("encode", 1)
         blank = "" if all(len(e) for e in embeds) else ", an empty one: that part is made without text"
-        progress.say(f"{len(embeds)} prompt{'s' * (len(embeds) > 1)}{blank}", at_once=True)
+        progress.say(f"{len(embeds)} prompt{'s' * (len(embeds) > 1)} encoded{blank}", at_once=True)
         styles = (*(["hq"] * high_quality), *_MOTION[motion], *_LOOK[look], *(["borderness"] * borders))
         options = {_OURS: {"styles": styles, "durations": duration_tokens}}
         return io.NodeOutput([[e[None], dict(options)] for e in embeds])

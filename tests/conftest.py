@@ -186,3 +186,20 @@ def embedded_home(tmp_path_factory) -> Path:
 def comfy(tmp_path, embedded_home) -> Iterator[Comfy]:
     """The pack in ComfyUI's stand-in, or in the real one at COMFYUI_PATH; nothing in its folders but the embedded model."""
     yield from open_comfy(tmp_path / "comfy", embedded_home)
+
+
+@pytest.fixture
+def reads(comfy, monkeypatch) -> list[str]:
+    """What is read from disk, in order: "transformer", "vae"."""
+    found: list[str] = []
+    for module, function, name in (("magi.model", "load_transformer", "transformer"), ("magi.vae", "load_vae", "vae")):
+        load = getattr(comfy.module(module), function)
+
+        def counted(path, *args, load=load, name=name, **options):
+            # On the meta device only the header is read.
+            if "meta" not in args and options.get("device") != "meta":
+                found.append(name)
+            return load(path, *args, **options)
+
+        monkeypatch.setattr(comfy.module(module), function, counted)
+    return found

@@ -87,11 +87,11 @@ def clip(frames: int, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
     return picture(height, width) * torch.linspace(0.5, 1, frames)[:, None, None, None]
 
 
-def random_model(comfy: Comfy, name: str, **shape: int) -> str:
+def random_model(comfy: Comfy, name: str, distilled: bool = True, **shape: int) -> str:
     """Writes a model of random numbers with its special tokens: the embedded one's shape but for `shape`; its menu name."""
     folder = comfy.base / "models" / "magi1" / name
     folder.mkdir(parents=True)
-    config = replace(EMBEDDED_CONFIG, model=replace(EMBEDDED_CONFIG.model, **shape))
+    config = replace(EMBEDDED_CONFIG, model=replace(EMBEDDED_CONFIG.model, **shape)).as_variant(distilled)
     random = RandomTensors(config.model, dtype=torch.float32, seed=1)
     save_file({key: random.tensor(key) for key in random.tensors}, folder / f"{name}.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
@@ -116,3 +116,15 @@ def refused(comfy: Comfy, graph: Graph) -> str:
         assert caught.value.kind == "MagiError", str(caught.value)
     assert comfy.management.loaded_models() == []
     return str(caught.value)
+
+
+def loaded(comfy: Comfy) -> set[str]:
+    """The kinds of models that ComfyUI takes to be loaded; each must really be."""
+    models = comfy.management.loaded_models()
+    for model in models:
+        assert model is not None, "a model that is gone is still listed"
+        assert model.loaded_size() == model.model_size() > 0
+        assert model.current_loaded_device() == model.load_device
+    names = [type(model.model).__name__ for model in models]
+    assert len(set(names)) == len(names), "listed twice"
+    return set(names)

@@ -3,16 +3,20 @@
 With it the tests of the nodes (test_nodes_*.py) run in that ComfyUI too, instead of in its stand-in.
 """
 
+import ast
+import importlib.util
+import inspect
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.comfy_host import COMFYUI, FOLDERS, ROOT
+from tests.comfy_host import COMFYUI, FOLDERS, ROOT, STAND_IN
 from tests.magi_graphs import filled, node
 
 pytestmark = [
@@ -47,6 +51,52 @@ def test_help_pages_are_served(comfy):
 
     folders = [Path(folder) for folder in nodes.EXTENSION_WEB_DIRS.values()]
     assert any((folder / "docs" / "Magi1Sampler.md").is_file() for folder in folders)
+
+
+def stand_in(name: str) -> ModuleType:
+    """A file of the stand-in, beside the real module of the same name."""
+    spec = importlib.util.spec_from_file_location(f"stand_in_{name}", STAND_IN / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parameters(function: object) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("name", ["comfy/model_management", "comfy/utils", "folder_paths"])
+def test_the_stand_in_has_no_function_that_comfyui_lacks(comfy, name):
+    real, own = importlib.import_module(name.replace("/", ".")), stand_in(name)
+    functions = inspect.getmembers(own, inspect.isfunction)
+    for function, body in functions:
+        if not function.startswith("_") and function != "use_base":
+            assert parameters(body) <= parameters(getattr(real, function)), function
+    assert len(functions) > 1 or name == "comfy/utils"
+
+
+def test_the_stand_in_has_no_option_of_a_schema_that_comfyui_lacks(comfy):
+    from comfy_api.latest import io
+
+    own = stand_in("comfy_api/latest/_io")
+    assert {f.name for f in fields(own.Schema)} <= {f.name for f in fields(io.Schema)}
+    for kind in ("Boolean", "Int", "Float", "String", "Combo"):
+        real = parameters(getattr(io, kind).Input)
+        assert set(getattr(own, kind).Input.keywords.split()) <= real, kind
+    assert set(own.Input.keywords.split()) <= parameters(io.Input)
+
+
+def test_the_stand_ins_patcher_has_no_method_that_comfyuis_lacks(comfy):
+    from comfy.model_patcher import ModelPatcher
+
+    tree = ast.parse((STAND_IN / "comfy" / "model_patcher.py").read_text(encoding="utf-8"))
+    (own,) = [part for part in tree.body if isinstance(part, ast.ClassDef)]
+    for method in own.body:
+        if isinstance(method, ast.FunctionDef) and method.name != "_move":
+            names = {argument.arg for argument in method.args.args}
+            assert names <= parameters(getattr(ModelPatcher, method.name)), method.name
 
 
 SMALL = {"d_ff": 128, "d_kv": 16, "d_model": 64, "num_heads": 4, "num_layers": 2, "vocab_size": 32128}

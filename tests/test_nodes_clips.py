@@ -110,27 +110,32 @@ def test_latents_are_continued_without_a_vae(comfy):
     assert error_between(frames[24:], frames[:24]) < 0.1, "the embedded model goes on with the last second"
 
 
-def test_how_much_of_the_end_is_looked_at(comfy):
-    graph = video_to_video(comfy, "IMAGE", clip(72), {"continue_seconds": 1.0})
+def looked_at(comfy, frames: torch.Tensor, **start) -> torch.Tensor:
+    """What Video to Video takes of a clip, decoded again."""
+    graph = video_to_video(comfy, "IMAGE", frames, start)
     del graph["sampler"], graph["decode"]
-    short = comfy.run(graph)["start"][0]["samples"]
-    graph["start"]["inputs"]["continue_seconds"] = 2.0
-    long = comfy.run(graph)["start"][0]["samples"]
-    assert (short.shape[2], long.shape[2]) == (6, 12)
-    assert error_between(long[:, :, 6:], short) < 0.05
+    graph["seen"] = node("VAEDecode", samples=["start", 0], vae=["vae", 0])
+    return comfy.run(graph)["seen"][0]
+
+
+def test_how_much_of_the_end_is_looked_at(comfy):
+    given = clip(72)
+    given[:48] = 0
+    for seconds in (1.0, 2.0):
+        frames = looked_at(comfy, given, continue_seconds=seconds)
+        assert len(frames) == 24 * seconds
+        assert error_between(frames[-24:], given[48:]) < 0.03
+    assert frames[:20].mean() < 0.05
 
 
 def test_the_very_end_of_a_clip_counts(comfy):
     """A clip that is not made of whole fours loses frames at its beginning."""
-    given = clip(26)
-    given[-2:] = 1.0
-    graph = video_to_video(comfy, "IMAGE", given)
-    del graph["sampler"], graph["decode"]
-    graph["seen"] = node("VAEDecode", samples=["start", 0], vae=["vae", 0])
-    frames = comfy.run(graph)["seen"][0]
+    given = torch.full((26, HEIGHT, WIDTH, 3), 0.3)
+    given[-2:] = 0.9
+    frames = looked_at(comfy, given)
     assert len(frames) == 24
-    assert frames[-1].mean() > frames[0].mean() + 0.1
-    assert error_between(frames[:16], given[2:18]) < 0.03
+    assert frames[:20].mean() == pytest.approx(0.3, abs=0.03)
+    assert frames[-1].mean() > 0.5
 
 
 def test_the_end_of_latents(comfy):

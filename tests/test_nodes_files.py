@@ -113,6 +113,16 @@ def test_files_in_comfyuis_own_folders(comfy, demo):
     assert frames.shape == (24, 48, 64, 3)
 
 
+def test_a_text_encoder_without_its_tokenizer_takes_the_official_one(comfy, demo):
+    put(demo.text_encoder / "model.safetensors", comfy.base / "models/text_encoders/t5.safetensors")
+    official = comfy.base / "models/magi1/ckpt/t5/t5-v1_1-xxl"
+    put(demo.text_encoder / "tokenizer_config.json", official / "tokenizer_config.json")
+    graph = text_to_video(comfy)
+    own = comfy.run(graph)["decode"][0]
+    graph["encoder"]["inputs"]["encoder"] = "t5.safetensors"
+    assert torch.equal(comfy.run(graph)["decode"][0], own)
+
+
 def test_shards_in_a_folder_are_one_model(comfy, demo):
     folder = comfy.base / "models/magi1/mine"
     put(demo.transformer / "model.safetensors", folder / "model-00001-of-00002.safetensors")
@@ -198,6 +208,8 @@ def test_one_part_in_the_place_of_another(comfy, demo, class_type, part, said):
 @pytest.mark.parametrize("class_type", FOLDER_OF)
 def test_names_of_other_peoples_workflows(comfy, demo, class_type, name):
     put(demo.transformer / "model.safetensors", comfy.base / "secret.safetensors")
+    for folder in ("magi1", *FOLDER_OF.values()):
+        (comfy.base / "models" / folder).mkdir()
     said = problem(comfy, class_type, **{WIDGET_OF[class_type]: name})
     assert f"There is no {name!r}" in said
     assert str(comfy.base) in said, "the folder it belongs in"

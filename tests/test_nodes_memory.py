@@ -2,43 +2,12 @@
 
 import gc
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.graph import InvalidGraph, NodeError
-from tests.magi_graphs import filled, image_to_video, node, picture, random_model, text_to_video
-
-
-@pytest.fixture
-def reads(comfy, monkeypatch) -> list[str]:
-    """What is read from disk, in order: "transformer", "vae"."""
-    found: list[str] = []
-    for module, function, name in (("magi.model", "load_transformer", "transformer"), ("magi.vae", "load_vae", "vae")):
-        load = getattr(comfy.module(module), function)
-
-        def counted(path, *args, load=load, name=name, **options):
-            # On the meta device only the header is read.
-            if "meta" not in args and options.get("device") != "meta":
-                found.append(name)
-            return load(path, *args, **options)
-
-        monkeypatch.setattr(comfy.module(module), function, counted)
-    return found
-
-
-def loaded(comfy) -> set[str]:
-    """The kinds of models that ComfyUI takes to be loaded; each must really be."""
-    models = comfy.management.loaded_models()
-    for model in models:
-        assert model is not None, "a model that is gone is still listed"
-        assert model.loaded_size() == model.model_size() > 0
-        assert model.current_loaded_device() == model.load_device
-    names = [type(model.model).__name__ for model in models]
-    assert len(set(names)) == len(names), "listed twice"
-    return set(names)
-
+from tests.magi_graphs import image_to_video, loaded, node, picture, text_to_video
 
 BOTH = {"MagiTransformer", "MagiVideoVAE"}
 
@@ -224,90 +193,3 @@ def test_out_of_memory_says_what_to_do(comfy, monkeypatch, module, function):
     assert caught.value.kind == "MagiError"
     assert "memory" in caught.value.message
     assert any(word in caught.value.message.lower() for word in ("try", "use", "choose"))
-
-
-# -- a graphics card of limited size, as far as a CPU can play one -----------------------------------------------------
-
-
-@pytest.fixture
-def card(comfy, monkeypatch):
-    """card(bytes): so much device memory could be had."""
-    host = comfy.module("nodes.host")
-    return lambda nbytes: monkeypatch.setattr(host, "usable_memory", lambda: nbytes)
-
-
-@pytest.fixture
-def deep(comfy) -> str:
-    """A model of eight layers: enough to be streamed."""
-    return random_model(comfy, "deep", num_layers=8)
-
-
-def test_what_other_models_hold_can_be_had(comfy, monkeypatch):
-    host, card = comfy.module("nodes.host"), torch.device("meta")
-    gone = None  # a model of another pack that was dropped while its weights are still in use
-    models = [SimpleNamespace(load_device=torch.device(d), loaded_size=lambda: 3 << 30) for d in ("meta", "cpu")]
-    monkeypatch.setattr(host, "device", lambda: card)
-    monkeypatch.setattr(comfy.management, "get_free_memory", lambda *a, **k: 5 << 30)
-    monkeypatch.setattr(comfy.management, "loaded_models", lambda *a, **k: [*models, gone])
-    reserved = comfy.management.extra_reserved_memory()
-    assert host.usable_memory() == (8 << 30) - reserved
-
-
-def transformer(comfy):
-    (found,) = [m for m in comfy.management.loaded_models() if type(m.model).__name__ == "MagiTransformer"]
-    return found
-
-
-def test_a_model_streams_where_it_does_not_fit_and_stays_where_it_does(comfy, reads, card, deep):
-    graph = text_to_video(comfy)
-    graph["model"]["inputs"]["model"] = deep
-    card(64 << 30)
-    made = comfy.run(graph)
-    size, needed = transformer(comfy).model_size(), made["model"][0].transformer.placement.device_bytes
-    card(int(needed * 0.8))
-    graph["sampler"]["inputs"]["seed"] = 2
-    comfy.run(graph)
-    assert transformer(comfy).model_size() < size, "ComfyUI is told what streaming takes"
-    assert reads.count("transformer") == 2
-    graph["sampler"]["inputs"]["seed"] = 1
-    assert torch.equal(comfy.run(graph)["sampler"][0]["samples"], made["sampler"][0]["samples"])
-    assert reads.count("transformer") == 2
-    card(64 << 30)
-    graph["sampler"]["inputs"]["seed"] = 3
-    comfy.run(graph)
-    assert transformer(comfy).model_size() == size
-    assert reads.count("transformer") == 3
-
-
-def test_streaming_by_choice(comfy, card, deep):
-    graph = text_to_video(comfy)
-    graph["model"]["inputs"] |= {"model": deep, "memory": ["memory", 0]}
-    graph["memory"] = node("Magi1MemoryOptions", streaming="off", cache="host")
-    comfy.run(filled(comfy, graph))
-    whole = transformer(comfy).model_size()
-    assert transformer(comfy).model.content.cache_device == "host"
-    graph["memory"]["inputs"] |= {"streaming": "on", "cache": "device"}
-    comfy.run(graph)
-    assert transformer(comfy).model_size() < whole
-    assert transformer(comfy).model.content.cache_device == "device"
-
-
-def test_a_card_that_is_too_small_is_told_before_anything_is_read(comfy, reads, card):
-    card(1 << 20)
-    with pytest.raises(NodeError, match="needs about") as caught:
-        comfy.run(text_to_video(comfy))
-    assert caught.value.kind == "MagiError"
-    assert "64x48" in caught.value.message
-    assert "Try" in caught.value.message
-    assert reads == []
-    assert loaded(comfy) == set()
-
-
-def test_a_budget_stands_for_the_card(comfy, reads, card):
-    card(64 << 30)
-    graph = text_to_video(comfy)
-    graph["memory"] = node("Magi1MemoryOptions", budget_gb=0.001)
-    graph["model"]["inputs"]["memory"] = ["memory", 0]
-    with pytest.raises(NodeError, match="the budget is"):
-        comfy.run(filled(comfy, graph))
-    assert reads == []

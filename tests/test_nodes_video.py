@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.graph import NodeError
-from tests.magi_graphs import HEIGHT, WIDTH, error_between, filled, node, refused, text_to_video, widgets
+from tests.magi_graphs import HEIGHT, WIDTH, error_between, filled, node, random_model, refused, text_to_video, widgets
 
 # -- from text ---------------------------------------------------------------------------------------------------------
 
@@ -140,6 +140,16 @@ def test_memory_options_change_nothing_of_the_video(comfy, changes, close):
     graph["memory"] = node("Magi1MemoryOptions", **changes)
     graph["model"]["inputs"]["memory"] = ["memory", 0]
     assert error_between(comfy.run(filled(comfy, graph))["decode"][0], plain) <= close
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the published special-token file")
+@pytest.mark.parametrize("setting", [{"guidance": 3.0}, {"previous_guidance": 3.0}, {"negative_tokens": True}], ids=str)
+def test_base_models_are_guided(comfy, setting):
+    graph = text_to_video(comfy)
+    graph["model"]["inputs"]["model"] = random_model(comfy, "base", distilled=False)
+    own = comfy.run(graph)["sampler"][0]["samples"]
+    graph["sampler"]["inputs"] |= setting
+    assert not torch.equal(comfy.run(graph)["sampler"][0]["samples"], own)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "fp8 storage"])
