@@ -88,7 +88,7 @@ class Magi1VAEDecode(io.ComfyNode):
         if before is not None:
             clip = clips.Clip.of(before).read(height, width, "crop", progress=lambda *_: progress.at("read", 0))
         first = 0 if clip is None else len(clip)
-        frames = torch.empty(first + made, height, width, 3)
+        frames = _room_for(first + made, height, width)
         if clip is not None:
             torch.div(clip, 255, out=frames[:first])
 
@@ -109,3 +109,17 @@ class Magi1VAEDecode(io.ComfyNode):
         progress.say(f"{len(frames)} frames, {len(frames) / _FPS:g} s, {width}x{height}", at_once=True)
         components = Types.VideoComponents(images=frames, frame_rate=Fraction(_FPS))
         return io.NodeOutput(frames, InputImpl.VideoFromComponents(components))
+
+
+def _room_for(count: int, height: int, width: int) -> torch.Tensor:
+    """An empty IMAGE batch. Raises MagiError where the host has no memory for it: it may not be refused before it is filled."""
+    from ..magi.errors import MagiError
+    from ..magi.host_memory import free_host_memory
+
+    needed, free = 12 * count * height * width, free_host_memory()
+    if free is not None and needed > free:
+        raise MagiError(
+            f"{count} frames of {width}x{height} take {needed / 1e9:.1f} GB of memory as ComfyUI holds them, and {free / 1e9:.1f} GB are "
+            "free. Make a shorter video, save its latents, and go on from them in parts (MAGI-1 Video to Video)."
+        )
+    return torch.empty(count, height, width, 3)
