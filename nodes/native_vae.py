@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from ..magi.tiling import Tiling
     from ..magi.vae import VideoVAE
 
-_BYTES_A_PIXEL = (
-    8000  # of working memory for a tile's pixel and frame, generously: twelve layers of 1024 over 256 values
-)
+# Of working memory for each pixel of each frame of a tile: scores of attention, where no kernel saves them, and the layers.
+_BYTES_A_PIXEL = 1200
 
 _SMALLER = "Use smaller tiles."
 
@@ -138,7 +137,7 @@ def decoded(
 
 def working_memory(tiling: "Tiling") -> int:
     """Bytes a tile takes on its way through the VAE."""
-    return tiling.frames * tiling.size**2 * _BYTES_A_PIXEL // 4
+    return tiling.frames * tiling.size**2 * _BYTES_A_PIXEL
 
 
 def _tiling(size: int, latent_frames: int | None) -> "Tiling":
