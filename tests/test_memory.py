@@ -127,7 +127,7 @@ def test_the_working_memory_is_what_an_iteration_takes(name, window, height, wid
 
 @pytest.mark.parametrize("name", ["4.5B_base", "24B_distill", "4.5B_distill_quant", "24B_distill_quant"])
 def test_devices_that_widen_their_matrices_take_more(name):
-    assert 0.95 < calculated_and_counted(name, 4, 480, 832) < 1.25
+    assert 0.9 < calculated_and_counted(name, 4, 480, 832) < 1.25
 
 
 @pytest.mark.parametrize("gated", [False, True])
