@@ -32,7 +32,23 @@ def _fit() -> Any:
     )
 
 
-class Magi1TextToVideo(io.ComfyNode):
+class _Sized(io.ComfyNode):
+    """A node with a width and a height."""
+
+    @classmethod
+    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
+        """Refuses impossible sizes before anything runs."""
+        from ..magi.errors import MagiError
+        from ..magi.media.frames import check_size
+
+        try:
+            check_size(height or 32, width or 32)
+        except MagiError as error:
+            return str(error)
+        return True
+
+
+class Magi1TextToVideo(_Sized):
     """A size to start from."""
 
     @classmethod
@@ -52,18 +68,13 @@ class Magi1TextToVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
-        """Refuses impossible sizes before anything runs."""
-        return _impossible(width, height)
-
-    @classmethod
     def execute(cls, size: str, shape: str, width: int, height: int) -> io.NodeOutput:
         """Empty latents: only their size counts."""
         rows, columns = _choose(size, width, height, _SHAPES[shape])
         return io.NodeOutput({"samples": torch.zeros(1, 16, 1, rows // 8, columns // 8)})
 
 
-class Magi1ImageToVideo(io.ComfyNode):
+class Magi1ImageToVideo(_Sized):
     """A picture to start from."""
 
     @classmethod
@@ -88,11 +99,6 @@ class Magi1ImageToVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
-        """Refuses impossible sizes before anything runs."""
-        return _impossible(width, height)
-
-    @classmethod
     def execute(cls, vae: Any, image: torch.Tensor, size: str, width: int, height: int, fit: str) -> io.NodeOutput:
         """Encodes it."""
         from ..magi.media.frames import fit as fit_frames
@@ -103,7 +109,7 @@ class Magi1ImageToVideo(io.ComfyNode):
         return io.NodeOutput(_encoded(vae, fit_frames(frames, *target, fit), progress))
 
 
-class Magi1VideoToVideo(io.ComfyNode):
+class Magi1VideoToVideo(_Sized):
     """The end of a clip to go on from."""
 
     @classmethod
@@ -151,11 +157,6 @@ class Magi1VideoToVideo(io.ComfyNode):
             outputs=[io.Latent.Output(display_name="start")],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
-        """Refuses impossible sizes before anything runs."""
-        return _impossible(width, height)
 
     @classmethod
     def execute(
@@ -211,14 +212,3 @@ def _choose(size: str, width: int, height: int, aspect: float, own: tuple[int, i
     if width or height:
         return complete_size(height or None, width or None, aspect)
     return nearest_size(*own) if size == _OWN and own else size_for(size, aspect)
-
-
-def _impossible(width: int | None, height: int | None) -> bool | str:
-    from ..magi.errors import MagiError
-    from ..magi.media.frames import check_size
-
-    try:
-        check_size(height or 32, width or 32)
-    except MagiError as error:
-        return str(error)
-    return True
