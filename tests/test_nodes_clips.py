@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.graph import InvalidGraph
 from tests.magi_graphs import (
     HEIGHT,
     WIDTH,
@@ -191,3 +192,17 @@ def test_tiles_do_not_show(comfy):
     whole = comfy.run(graph)["decode"][0]
     graph["decode"]["inputs"] |= {"tile_size": 64, "tile_frames": 8}
     assert error_between(comfy.run(graph)["decode"][0], whole) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "clip"])
+def test_an_impossible_size_is_refused_before_anything_runs(comfy, kind):
+    graphs = {
+        "text": lambda: text_to_video(comfy),
+        "image": lambda: image_to_video(comfy, picture()),
+        "clip": lambda: video_to_video(comfy, "IMAGE", clip(24)),
+    }
+    graph = graphs[kind]()
+    graph["start"]["inputs"]["width"] = 330
+    with pytest.raises(InvalidGraph, match="Width 330 is not a multiple of 16; the nearest are 320 and 336"):
+        comfy.run(graph)
+    assert comfy.executed == []
