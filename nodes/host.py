@@ -62,6 +62,11 @@ def device() -> torch.device:
     return comfy.model_management.get_torch_device()
 
 
+def vae_device() -> torch.device:
+    """What ComfyUI computes VAEs on: the same, unless it was started with --cpu-vae."""
+    return comfy.model_management.vae_device()
+
+
 def usable_memory() -> int | None:
     """Device memory in bytes that could be had if everything else were evicted; None where it is the host's own."""
     where = device()

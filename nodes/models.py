@@ -162,4 +162,4 @@ class MagiVideoVAE(Held):
         """The VAE."""
         from ..magi.vae import load_vae
 
-        return load_vae(self._path, host.device(), self._dtype, self.progress)
+        return load_vae(self._path, host.vae_device(), self._dtype, self.progress)

@@ -30,7 +30,7 @@ class NativeVAE:
     def __init__(self, patcher: Managed) -> None:
         """`patcher` manages a `MagiVideoVAE`."""
         self.patcher = patcher
-        self.device = host.device()
+        self.device = patcher.load_device
         self.output_device = torch.device("cpu")
 
     def __repr__(self) -> str:
@@ -124,7 +124,7 @@ def magi_vae(vae: object) -> NativeVAE:
 
 def manage_vae(path: Any, dtype: torch.dtype) -> NativeVAE:
     """A VAE that is loaded when it is used. Raises MagiError for a wrong or damaged file."""
-    return NativeVAE(Managed(MagiVideoVAE(path, dtype)))
+    return NativeVAE(Managed(MagiVideoVAE(path, dtype), host.vae_device()))
 
 
 def decoded(

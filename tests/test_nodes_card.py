@@ -172,3 +172,14 @@ def test_a_model_that_comfyui_made_just_enough_room_for_is_not_streamed(comfy, c
     model.patcher.partially_load(torch.device("cpu"), size * 0.9 - 1)
     assert model.patcher.loaded_size() < size
     assert spare > model.transformer.placement.working_bytes
+
+
+def test_the_vae_runs_where_comfyui_runs_vaes(comfy, monkeypatch):
+    """As with --cpu-vae, which leaves the card to the transformer."""
+    vae, asked = comfy.module("magi.vae"), []
+    load, elsewhere = vae.load_vae, torch.device("cpu", 0)
+    monkeypatch.setattr(comfy.management, "vae_device", lambda: elsewhere)
+    monkeypatch.setattr(vae, "load_vae", lambda path, device, *rest: asked.append(device) or load(path, device, *rest))
+    made = comfy.run(filled(comfy, text_to_video(comfy)))
+    assert made["vae"][0].device == elsewhere
+    assert set(asked) == {"meta", elsewhere}, "its header is read without weights"

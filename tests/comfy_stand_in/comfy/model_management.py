@@ -41,6 +41,10 @@ def get_torch_device():
     return torch.device("cpu")
 
 
+def vae_device():
+    return get_torch_device()
+
+
 def get_free_memory(dev=None, torch_free_too=False):
     return (free_bytes, free_bytes) if torch_free_too else free_bytes
 
