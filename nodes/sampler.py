@@ -187,10 +187,9 @@ def _load(model: "Model", vae: Any, working: int, view: "_View") -> tuple[Any, "
 
     if vae is not None:
         patcher = magi_vae(vae).patcher
-        usable = host.usable_memory()
-        needed = model.patcher.model_size() + working + patcher.model_size() + working_memory(Tiling())
-        if usable is None or needed <= usable:
-            return tuple(host.load(model.patcher, patcher, working=working, progress=view.loading))
+        usable, both = host.usable_memory(), working + working_memory(Tiling(frames=4))  # of one latent frame
+        if usable is None or model.patcher.model_size() + patcher.model_size() + both <= usable:
+            return tuple(host.load(model.patcher, patcher, working=both, progress=view.loading))
     return host.load(model.patcher, working=working, progress=view.loading)[0], None
 
 
