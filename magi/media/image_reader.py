@@ -112,7 +112,7 @@ def _grey(values: np.ndarray, mode: str) -> torch.Tensor:
     scaled = values.astype(np.float32)
     if mode != "F":
         scaled /= 257
-    elif scaled.max() <= 1:
+    elif np.max(scaled) <= 1:
         scaled *= 255
     grey = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return torch.from_numpy(np.repeat(grey[..., None], 3, axis=2))

@@ -181,10 +181,11 @@ def open_container(path: Path, **options: Any) -> Any:
     """PyAV's container of a file, tags in broken text included."""
     import av
 
+    open_file: Any = av.open  # its arguments differ between versions
     try:
-        return av.open(str(path), metadata_errors="replace", **options)
+        return open_file(str(path), metadata_errors="replace", **options)
     except TypeError:  # PyAV 19 has no such argument any more
-        return av.open(str(path), **options)
+        return open_file(str(path), **options)
 
 
 def open_clip(path: str | Path) -> VideoFile | Animation:
