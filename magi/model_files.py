@@ -1,13 +1,23 @@
 """Which files make up a model, and where they are expected: the tree that `python -m magi download` makes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import PRESETS
+import torch
+
+from .attention import check_attention
+from .checkpoint import Checkpoint
+from .config import PRESETS, MagiConfig
+from .device import pick_device
 from .errors import MagiError
+from .quant import require_float8
+from .recognise import resolve_config
 from .special_tokens import FILE_NAME as SPECIAL_TOKENS
 from .special_tokens import SpecialTokens, find_special_tokens
+from .weights import check_tensors, compute_dtype, has_fp8
 
+MODELS = Path("ckpt/magi")
 VAE = Path("ckpt/vae")
 TEXT_ENCODER = Path("ckpt/t5/t5-v1_1-xxl")
 
@@ -67,8 +77,15 @@ def _special_tokens(models: Path, given: str | Path | None, weights: Path) -> Pa
     """The file given or in its place, else the published one wherever it lies near; a run that needs it asks for it."""
     if given:
         return _existing(Path(given).expanduser(), "special-token file", models, "special_tokens")
-    usual = models / SPECIAL_TOKENS
-    return usual if usual.exists() else find_special_tokens([models, weights if weights.is_dir() else weights.parent])
+    return special_tokens_near(weights, [models])
+
+
+def special_tokens_near(weights: Path, folders: Sequence[Path]) -> Path | None:
+    """The special tokens beside a model's weights or in the folders: by their usual name, else the published file by its hash."""
+    beside = weights if weights.is_dir() else weights.parent
+    places = [beside, *folders]  # what lies with the model belongs to it
+    usual = (folder / SPECIAL_TOKENS for folder in places)
+    return next((file for file in usual if file.is_file()), None) or find_special_tokens(places)
 
 
 def load_special_tokens(files: ModelFiles) -> SpecialTokens | None:
@@ -89,9 +106,13 @@ def find_transformer(models: Path, name: str) -> Path:
                 f"There is no transformer at {name!r}, and no released model has that name. Give a path, or one of: {', '.join(PRESETS)}."
             )
         return path
-    folder = models / "ckpt" / "magi" / name
-    found = [f for f in sorted(folder.glob("inference_weight*")) if f.is_dir()]
-    return found[0] if found else _existing(folder / "inference_weight", "transformer", models, name)
+    found = released_weights(models, name)
+    return found or _existing(models / MODELS / name / "inference_weight", "transformer", models, name)
+
+
+def released_weights(models: Path, name: str) -> Path | None:
+    """The folder of a released model's weights below `models`, None where it is not there."""
+    return next((f for f in sorted((models / MODELS / name).glob("inference_weight*")) if f.is_dir()), None)
 
 
 def _part(models: Path, given: str | Path | None, usual: Path, what: str, item: str) -> Path:
@@ -105,3 +126,30 @@ def _existing(path: Path, what: str, models: Path, item: str) -> Path:
             f"`python -m magi download {item} --folder {models}`."
         )
     return path
+
+
+def check_transformer(
+    path: str | Path,
+    config: MagiConfig | None = None,
+    distilled: bool | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    precision: str = "auto",
+    attention: str = "auto",
+) -> MagiConfig:
+    """All that loading a transformer would refuse, told from its headers; returns the config to load it with.
+
+    Arguments are those of `load_transformer`; `distilled` is the variant, where nothing in the file tells it.
+
+    Raises:
+        MagiError: the file is damaged or something else, base and distilled are mixed up, or it cannot be computed so.
+    """
+    with Checkpoint(path) as checkpoint:
+        config = resolve_config(checkpoint, config, distilled)
+        check_tensors(checkpoint, config.model, repr(str(path)))
+        if has_fp8(checkpoint.tensors) or precision == "fp8":
+            require_float8()
+        low = compute_dtype(checkpoint.tensors, precision, dtype)
+    check_attention(attention, pick_device(device), low, *config.model.heads)
+    return config

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from .attention import check_attention
-from .checkpoint import Checkpoint
 from .config import MagiConfig
 from .device import pick_device
 from .embedded import embedded_files
@@ -17,17 +15,16 @@ from .errors import MagiError
 from .generate import make_sampler
 from .media.frames import from_model, to_model
 from .model import Transformer, load_transformer
-from .model_files import ModelFiles, load_special_tokens
+from .model_files import ModelFiles, check_transformer, load_special_tokens
 from .prompt import Caption, caption_per_chunk
-from .quant import require_float8
-from .recognise import recognise, resolve_config
+from .recognise import recognise
 from .request import Media, Plan, Request, make_plan
 from .sampler_state import ProgressEvent
 from .special_tokens import SpecialTokens
 from .text.embedding_cache import EmbeddingCache
 from .text.prompt_encoding import encode_prompts
 from .vae import VideoVAE, load_vae
-from .weights import Precision, check_tensors, compute_dtype, has_fp8
+from .weights import Precision
 
 __all__ = ["Clip", "MagiPipeline", "Media", "Plan", "Request", "Stage", "StageProgress"]
 
@@ -124,14 +121,8 @@ class MagiPipeline:
             Path(special_tokens) if special_tokens else None,
             Path(tokenizer) if tokenizer else None,
         )
-        with Checkpoint(transformer) as checkpoint:
-            config = resolve_config(checkpoint, config, distilled)
-            check_tensors(checkpoint, config.model, repr(str(transformer)))
-            dtype = compute_dtype(checkpoint.tensors, options.get("precision", "auto"), options.get("dtype"))
-            device = pick_device(options.get("device"))
-            check_attention(options.get("attention", "auto"), device, dtype, *config.model.heads)
-            if has_fp8(checkpoint.tensors):
-                require_float8()
+        how = {name: options[name] for name in ("device", "dtype", "precision", "attention") if name in options}
+        config = check_transformer(transformer, config, distilled, **how)
         found = recognise(vae)
         if found.kind != "vae":
             raise MagiError(f"{str(vae)!r} is {found.name}, not a MAGI-1 VAE. Choose another file.")

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import InputImpl
 
 LEAST = 8  # frames of two latents: a single one is taken for a picture
-_FPS = 24
+FPS = 24
 _WHOLE = 0.5  # seconds by which two ways of telling a file's length may differ
 
 
@@ -21,10 +21,10 @@ class Clip:
     height: int
     file: str | None = None
     images: torch.Tensor | None = None
-    fps: Fraction = Fraction(_FPS)
+    fps: Fraction = Fraction(FPS)
 
     @classmethod
-    def of(cls, video: Any, fps: float = _FPS) -> "Clip":
+    def of(cls, video: Any, fps: float = FPS) -> "Clip":
         """From a VIDEO, or an IMAGE batch of `fps` frames a second.
 
         Raises:
@@ -61,11 +61,11 @@ class Clip:
 
         if self.file is not None:
             size = {"height": height, "width": width, "mode": fit}
-            return read_video(self.file, _FPS, tail_seconds=tail_seconds, progress=progress, **size)
+            return read_video(self.file, FPS, tail_seconds=tail_seconds, progress=progress, **size)
         assert self.images is not None  # noqa: S101 (one of them is)
         shown = _frames_shown(len(self.images), self.fps)
         if tail_seconds is not None:
-            shown = shown[-max(1, round(tail_seconds * _FPS)) :]
+            shown = shown[-max(1, round(tail_seconds * FPS)) :]
         return fit_frames(frames_of(self.images[shown]), height, width, fit)
 
 
@@ -75,7 +75,7 @@ def _frames_shown(count: int, fps: Fraction) -> list[int]:
     from ..magi.media.video_reader import resample
 
     frames = (TimedFrame(i / fps, 1 / fps, lambda i=i: i) for i in range(count))
-    return [frame.load() for frame in resample(frames, Fraction(_FPS))]
+    return [frame.load() for frame in resample(frames, Fraction(FPS))]
 
 
 def frames_of(images: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def images_of(frames: torch.Tensor) -> torch.Tensor:
 def latent_tail(latent: dict[str, Any], seconds: float) -> dict[str, torch.Tensor]:
     """The end of a LATENT."""
     samples = check_latent(latent)
-    return {"samples": samples[:, :, -max(LEAST // 4, round(seconds * _FPS / 4)) :]}
+    return {"samples": samples[:, :, -max(LEAST // 4, round(seconds * FPS / 4)) :]}
 
 
 def check_latent(latent: dict[str, Any]) -> torch.Tensor:

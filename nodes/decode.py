@@ -10,8 +10,6 @@ from . import clips, host, schema
 from .native_vae import magi_vae
 from .progress import Clock, Progress
 
-_FPS = 24
-
 
 class Magi1VAEDecode(io.ComfyNode):
     """Decodes what the sampler made."""
@@ -106,8 +104,8 @@ class Magi1VAEDecode(io.ComfyNode):
                 frames[at : at + len(part)] = part
                 at += len(part)
                 progress.at("decode", (at - first) / made, part[-1].mul(255).round().to(torch.uint8).cpu())
-        progress.say(f"{len(frames)} frames, {len(frames) / _FPS:g} s, {width}x{height}", at_once=True)
-        components = Types.VideoComponents(images=frames, frame_rate=Fraction(_FPS))
+        progress.say(f"{len(frames)} frames, {len(frames) / clips.FPS:g} s, {width}x{height}", at_once=True)
+        components = Types.VideoComponents(images=frames, frame_rate=Fraction(clips.FPS))
         return io.NodeOutput(frames, InputImpl.VideoFromComponents(components))
 
 

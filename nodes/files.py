@@ -11,12 +11,11 @@ from . import host
 if TYPE_CHECKING:
     from ..magi.model_files import ModelFiles
 
+# The same names as in `magi`, from which nothing is imported for a menu.
 EMBEDDED = "embedded demo model"
 RELEASED = ("4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill_quant", "24B_distill", "24B_base")
 VAE = "ckpt/vae"
 TEXT_ENCODER = "ckpt/t5/t5-v1_1-xxl"
-HUB = "https://huggingface.co/sand-ai/MAGI-1/tree/main"
-TOKENS_URL = "https://raw.githubusercontent.com/SandAI-org/MAGI-1/main/example/assets/special_tokens.npz"
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _PACK = Path(__file__).resolve().parent.parent
 
@@ -45,10 +44,11 @@ def find_model(name: str) -> Path:
     if name == EMBEDDED:
         return _embedded().transformer
     if name in RELEASED:
-        for folder in _places(f"ckpt/magi/{name}"):
-            weights = [f for f in sorted(folder.glob("inference_weight*")) if f.is_dir()]
-            if weights:
-                return weights[0]
+        from ..magi.model_files import released_weights
+
+        found = next(filter(None, (released_weights(folder, name) for folder in host.model_folders())), None)
+        if found is not None:
+            return found
         raise _missing(name, f"ckpt/magi/{name}", "its folder inference_weight... with the .safetensors files", name)
     return _find(name, "diffusion_models")
 
@@ -84,14 +84,14 @@ def find_special_tokens(model: Path) -> Path:
     Raises:
         MagiError: they are not there.
     """
-    from ..magi.special_tokens import FILE_NAME
-    from ..magi.special_tokens import find_special_tokens as find
+    from ..magi.download import SPECIAL_TOKENS_URL
+    from ..magi.model_files import SPECIAL_TOKENS, special_tokens_near
 
-    beside = model if model.is_dir() else model.parent
-    folders = [beside, beside.parent, *host.model_folders()]
-    found = next((f / FILE_NAME for f in folders if (f / FILE_NAME).is_file()), None) or find(folders)
+    found = special_tokens_near(model, [model.parent, *host.model_folders()])
     if found is None:
-        raise _error(f"{FILE_NAME} (3 MB) is not in {host.home()}. Download {TOKENS_URL} into that folder.")
+        raise _error(
+            f"{SPECIAL_TOKENS} (3 MB) is not in {host.home()}. Download {SPECIAL_TOKENS_URL} into that folder."
+        )
     return found
 
 
@@ -146,10 +146,12 @@ def _found(kind: str) -> list[str]:
 
 
 def _missing(what: str, place: str, files: str, item: str) -> Exception:
+    from ..magi.download import HUB, REPOSITORY
+
     home = host.home()
     more = " (with the VAE, text encoder and special tokens)" if item in RELEASED else ""
     return _error(
-        f"{what} is not in {home / place}.\nDownload {files} from {HUB}/{place} into that folder.\n"
+        f"{what} is not in {home / place}.\nDownload {files} from {HUB}/{REPOSITORY}/tree/main/{place} into that folder.\n"
         f'Or fetch it{more} with this, run in {_PACK}:\n"{sys.executable}" -m magi download {item} --folder "{home}"'
     )
 

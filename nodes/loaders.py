@@ -79,22 +79,17 @@ class Magi1ModelLoader(io.ComfyNode):
         cls, model: str, precision: str, variant: str, attention: str = "auto", memory: Any = None
     ) -> io.NodeOutput:
         """Reads headers."""
-        from ..magi.attention import check_attention
-        from ..magi.checkpoint import Checkpoint
         from ..magi.memory import MemoryOptions
-        from ..magi.recognise import resolve_config
+        from ..magi.model_files import check_transformer
         from ..magi.special_tokens import SpecialTokens
-        from ..magi.weights import check_tensors, compute_dtype
         from .managed import Managed
         from .models import MagiTransformer, Model
 
-        path = files.find_model(model)
-        with Checkpoint(path) as checkpoint:
-            config = resolve_config(checkpoint, None, _VARIANT[variant])
-            check_tensors(checkpoint, config.model, repr(model))
-            dtype = compute_dtype(checkpoint.tensors, _PRECISION[precision])
-        check_attention(attention, host.device(), dtype, *config.model.heads)
-        held = MagiTransformer(path, config, _PRECISION[precision], attention, memory or MemoryOptions())
+        path, kept = files.find_model(model), _PRECISION[precision]
+        config = check_transformer(
+            path, distilled=_VARIANT[variant], device=host.device(), precision=kept, attention=attention
+        )
+        held = MagiTransformer(path, config, kept, attention, memory or MemoryOptions())
         tokens = SpecialTokens.load(files.find_special_tokens(path))
         return io.NodeOutput(Model(model, config, tokens, Managed(held)))
 
@@ -277,16 +272,12 @@ def _problem(check: Callable[[str], None], name: str | None) -> bool | str:
 
 
 def _check_model(name: str) -> None:
-    from ..magi.checkpoint import Checkpoint
-    from ..magi.recognise import recognise_tensors, resolve_config
-    from ..magi.weights import check_tensors
+    from ..magi.model_files import check_transformer
+    from ..magi.recognise import recognise
 
     path = files.find_model(name)
-    with Checkpoint(path) as checkpoint:
-        found = recognise_tensors(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
-        # Where the file does not tell base from distilled, the other input does, which is looked at when the node runs.
-        config = resolve_config(checkpoint, None, False if found.distilled is None else None)
-        check_tensors(checkpoint, config.model, repr(name))
+    # Where the file does not tell base from distilled, the other input does, which is looked at when the node runs.
+    check_transformer(path, distilled=False if recognise(path).distilled is None else None)
     files.find_special_tokens(path)
 
 

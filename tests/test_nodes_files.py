@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -243,3 +244,12 @@ def test_loading_the_pack_loads_nothing_of_the_pipeline(comfy):
     for name in comfy.nodes:
         comfy.info(name)
     assert [name for name in sys.modules if name.startswith(f"{PACK}.magi")] == []
+
+
+def test_the_demo_keeps_its_own_special_tokens_beside_those_of_the_released_models(comfy):
+    folder = comfy.base / "models" / "magi1"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {"caption_token": 1, "logo_token": 1, "other_tokens": 100}
+    np.savez(folder / TOKENS, **{name: np.zeros((n, 4096), np.float16) for name, n in rows.items()})
+    made = comfy.run(filled(comfy, {"model": node(MODEL)}))
+    assert made["model"][0].special_tokens.width == 64
