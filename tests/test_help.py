@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from magi.download import HUB, REPOSITORY, SPECIAL_TOKENS_URL
+
+TREE = f"{HUB}/{REPOSITORY}/tree/main"
+
 PAGES = Path(__file__).resolve().parent.parent / "web" / "docs"
 IDS = sorted(page.stem for page in PAGES.glob("*.md"))
 
@@ -75,6 +79,6 @@ def test_an_input_is_called_optional_or_advanced_where_it_is(comfy, read, node):
 def test_downloads_are_those_that_the_messages_name(comfy, read):
     files = sys.modules[comfy.nodes["Magi1ModelLoader"].__module__].files
     links = {link for node in IDS for link in re.findall(r"\]\((.*?)\)", read(node))}
-    official = {f"{files.HUB}/ckpt/magi/{name}" for name in files.RELEASED}
-    official |= {f"{files.HUB}/{files.VAE}", f"{files.HUB}/{files.TEXT_ENCODER}", files.TOKENS_URL}
+    official = {f"{TREE}/ckpt/magi/{name}" for name in files.RELEASED}
+    official |= {f"{TREE}/{files.VAE}", f"{TREE}/{files.TEXT_ENCODER}", SPECIAL_TOKENS_URL}
     assert links == official | {"https://huggingface.co/comfyanonymous/flux_text_encoders"}

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from magi.download import HUB, REPOSITORY, SPECIAL_TOKENS_URL
 from tests.magi_graphs import WIDGETS as WIDGET_TYPES
 from tests.magi_graphs import widgets
+
+TREE = f"{HUB}/{REPOSITORY}/tree/main"
 
 ROOT = Path(__file__).resolve().parent.parent
 UI, API = ROOT / "workflows", Path(__file__).parent / "workflows_api"
@@ -190,12 +193,12 @@ def test_the_note_links_to_all_that_has_to_be_downloaded(comfy, name):
     for loader in of_type(workflow, "Magi1ModelLoader"):
         model = values(comfy, loader)["model"]
         assert model in files.RELEASED or name == FIRST
-        wanted |= {f"{files.HUB}/ckpt/magi/{model}", files.TOKENS_URL} if model in files.RELEASED else set()
+        wanted |= {f"{TREE}/ckpt/magi/{model}", SPECIAL_TOKENS_URL} if model in files.RELEASED else set()
     chosen = [values(comfy, n)["vae"] for n in of_type(workflow, "Magi1VAELoader")]
     chosen += [values(comfy, n)["encoder"] for n in of_type(workflow, "Magi1TextEncoderLoader")]
     for place in chosen:
         assert place in (files.VAE, files.TEXT_ENCODER) or name == FIRST
-        wanted |= {f"{files.HUB}/{place}"} if place != files.EMBEDDED else set()
+        wanted |= {f"{TREE}/{place}"} if place != files.EMBEDDED else set()
     for loader in of_type(workflow, "CLIPLoader"):
         wanted |= {model["url"] for model in loader["properties"]["models"]}
     assert wanted <= links
