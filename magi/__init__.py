@@ -19,7 +19,7 @@ _EXPORTS = {
     "encode_prompts": "text.prompt_encoding",
     "fp8_linear": "quant",
     "generate_latents": "generate",
-    "load_transformer": "model",
+    "load_transformer": "load",
     "load_vae": "vae",
     "make_sampler": "generate",
 }

@@ -17,8 +17,10 @@ from .device import pick_device, synchronize
 from .errors import MagiError
 from .flops import chunk_tokens, forward_flops
 from .generate import make_sampler
+from .load import build_transformer
 from .media.frames import check_size
-from .model import Pass, Transformer, build_transformer
+from .model import Transformer
+from .passes import Pass
 from .prompt import Caption
 from .sampler_state import ProgressEvent, SamplerState
 from .schedule import check_steps

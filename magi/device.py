@@ -4,7 +4,8 @@ import torch
 
 from .errors import MagiError
 
-_SHARE_FOR_WEIGHTS = 0.7  # the rest is for keys, activations and the VAE
+# As MPS and the CPU's allocator say it
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:
@@ -36,10 +37,11 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def fits(nbytes: int, device: torch.device) -> bool:
-    """Whether weights of this size may stay on the device for good."""
-    free = free_memory(device)
-    return free is None or nbytes <= _SHARE_FOR_WEIGHTS * free
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left; not every device has an exception of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+    )
 
 
 def empty_cache(device: torch.device) -> None:

@@ -16,6 +16,7 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        on_host: bool = False,
     ) -> None:
         """Allocates everything at once, so that a run that starts has the memory to finish.
 
@@ -28,7 +29,8 @@ class KVCache:
             dtype: of the keys and values.
             device: where they are kept; need not be where they are used.
         """
-        self._ring = torch.empty(layers, slots, 2, groups, tokens, head_size, dtype=dtype, device=device)
+        where = "cpu" if on_host else device
+        self._ring = torch.empty(layers, slots, 2, groups, tokens, head_size, dtype=dtype, device=where)
         self._held: dict[tuple[int, int], int] = {}  # (layer, slot) -> chunk
 
     @property
@@ -42,6 +44,14 @@ class KVCache:
         if slots:
             self._ring[layer, chunk % slots].copy_(kv)
             self._held[layer, chunk % slots] = chunk
+
+    def stream(self, chunks):
+        for layer in range(self._ring.shape[0]):
+            found = {}
+            for chunk in chunks:
+                found[chunk] = torch.empty_like(self._ring[layer, 0])
+                self.load(layer, chunk, found[chunk])
+            yield found
 
     def load(self, layer: int, chunk: int, out: torch.Tensor) -> None:
         """Copies a chunk's keys and values into `out`, (2, groups, tokens, head_size) on any device."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .quant import ROWS, Fp8Weight, StoredFp8, apply_fp8, multiply_exact
+from .quant import Fp8Weight, StoredFp8, apply_fp8, by_rows, multiply_exact
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def linear(x: torch.Tensor, layer: AnyLinear) -> torch.Tensor:
     if isinstance(layer, Fp8Weight):
         return apply_fp8(x, layer)
     if isinstance(layer, StoredFp8):
-        return F.linear(x, layer.dense(x.dtype))
+        return by_rows(layer.weight, lambda rows: F.linear(x, layer.dense(x.dtype, rows)))
     return F.linear(x, layer.weight, layer.bias)
 
 
@@ -46,25 +46,19 @@ def output_projection(x: torch.Tensor, layer: AnyLinear) -> torch.Tensor:
     """Attention's projection, (tokens, in) -> (tokens, out): float32 sums kept in float32, but fp8 layers round as ever."""
     if isinstance(layer, Fp8Weight):
         return apply_fp8(x, layer)
-    return multiply_exact(x, layer.dense(x.dtype) if isinstance(layer, StoredFp8) else layer.weight)
+    if isinstance(layer, StoredFp8):
+        return by_rows(layer.weight, lambda rows: multiply_exact(x, layer.dense(x.dtype, rows)))
+    return multiply_exact(x, layer.weight)
 
 
 def mlp(x: torch.Tensor, fc1: AnyLinear, fc2: AnyLinear, gated: bool) -> torch.Tensor:
     """SwiGLU (float32 between the matrices, one rounding) or GELU MLP: (tokens, D) -> (tokens, D)."""
-    return linear(_activated(linear(x, fc1), gated), fc2)
+    return linear(_swiglu(linear(x, fc1)) if gated else F.gelu(linear(x, fc1)), fc2)
 
 
-def _activated(hidden: torch.Tensor, gated: bool) -> torch.Tensor:
-    """What stands between the matrices, a few rows at a time: whole float32 copies would be the peak of a forward call."""
-    out = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2) if gated else hidden
-    for rows, target in zip(hidden.split(ROWS), out.split(ROWS), strict=True):
-        target.copy_(_swiglu(rows) if gated else F.gelu(rows))
-    return out
-
-
-def _swiglu(rows: torch.Tensor) -> torch.Tensor:
-    gate, value = rows.float().chunk(2, dim=-1)
-    return F.silu(gate).mul_(value)
+def _swiglu(hidden: torch.Tensor) -> torch.Tensor:
+    gate, value = hidden.chunk(2, dim=-1)
+    return F.silu(gate.float(), inplace=hidden.dtype != torch.float32).mul_(value).to(hidden.dtype)
 
 
 def gated_residual(

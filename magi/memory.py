@@ -1,23 +1,19 @@
-"""How much memory a model and a run need, and where to put what: pure functions on headers, settings and numbers of bytes."""
+"""How much memory a model and a run need: pure functions on headers and settings."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 
 from .config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig, ModelConfig
 from .device import pick_device
-from .errors import MagiError
 from .mapped_file import DTYPES, TensorInfo
-from .quant import ROWS, Fp8Weight, StoredFp8, keeps_sums, multiplies_float8, require_float8
+from .offload import packed_bytes
+from .quant import CONVERTED, Fp8Weight, StoredFp8, keeps_sums, multiplies_float8, require_float8
 from .schedule import Schedule
 from .weights import BlockWeights, WeightReader, compute_dtype, has_fp8, tensors_in
 
-CacheDevice = Literal["device", "host"]
-_RESERVE = 0.1  # of a device's memory: what the allocator rounds up and cannot use, and kernels' workspaces
-_BLOCKS_AT_A_TIME = 2  # of a streaming model: the one in use and the next
+TOKEN_BLOCK = 4096  # tokens that are taken through a layer at a time, unless memory asks for fewer
 
 
 @dataclass(frozen=True)
@@ -27,26 +23,27 @@ class WeightSizes:
     Attributes:
         outer: of what lies outside the layers.
         blocks: of each layer.
+        packed: of each layer as one run of bytes, as it is fetched.
         itemsize: of the compute dtype.
         fp8: the layers are official float8 ones.
-        converted: of the largest matrix that a product needs in another form than it is kept in.
+        stored_fp8: float8 storage of a file that is not: fetched layers must wait in host memory.
+        converted: of the largest part of a matrix that a product needs in another form than it is kept in.
+        widened: products need float32 copies of what is multiplied.
     """
 
     outer: int
     blocks: tuple[int, ...]
+    packed: tuple[int, ...]
     itemsize: int
     fp8: bool
+    stored_fp8: bool
     converted: int
+    widened: bool
 
     @property
     def total(self) -> int:
         """Of everything."""
         return self.outer + sum(self.blocks)
-
-    @property
-    def streaming(self) -> int:
-        """On the device at a time if layers are fetched one by one."""
-        return self.outer + min(_BLOCKS_AT_A_TIME * max(self.blocks), sum(self.blocks))
 
 
 class _Shapes:
@@ -87,9 +84,12 @@ def weight_sizes(
     return WeightSizes(
         outer=_nbytes(reader.outer()),
         blocks=tuple(_nbytes(block) for block in blocks),
+        packed=tuple(packed_bytes(block) for block in blocks),
         itemsize=low.itemsize,
         fp8=fp8,
+        stored_fp8=store,
         converted=max(_converted(block, low.itemsize, device) for block in blocks),
+        widened=low.itemsize < 4 and not keeps_sums(device),
     )
 
 
@@ -98,137 +98,43 @@ def _nbytes(weights: object) -> int:
 
 
 def _converted(block: BlockWeights, itemsize: int, device: torch.device) -> int:
-    """Bytes of the largest matrix in another form than it is kept in: dense, or float32 where a product needs that."""
+    """Bytes of the largest part of a matrix in another form than it is kept in: dense, or float32 where a product needs that."""
     widened = 0 if itemsize == 4 or keeps_sums(device) else 4
-    sizes = [widened * block.proj.weight.numel()]
+    sizes = [widened * _part(block.proj.weight)]
     for part in (block.q, block.q_x, block.k, block.v, block.proj, block.fc1, block.fc2):
         if isinstance(part, StoredFp8):
-            sizes.append((itemsize + (widened if part is block.proj else 0)) * part.weight.numel())
+            sizes.append((itemsize + (widened if part is block.proj else 0)) * _part(part.weight))
         elif isinstance(part, Fp8Weight) and not multiplies_float8(device):
-            sizes.append((2 + widened) * part.weight.numel())
+            sizes.append((2 if keeps_sums(device) else 4) * _part(part.weight))
     return max(sizes)
 
 
-@dataclass(frozen=True)
-class MemoryOptions:
-    """What may be fixed by hand; None and "auto" leave it to `place`.
-
-    Attributes:
-        budget: bytes of device memory for everything; None: what is free. It is taken at its word, even if less is free.
-        streaming: whether layers are fetched one by one instead of staying on the device.
-        pinned: whether streaming layers wait in page-locked host memory.
-        cache: where finished chunks' keys and values are kept.
-    """
-
-    budget: int | None = None
-    streaming: bool | None = None
-    pinned: bool | None = None
-    cache: Literal["auto", "device", "host"] = "auto"
+def _part(weight: torch.Tensor) -> int:
+    """Numbers of a matrix that are converted at a time."""
+    return min(weight.numel(), CONVERTED)
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where a run's parts lie. `streaming`, `pinned` and `cache` are `offload`, `pinned` and `cache_device` of `load_transformer`.
-
-    Attributes:
-        streaming: layers are fetched one by one.
-        pinned: as in `MemoryOptions`; None is decided by free host memory at loading.
-        cache: where keys and values are kept.
-        total_weight_bytes: of all weights.
-        weight_bytes: of those on the device at a time.
-        working_bytes: of everything else on the device at the peak.
-    """
-
-    streaming: bool
-    pinned: bool | None
-    cache: CacheDevice
-    total_weight_bytes: int
-    weight_bytes: int
-    working_bytes: int
-
-    @property
-    def device_bytes(self) -> int:
-        """On the device at the peak."""
-        return self.weight_bytes + self.working_bytes
-
-    @property
-    def spare_bytes(self) -> int:
-        """What must be free on the device besides the weights: the working memory, and the reserve."""
-        return math.ceil(self.device_bytes / (1 - _RESERVE)) - self.weight_bytes
-
-    def describe(self) -> str:
-        """One line for a log."""
-        weights = f"all weights on the device ({_gb(self.weight_bytes)})"
-        if self.streaming:
-            share = f"{_gb(self.weight_bytes).removesuffix(' GB')} of {_gb(self.total_weight_bytes)}"
-            weights = f"weights stream ({share} on the device)"
-        keys = "the device" if self.cache == "device" else "the host"
-        return f"{weights}, keys on {keys}, about {_gb(self.device_bytes)} in all"
+def chunk_tokens(config: MagiConfig) -> int:
+    """Tokens of a chunk of a run of this size."""
+    runtime, side = config.runtime, SPATIAL_DOWNSAMPLE * config.model.patch_size
+    return runtime.chunk_width * (runtime.video_size_h // side) * (runtime.video_size_w // side)
 
 
-def place(
-    config: MagiConfig,
-    weights: WeightSizes,
-    free: int | None,
-    options: MemoryOptions | None = None,
-    given_chunks: int = 0,
-) -> Placement:
-    """Where to put a model's weights and keys so that a run has room; the fastest way that fits.
+def key_bytes(config: MagiConfig, given_chunks: int = 0, itemsize: int = 2) -> int:
+    """Bytes of the keys and values of finished chunks that are kept, of one layer."""
+    cached = schedule_of(config, given_chunks).cached_chunks
+    return cached * chunk_tokens(config) * _keys_a_token(config.model, itemsize)
 
-    A tenth of the memory is left for what the allocator rounds up and kernels work in.
 
-    Args:
-        config: the model, and the size, steps, window and frames of the run.
-        weights: of the model, see `weight_sizes`.
-        free: bytes free on the device before anything is loaded; None where memory is the host's own: a budget means
-            nothing there, and nothing is moved that `options` does not ask for.
-        options: what is fixed by hand.
-        given_chunks: whole chunks of a given video.
+def _keys_a_token(c: ModelConfig, itemsize: int) -> int:
+    return 2 * c.num_query_groups * c.kv_channels * itemsize
 
-    Raises:
-        MagiError: it does not fit, whatever of what is not fixed is chosen.
-    """
-    options = options or MemoryOptions()
-    candidates = _candidates(config, weights, options, given_chunks)
-    if free is None:
-        return candidates[0]
-    room = free if options.budget is None else options.budget
-    for candidate in candidates:
-        if candidate.weight_bytes + candidate.spare_bytes <= room:
-            return candidate
-    least = min(c.weight_bytes + c.spare_bytes for c in candidates)
-    narrow = _candidates(config.with_runtime(window_size=1), weights, options, given_chunks)
-    remedies = {
-        "a smaller size": True,
-        "streaming weights": options.streaming is False,
-        "keys on the host": options.cache == "device",
-        "a window of 1": min(c.weight_bytes + c.spare_bytes for c in narrow) < least,
-        "a larger budget": options.budget is not None,
-    }
+
+def schedule_of(config: MagiConfig, given_chunks: int = 0) -> Schedule:
+    """The schedule of a run of the config's length after so many given chunks."""
     runtime = config.runtime
-    raise MagiError(
-        f"{runtime.video_size_w}x{runtime.video_size_h} with a window of {runtime.window_size} needs about "
-        f"{_gb(least)} of device memory; {'free are' if options.budget is None else 'the budget is'} "
-        f"{_gb(room)}. Try {' or '.join(name for name, helps in remedies.items() if helps)}."
-    )
-
-
-def _candidates(config: MagiConfig, weights: WeightSizes, options: MemoryOptions, given_chunks: int) -> list[Placement]:
-    """What may be chosen, the fastest first: the weights are moved to the host before the keys are."""
-    found = []
-    for cache in get_args(CacheDevice):
-        working = working_bytes(
-            config,
-            given_chunks=given_chunks,
-            cache_on_device=cache == "device",
-            itemsize=weights.itemsize,
-            fp8=weights.fp8,
-        )
-        for streaming, on_device in ((False, weights.total), (True, weights.streaming)):
-            if options.cache in ("auto", cache) and options.streaming in (None, streaming):
-                pinned = options.pinned if streaming else False
-                found.append(Placement(streaming, pinned, cache, weights.total, on_device, working + weights.converted))
-    return found
+    generated = -(-(runtime.num_frames // runtime.temporal_downsample_factor) // runtime.chunk_width)
+    return Schedule.of(runtime, given_chunks + generated, given_chunks)
 
 
 def working_bytes(
@@ -236,52 +142,58 @@ def working_bytes(
     *,
     given_chunks: int = 0,
     cache_on_device: bool = True,
+    token_block: int = TOKEN_BLOCK,
     itemsize: int = 2,
     fp8: bool | None = None,
+    widened: bool = False,
 ) -> int:
-    """Bytes on the device at the peak of a run, beside weights: keys and values, every chunk on its way, one chunk's layer.
+    """Bytes on the device at the peak of a run, beside weights: keys and values, every chunk on its way, one token block's layer.
 
     Args:
         config: the model, and the size, steps, window and frames of the run.
         given_chunks: whole chunks of a given video.
-        cache_on_device: count the cache of keys and values.
+        cache_on_device: the cache of keys and values is there; else only what of it is on its way.
+        token_block: tokens that are taken through a layer at a time.
         itemsize: bytes of the compute dtype.
         fp8: the layers are official float8 ones; None: what the config says.
+        widened: products need float32 copies of what is multiplied.
     """
     c, runtime, e = config.model, config.runtime, itemsize
-    generated = -(-(runtime.num_frames // runtime.temporal_downsample_factor) // runtime.chunk_width)
-    schedule = Schedule.of(runtime, given_chunks + generated, given_chunks)
+    schedule = schedule_of(config, given_chunks)
+    generated = schedule.chunks - given_chunks
     active = min(runtime.window_size, generated)
     refresh = int(generated > 1)  # the chunk that has just become clean
     # Three passes, two of which also hold the refresh; or one, and the oldest chunk on its own.
     streams = active + refresh + 1 if config.engine.distill else 3 * active + 2 * refresh
-    latents = runtime.chunk_width * runtime.video_size_h * runtime.video_size_w // SPATIAL_DOWNSAMPLE**2
-    tokens = latents // c.patch_size**2
-    keys = 2 * c.num_query_groups * c.kv_channels * e  # of a token
-    rope = 2 * 3 * (c.kv_channels // 8) * 4
+    places = active + refresh + (0 if config.engine.distill else 1)
+    tokens = chunk_tokens(config)
+    latents = tokens * c.patch_size**2
+    keys = _keys_a_token(c, e)
+    rope = places * tokens * 2 * 3 * (c.kv_channels // 8) * 4
     captions = (active + 1) * c.caption_max_length * (c.hidden_size * e + keys)
-    cached = c.num_layers * schedule.cached_chunks * tokens * keys if cache_on_device else 0
+    # On the host two layers' keys are on the device at a time: the one in use and the next.
+    cached = key_bytes(config, given_chunks, e) * (c.num_layers if cache_on_device else min(2, c.num_layers))
     scratch = (active + max(schedule.cached_chunks, refresh)) * tokens * keys
-    on_their_way = streams * (tokens * (c.hidden_size * e + rope) + 2 * LATENT_CHANNELS * latents * 4)
+    on_their_way = streams * (tokens * c.hidden_size * e + 2 * LATENT_CHANNELS * latents * 4)
     fp8 = config.engine.fp8_quant if fp8 is None else fp8
-    return cached + scratch + captions + on_their_way + _layer_bytes(c, tokens, e, fp8)
+    rows = min(token_block, tokens)
+    return cached + scratch + captions + rope + on_their_way + rows * _bytes_a_token(c, e, fp8, widened)
 
 
-def _layer_bytes(c: ModelConfig, tokens: int, e: int, fp8: bool) -> int:
-    """What one chunk takes within a layer where it takes most. Each sum is what is alive at once."""
+def _bytes_a_token(c: ModelConfig, e: int, fp8: bool, widened: bool) -> int:
+    """What a token of the block in work takes within a layer where it takes most. Each sum is what is alive at once."""
     d, ffn, hidden = c.hidden_size, c.ffn_hidden_size, c.fc1_size
-    copied = hidden if c.gated_linear_unit and e < 4 else 0
-    rows = min(ROWS, tokens) * 4 * (copied + ffn)
-    normed = e * d  # the input of attention or MLP
-    rotation = normed + e * d + 11 * d  # queries; float32 before, during and after: more than anything until the MLP
-    activation = normed + e * hidden + (e * ffn if c.gated_linear_unit else 0)
-    widest = max(tokens * rotation, tokens * activation + rows)
+    wide = 4 if widened else 0
+    # Queries: their input, themselves, and float32 before, during and after the rotation.
+    rotation = 2 * e * d + 11 * d
+    # Both attentions, side by side, interleaved, and their projection in float32.
+    projection = 7 * e * d + max(4 * d, 2 * wide * d)
+    held = 4 * e * d  # during the MLP: both attentions, the new hidden states and their norm
+    between = 4 * ffn + e * ffn if c.gated_linear_unit and e < 4 else e * ffn
+    activation = held + e * hidden + between
+    widest = max(rotation, projection, activation)
     if fp8:
-        sums = normed + 2 * d + (4 if e == 4 else 4 + e) * hidden  # rounded to 16 bits; products in float32, then cast
-        quotient = normed + (e + 4 + 2) * ffn  # of the second matrix: float32, then 16 bits
-        widest = max(widest, tokens * sums, tokens * quotient)
+        sums = held + (4 + (e if e < 4 else 0)) * hidden  # products in float32, then cast
+        quotient = held + (e + 4 + 2) * ffn + (4 * ffn if widened else 0)  # of the second matrix: float32, then 16 bits
+        widest = max(widest, sums, quotient)
     return widest
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB"

@@ -162,6 +162,18 @@ def _resident(blocks: BlockSource, progress: Progress | None) -> list[BlockWeigh
     return kept
 
 
+def packed_bytes(block: BlockWeights) -> int:
+    return sum(_aligned(t.nbytes) for t in tensors_in(block))
+
+
+def arena_bytes(sizes, slots):
+    from collections import Counter
+
+    if not sizes:
+        return 0
+    return max(max(sizes), slots * Counter(sizes).most_common(1)[0][0])
+
+
 def _aligned(nbytes: int) -> int:
     return math.ceil(nbytes / _ALIGNMENT) * _ALIGNMENT
 
@@ -169,3 +181,23 @@ def _aligned(nbytes: int) -> int:
 def _call_all(calls: list[Callable[[], None]]) -> None:
     while calls:
         calls.pop()()
+
+
+class StreamedBlocks:
+    def __init__(self, reader, on_device, on_host, slots, progress=None):
+        self._reader = reader
+        self._kept = {}
+        for i in range(len(self)):
+            if i in on_device:
+                self._kept[i] = reader.block(i)
+            if progress:
+                progress(i + 1, len(self))
+
+    def __len__(self):
+        return self._reader.config.num_layers
+
+    def __iter__(self):
+        return ((self._kept[i] if i in self._kept else self._reader.block(i)) for i in range(len(self)))
+
+    def keep_on_device(self, layers):
+        self._kept = {i: b for i, b in self._kept.items() if i in layers}

@@ -13,8 +13,9 @@ from .device import pick_device
 from .embedded import embedded_files
 from .errors import MagiError
 from .generate import make_sampler
+from .load import load_transformer
 from .media.frames import from_model, to_model
-from .model import Transformer, load_transformer
+from .model import Transformer
 from .model_files import ModelFiles, check_transformer, load_special_tokens
 from .prompt import Caption, caption_per_chunk
 from .recognise import recognise

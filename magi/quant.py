@@ -4,6 +4,7 @@ Where the hardware multiplies float8 the products are done there; elsewhere the 
 a wider type, which holds every e4m3 product exactly. Devices whose torch has no float8 at all keep the weights as bytes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from .errors import MagiError
 
 E4M3_MAX = 448.0
-ROWS = 4096  # tokens whose float32 copies are held at a time
+CONVERTED = 1 << 25  # numbers of a matrix that stand in another form at a time
 _SMALLEST_STEP = 2.0**-9  # spacing of the subnormal numbers
 _EXPONENT = 0x7F800000  # of a float32: alone, it is the power of two below
 FLOAT8 = getattr(torch, "float8_e4m3fn", None)
@@ -91,10 +92,9 @@ class StoredFp8:
         kept = (weight / scale).to(float8)
         return cls((kept if native else kept.view(torch.uint8)).to(device), scale.to(device))
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The matrix as (out, in) of `dtype`, a new tensor."""
-        raw = self.weight.dtype == torch.uint8
-        return (decode_e4m3(self.weight) if raw else self.weight).to(dtype).mul_(self.scale.to(dtype))
+    def dense(self, dtype: torch.dtype, rows: slice = slice(None)) -> torch.Tensor:
+        """Rows of the matrix as (rows, in) of `dtype`, a new tensor."""
+        return _plain(self.weight[rows]).to(dtype).mul_(self.scale[rows].to(dtype))
 
 
 def fp8_linear(
@@ -115,24 +115,55 @@ def apply_fp8(x: torch.Tensor, layer: Fp8Weight) -> torch.Tensor:
     scaled = (x / divisor).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.bfloat16)
     flat = scaled.reshape(-1, scaled.shape[-1])
     if layer.weight.dtype == torch.uint8:
-        product = multiply_exact(round_to_e4m3(flat), decode_e4m3(layer.weight))
+        product = multiply_exact(round_to_e4m3(flat), layer.weight)
     elif multiplies_float8(layer.weight.device):
         product = _multiply_float8(flat.to(layer.weight.dtype), layer.weight)
     else:
-        product = multiply_exact(flat.to(layer.weight.dtype).to(torch.bfloat16), layer.weight.to(torch.bfloat16))
+        product = multiply_exact(flat.to(layer.weight.dtype).to(torch.bfloat16), layer.weight)
     y = product.mul_(layer.input_scale).mul_(layer.weight_scale)
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def multiply_exact(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T of 16-bit numbers with float32 products, sums and result: (n, in), (out, in) -> (n, out)."""
-    if keeps_sums(x.device):
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    weight = weight.float()
-    product = torch.empty(x.shape[0], weight.shape[0], device=x.device)
-    for rows, part in zip(x.split(ROWS), product.split(ROWS), strict=True):
-        part.copy_(F.linear(rows.float(), weight))
-    return product
+    """x @ weight.T with float32 products, sums and result: (n, in), (out, in) -> (n, out).
+
+    `x` is of 16 bits, `weight` too, or e4m3fn, or its bytes as uint8.
+    """
+    if not keeps_sums(x.device):
+        return _convert_and_multiply(x.float(), weight, F.linear)
+    return _convert_and_multiply(x, weight, lambda x, part: torch.mm(x, part.t(), out_dtype=torch.float32))
+
+
+def _convert_and_multiply(
+    x: torch.Tensor, weight: torch.Tensor, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """`product` of x and the weight in x's type."""
+    if weight.dtype == x.dtype:
+        return product(x, weight)
+    return by_rows(weight, lambda rows: product(x, _plain(weight[rows]).to(x.dtype)))
+
+
+def by_rows(weight: torch.Tensor, product: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+    """A product with a matrix (out, in) that needs it in another form than it is kept in, a part of its rows at a time.
+
+    `product(rows)` gives (n, rows); a matrix that is small, or need not be converted, is taken whole.
+    """
+    outputs, width = weight.shape
+    step = max(1, CONVERTED // width)
+    if step >= outputs:
+        return product(slice(0, outputs))
+    out = None
+    for start in range(0, outputs, step):
+        part = product(slice(start, start + step))
+        out = part.new_empty(part.shape[0], outputs) if out is None else out
+        out[:, start : start + step] = part
+    assert out is not None  # noqa: S101 (there is a first part)
+    return out
+
+
+def _plain(weight: torch.Tensor) -> torch.Tensor:
+    """e4m3 numbers that are kept as bytes in a type that holds them; others as they are."""
+    return decode_e4m3(weight) if weight.dtype == torch.uint8 else weight
 
 
 def keeps_sums(device: torch.device) -> bool:

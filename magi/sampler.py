@@ -12,7 +12,8 @@ import torch
 from .config import MagiConfig
 from .guidance import NEARLY_CLEAN_MIX, PassName, combine, guidance_weights, is_nearly_clean, needed
 from .kv_cache import KVCache
-from .model import ChunkInput, EncodedCaption, Pass, Transformer
+from .model import Transformer
+from .passes import ChunkInput, EncodedCaption, Pass
 from .sampler_state import Chunk, Noise, Progress, ProgressEvent, SamplerState
 from .schedule import Iteration, Schedule, step_size_signal, time_grid
 

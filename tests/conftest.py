@@ -12,8 +12,9 @@ import torch
 
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi.embedded import embedded_files
+from magi.load import build_transformer
 from magi.mapped_file import TensorInfo
-from magi.model import Transformer, build_transformer
+from magi.model import Transformer
 from magi.prompt import Caption
 from magi.special_tokens import SpecialTokens
 from magi.weights import tensor_shapes
@@ -192,7 +193,7 @@ def comfy(tmp_path, embedded_home) -> Iterator[Comfy]:
 def reads(comfy, monkeypatch) -> list[str]:
     """What is read from disk, in order: "transformer", "vae"."""
     found: list[str] = []
-    for module, function, name in (("magi.model", "load_transformer", "transformer"), ("magi.vae", "load_vae", "vae")):
+    for module, function, name in (("magi.load", "load_transformer", "transformer"), ("magi.vae", "load_vae", "vae")):
         load = getattr(comfy.module(module), function)
 
         def counted(path, *args, load=load, name=name, **options):

@@ -15,7 +15,7 @@ from magi.bench import BenchResult, BenchSettings, run_bench
 from magi.cli import main
 from magi.errors import MagiError
 from magi.flops import chunk_tokens, forward_flops
-from magi.model import ChunkInput, Pass
+from magi.passes import ChunkInput, Pass
 from magi.synthetic import RandomTensors
 from magi.weights import check_tensors
 

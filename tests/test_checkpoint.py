@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from magi import mapped_file
 from magi.checkpoint import Checkpoint, find_weight_files
 from magi.errors import MagiError
+from magi.load import load_transformer
 from magi.mapped_file import TensorInfo
-from magi.model import load_transformer
 from magi.weights import WeightReader, check_tensors, tensor_shapes
 
 

@@ -7,7 +7,7 @@ import torch
 from magi.config import RuntimeConfig
 from magi.generate import generate_latents
 from magi.guidance import Weights, combine, guidance_weights, is_nearly_clean, needed
-from magi.model import ChunkInput, Pass
+from magi.passes import ChunkInput, Pass
 from magi.prompt import caption_per_chunk, null_caption
 from magi.schedule import Schedule, step_size_signal, time_grid
 

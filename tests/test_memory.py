@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 from magi import layers, memory, quant
 from magi.config import MagiConfig
 from magi.errors import MagiError
+from magi.load import build_transformer
 from magi.mapped_file import DTYPES
 from magi.memory import MemoryOptions, place, weight_sizes, working_bytes
-from magi.model import build_transformer
 from magi.sampler import Sampler
 from magi.sampler_state import Noise, SamplerState
 from magi.schedule import Schedule

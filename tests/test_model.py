@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from magi.errors import MagiError
 from magi.generate import generate_latents
 from magi.layers import Linear, mlp, output_projection, timestep_embedding
-from magi.model import load_transformer
+from magi.load import load_transformer
 from magi.quant import ROWS, Fp8Weight, StoredFp8
 
 
@@ -54,7 +54,7 @@ def test_norms_that_hold_their_weight_less_one(one_p, tiny_config, tiny_model, r
     config = tiny_config(shape={"apply_layernorm_1p": one_p})
     weights, model = random_weights(config.model), tiny_model(config)
     at = "videodit_blocks.layers.1."
-    block = model.blocks[1]
+    block = list(model.blocks)[1]
     for norm, name in [
         (model.outer.final_norm, "videodit_blocks.final_layernorm"),
         (block.q_norm, at + "self_attention.q_layernorm"),
@@ -94,7 +94,7 @@ def test_the_output_projection_keeps_its_sums_unless_it_is_fp8(tiny_config, tiny
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, x.float() @ dense.weight.float().T, rtol=1e-5, atol=1e-5)
     config = tiny_config(True, shape={"num_layers": 3})
-    quantised = tiny_model(config, fp8=True, dtype=torch.bfloat16).blocks[1].proj
+    quantised = list(tiny_model(config, fp8=True, dtype=torch.bfloat16).blocks)[1].proj
     assert isinstance(quantised, Fp8Weight)
     assert output_projection(x, quantised).dtype == torch.bfloat16
 
@@ -160,8 +160,8 @@ def test_a_precision_is_a_compute_type(dtype, file):
     path = file(dtype)
     for precision, wanted in (("auto", dtype), ("fp8", dtype), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         model = load_transformer(path, device="cpu", precision=precision)
-        assert model.dtype == model.blocks[1].gates.weight.dtype == wanted
-        assert isinstance(model.blocks[1].fc1, StoredFp8) == (precision == "fp8")
+        assert model.dtype == list(model.blocks)[1].gates.weight.dtype == wanted
+        assert isinstance(list(model.blocks)[1].fc1, StoredFp8) == (precision == "fp8")
     assert load_transformer(path, device="cpu", dtype=torch.float16, precision="fp8").dtype == torch.float16
 
 
@@ -171,8 +171,8 @@ def test_float8_storage_takes_the_matrices_of_all_layers_but_the_first_and_the_l
         for name in MATRICES:
             assert isinstance(getattr(block, name), StoredFp8) == (0 < i < 3)
     plain = tiny_model(tiny_config(shape={"num_layers": 4}))
-    assert torch.equal(model.blocks[1].kv_x.weight, plain.blocks[1].kv_x.weight), "not even in the official ones"
-    assert torch.equal(model.blocks[1].q_norm.weight, plain.blocks[1].q_norm.weight)
+    assert torch.equal(list(model.blocks)[1].kv_x.weight, plain.blocks[1].kv_x.weight), "not even in the official ones"
+    assert torch.equal(list(model.blocks)[1].q_norm.weight, plain.blocks[1].q_norm.weight)
 
 
 @pytest.mark.parametrize("gated", [False, True])

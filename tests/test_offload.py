@@ -7,7 +7,8 @@ import torch
 
 from magi import offload
 from magi.generate import generate_latents
-from magi.model import Transformer, build_transformer
+from magi.load import build_transformer
+from magi.model import Transformer
 from magi.offload import HostBlocks, PinnedBlocks, block_source
 from magi.quant import StoredFp8
 from magi.synthetic import RandomTensors

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from magi.config import PRESETS, MagiConfig
 from magi.errors import MagiError
+from magi.load import load_transformer
 from magi.mapped_file import TensorInfo
-from magi.model import load_transformer
 from magi.recognise import recognise, recognise_tensors, resolve_config
 from magi.weights import tensor_shapes
 

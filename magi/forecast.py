@@ -1,0 +1,61 @@
+"""How long an iteration will take, roughly, with layers fetched from where they lie: what a plan is chosen by."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .config import MagiConfig
+from .flops import chunk_flops
+from .memory import chunk_tokens, schedule_of
+
+_CAPTION_TOKENS = 100
+_BLOCK_COST = 96  # tokens: what starting a token block costs, in tokens' time
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a forecast assumes: a middling card of its time. Only the ratios count.
+
+    Attributes:
+        tflops: 10^12 operations a second that are reached in practice.
+        bus: bytes a second from host memory to the device.
+        disk: bytes a second from a file, through memory, to the device.
+    """
+
+    tflops: float = 40.0
+    bus: float = 12e9
+    disk: float = 2.5e9
+
+
+def iteration_flops(config: MagiConfig, given_chunks: int = 0) -> float:
+    """Operations of a forward iteration with a full window; all passes that a base model may need are counted."""
+    schedule, tokens = schedule_of(config, given_chunks), chunk_tokens(config)
+    it = schedule[len(schedule) // 2]  # the window is as full as it ever is
+    seen = [c + 1 - schedule.first_key(c, g) for c, g in zip(it.chunks, it.grid, strict=True)]
+    alone = [1] if config.engine.distill else [1] * len(seen)
+    keys = seen + alone if config.engine.distill else 2 * seen + alone
+    return sum(chunk_flops(config.model, tokens, n * tokens, _CAPTION_TOKENS) for n in keys)
+
+
+def iteration_seconds(
+    compute: float, copies: Sequence[float], slots: int, keys: float = 0.0, token_block: int | None = None
+) -> float:
+    """Seconds of an iteration whose layers are fetched ahead of the work.
+
+    Args:
+        compute: seconds of a layer's work.
+        copies: of each layer, seconds it takes to fetch; 0 for those that lie on the device.
+        slots: fetched layers that may be on the device at a time, the one in use included.
+        keys: seconds a layer to fetch finished chunks' keys.
+        token_block: tokens taken through a layer at a time; None: all.
+    """
+    compute *= 1 + _BLOCK_COST / token_block if token_block else 1
+    bus = done = 0.0
+    ends: list[float] = []  # of the work with each fetched layer
+    for copy in copies:
+        bus += keys
+        if copy:
+            bus = max(bus, ends[-slots] if len(ends) >= slots else 0.0) + copy
+        done = max(done, bus if copy or keys else 0.0) + compute
+        if copy:
+            ends.append(done)
+    return done
