@@ -4,13 +4,14 @@ Base models predict three velocities a step: with text and earlier chunks, with 
 Distilled models predict the guided velocity at once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from .config import RuntimeConfig
+from .config import MagiConfig, RuntimeConfig
+from .schedule import Iteration, Schedule
 
 PassName = Literal["text", "prev", "independent"]
 _EPSILON = 1e-7  # a grid time that should equal a boundary may fall just below it in float32
@@ -61,3 +62,35 @@ def needed(wanted: list[bool], first_seen: list[int]) -> list[bool]:
             for j in range(max(0, first_seen[i]), i):
                 result[j] = True
     return result
+
+
+def members(it: Iteration, schedule: Schedule, wanted: Sequence[bool], store: bool) -> tuple[bool, list[int]]:
+    """What a pass over chunks that see one another must hold so that the `wanted` active ones come out right.
+
+    Args:
+        it: the iteration.
+        schedule: of the run.
+        wanted: per active chunk, whether its velocity is used.
+        store: the pass's keys of the chunk that has just become clean are kept.
+
+    Returns:
+        Whether that chunk belongs to it, and which of the active chunks.
+    """
+    first = [schedule.first_key(c, g) for c, g in zip(it.chunks, it.grid, strict=True)]
+    compute = needed(list(wanted), [f - it.chunks[0] for f in first])
+    seen = it.refresh is not None and any(c and f <= it.refresh for c, f in zip(compute, first, strict=True))
+    return it.refresh is not None and (store or seen), [i for i, c in enumerate(compute) if c]
+
+
+def chunk_count(it: Iteration, schedule: Schedule, times: Sequence[float], config: MagiConfig) -> int:
+    """How many chunks all passes of an iteration hold together."""
+    if config.engine.distill:
+        refresh, active = members(it, schedule, [True] * len(it.chunks), store=True)
+        alone = is_nearly_clean(times[it.grid[0]], config.engine.distill_nearly_clean_chunk_threshold)
+        return refresh + len(active) + alone
+    weights = [guidance_weights(times[g], config.runtime) for g in it.grid]
+    count = sum(w.independent != 0 for w in weights)
+    for name in ("text", "prev"):
+        refresh, active = members(it, schedule, [getattr(w, name) != 0 for w in weights], store=name == "prev")
+        count += refresh + len(active)
+    return count

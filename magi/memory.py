@@ -7,10 +7,11 @@ import torch
 
 from .config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig, ModelConfig
 from .device import pick_device
+from .guidance import chunk_count
 from .mapped_file import DTYPES, TensorInfo
 from .offload import packed_bytes
 from .quant import CONVERTED, Fp8Weight, StoredFp8, keeps_sums, multiplies_float8, require_float8
-from .schedule import Schedule
+from .schedule import Iteration, Schedule, time_grid
 from .weights import BlockWeights, WeightReader, compute_dtype, has_fp8, tensors_in
 
 TOKEN_BLOCK = 4096  # tokens that are taken through a layer at a time, unless memory asks for fewer
@@ -137,6 +138,15 @@ def schedule_of(config: MagiConfig, given_chunks: int = 0) -> Schedule:
     return Schedule.of(runtime, given_chunks + generated, given_chunks)
 
 
+def fullest_stage(schedule: Schedule) -> list[Iteration]:
+    """The iterations of a stage in which the window is as full as it ever is, if possible after a chunk was finished."""
+    made = schedule.chunks - schedule.prefix_chunks
+    stage = (
+        min(schedule.window, made + schedule.window - 2) if made > schedule.window else min(schedule.window, made) - 1
+    )
+    return [schedule[stage * schedule.steps_per_stage + step] for step in range(schedule.steps_per_stage)]
+
+
 def working_bytes(
     config: MagiConfig,
     *,
@@ -163,8 +173,8 @@ def working_bytes(
     generated = schedule.chunks - given_chunks
     active = min(runtime.window_size, generated)
     refresh = int(generated > 1)  # the chunk that has just become clean
-    # Three passes, two of which also hold the refresh; or one, and the oldest chunk on its own.
-    streams = active + refresh + 1 if config.engine.distill else 3 * active + 2 * refresh
+    times = [float(t) for t in time_grid(runtime.num_steps, config.engine.shortcut_mode)]
+    streams = max(chunk_count(it, schedule, times, config) for it in fullest_stage(schedule))
     places = active + refresh + (0 if config.engine.distill else 1)
     tokens = chunk_tokens(config)
     latents = tokens * c.patch_size**2

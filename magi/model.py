@@ -121,9 +121,9 @@ class Transformer:
         """
         angles: dict[int, _Angles] = {}  # of a chunk's place; several passes hold the same chunks
         streams = [[self._embed(c, p.conditional, step_size, angles) for c in p.chunks] for p in passes]
-        scratch = self._key_scratch(streams)
-        settings = LayerSettings(self.shape, self.dtype, self.attention, self.placement.token_block)
         first, later = shared_groups(streams), separate_groups(streams)
+        scratch = self._key_scratch([*first, *later])
+        settings = LayerSettings(self.shape, self.dtype, self.attention, self.placement.token_block)
         # The blocks are the outer loop's: should it end early, theirs is the last word on copies that are under way.
         for layer, (weights, cached) in enumerate(zip(self.blocks, cache.stream(_earlier(streams)), strict=True)):
             alive = _Beats(
@@ -178,12 +178,12 @@ class Transformer:
         embedding = timestep_embedding(t, _TIME_FREQUENCIES, self.device).to(self.dtype).float()
         return linear(F.silu(linear(embedding, self.outer.time_in)), self.outer.time_out)
 
-    def _key_scratch(self, streams: list[list[Stream]]) -> torch.Tensor:
-        """Room for the keys and values of all chunks that the widest pass sees: (2, G, chunks * S, d)."""
+    def _key_scratch(self, passes: Sequence[Sequence[Group]]) -> torch.Tensor:
+        """Room for the keys and values of all chunks that the widest of these sees: (2, G, chunks * S, d)."""
         c = self.shape
-        widest = max(p[-1].input.chunk + 1 - min(s.input.first_key for s in p) for p in streams)
-        tokens = len(streams[0][0].hidden)
-        shape = (2, c.num_query_groups, widest * tokens, c.kv_channels)
+        inputs = [[s.input for group in groups for s in group] for groups in passes]
+        widest = max(items[-1].chunk + 1 - min(item.first_key for item in items) for items in inputs)
+        shape = (2, c.num_query_groups, widest * len(passes[0][0][0].hidden), c.kv_channels)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def _velocity(self, s: Stream) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from .config import MagiConfig
-from .guidance import NEARLY_CLEAN_MIX, PassName, combine, guidance_weights, is_nearly_clean, needed
+from .guidance import NEARLY_CLEAN_MIX, PassName, combine, guidance_weights, is_nearly_clean, members
 from .kv_cache import KVCache
 from .model import Transformer
 from .passes import ChunkInput, EncodedCaption, Pass
@@ -138,21 +138,18 @@ class Sampler:
         self, it: Iteration, state: SamplerState, wanted: list[bool], conditional: bool, store: bool
     ) -> tuple[Pass, list[int]]:
         """The pass over active chunks that see one another and the cache, and which of them are in it (-1: the refresh)."""
-        first = [self._schedule.first_key(c, g) for c, g in zip(it.chunks, it.grid, strict=True)]
-        compute = needed(wanted, [f - it.chunks[0] for f in first])
+        refresh, active = members(it, self._schedule, wanted, store)
         inputs: list[ChunkInput] = []
         places: list[int] = []
-        if it.refresh is not None:
-            seen = any(c and f <= it.refresh for c, f in zip(compute, first, strict=True))
-            if store or seen:
-                inputs.append(self._clean_input(it.refresh, state.clean[it.refresh], store))
-                places.append(-1)
-        for i, chunk in enumerate(it.chunks):
-            if compute[i]:
-                caption = self._caption(chunk) if conditional else self._null
-                t = self._times[it.grid[i]]
-                inputs.append(ChunkInput(chunk, state.window[chunk], t, caption, first[i], wanted=wanted[i]))
-                places.append(i)
+        if refresh and it.refresh is not None:
+            inputs.append(self._clean_input(it.refresh, state.clean[it.refresh], store))
+            places.append(-1)
+        for i in active:
+            chunk, g = it.chunks[i], it.grid[i]
+            caption = self._caption(chunk) if conditional else self._null
+            first = self._schedule.first_key(chunk, g)
+            inputs.append(ChunkInput(chunk, state.window[chunk], self._times[g], caption, first, wanted=wanted[i]))
+            places.append(i)
         return Pass(tuple(inputs), conditional), places
 
     def _clean_input(self, chunk: int, latents: torch.Tensor, store: bool = True) -> ChunkInput:

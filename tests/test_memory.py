@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from magi import layers, memory, quant
 from magi.config import MagiConfig
-from magi.errors import MagiError
 from magi.load import build_transformer
 from magi.mapped_file import DTYPES
-from magi.memory import MemoryOptions, place, weight_sizes, working_bytes
+from magi.memory import weight_sizes, working_bytes
+from magi.placement import MemoryOptions
 from magi.sampler import Sampler
 from magi.sampler_state import Noise, SamplerState
 from magi.schedule import Schedule
@@ -100,13 +100,15 @@ def on_hopper(monkeypatch):
         monkeypatch.setattr(module, "multiplies_float8", lambda device: True)
 
 
-def calculated_and_counted(name, window, height, width) -> float:
+def calculated_and_counted(name, window, height, width, token_block=4096, cache="device") -> float:
     settings = {"window_size": window, "video_size_h": height, "video_size_w": width, "num_frames": 240}
     config = MagiConfig.preset(name).with_runtime(**settings).with_layers(3 if name.endswith("quant") else 1)
     source = Sizes(config.model, config.engine.fp8_quant)
-    converted = weight_sizes(source.tensors, config.model, "meta").converted
-    peak = peak_of_an_iteration(build_transformer(source, config, "meta"), config)
-    return (working_bytes(config) + converted) / peak
+    sizes = weight_sizes(source.tensors, config.model, "meta")
+    options = MemoryOptions(token_block=token_block, cache=cache)
+    peak = peak_of_an_iteration(build_transformer(source, config, "meta", memory=options), config)
+    working = working_bytes(config, token_block=token_block, cache_on_device=cache == "device", widened=sizes.widened)
+    return (working + sizes.converted) / peak
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,6 @@ def test_weights_take_what_their_headers_say(precision, fp8, tiny_config, tiny_m
     assert sizes.outer == sum(t.nbytes for t in tensors_in(model.outer))
     assert sizes.blocks == tuple(sum(t.nbytes for t in tensors_in(block)) for block in model.blocks)
     assert sizes.total == sizes.outer + sum(sizes.blocks)
-    assert sizes.streaming == sizes.outer + 2 * max(sizes.blocks)
     assert (sizes.fp8, sizes.itemsize) == (fp8, model.dtype.itemsize)
 
 
@@ -176,111 +177,3 @@ def test_float8_storage_halves_the_released_models():
     assert whole.total == pytest.approx(47.9e9, rel=0.01)
     assert stored.total == pytest.approx(26.5e9, rel=0.01)
     assert stored.converted >= 2 * 32768 * 6144, "its largest matrix is made dense"
-
-
-# -- placement -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def large():
-    """4.5B base at 720p: config, weights."""
-    config = MagiConfig.preset("4.5B_base").with_runtime(video_size_h=720, video_size_w=1280, num_frames=240)
-    return config, weight_sizes(RandomTensors(config.model).tensors, config.model, "cpu")
-
-
-def chosen(large, gigabytes, **options):
-    placement = place(*large, round(gigabytes * GB), MemoryOptions(**options))
-    return placement.streaming, placement.cache
-
-
-def test_the_more_memory_the_more_stays_on_the_device(large):
-    assert chosen(large, 80) == chosen(large, 19) == (False, "device")
-    assert chosen(large, 16) == chosen(large, 9) == (True, "device")
-    assert chosen(large, 8) == chosen(large, 6) == (True, "host")
-
-
-@pytest.mark.parametrize("options", [{}, {"streaming": False}, {"streaming": True}, {"cache": "host"}])
-def test_what_is_chosen_leaves_a_tenth(large, options):
-    for gigabytes in range(4, 40):
-        try:
-            placement = place(*large, gigabytes * GB, MemoryOptions(**options))
-        except MagiError:
-            continue
-        assert placement.device_bytes <= 0.9 * gigabytes * GB
-        assert placement.device_bytes == placement.weight_bytes + placement.working_bytes
-
-
-def test_what_is_fixed_stays_fixed(large):
-    assert chosen(large, 80, streaming=True) == (True, "device")
-    assert chosen(large, 80, cache="host") == (False, "host")
-    assert chosen(large, 80, streaming=True, cache="host") == (True, "host")
-    assert chosen(large, 15.5, streaming=False) == (False, "host")
-    assert place(*large, 80 * GB, MemoryOptions(streaming=True, pinned=False)).pinned is False
-    assert place(*large, 80 * GB, MemoryOptions(streaming=True)).pinned is None
-    assert place(*large, 80 * GB, MemoryOptions(pinned=True)).pinned is False, "nothing waits on the host"
-
-
-def test_what_is_made_dense_is_counted(large):
-    config, _ = large
-    sizes = weight_sizes(RandomTensors(config.model).tensors, config.model, "cpu", "fp8")
-    assert sizes.converted == (2 + 4) * 3072 * 6144, "the projection, and once more in float32"
-    kept = place(config, sizes, 80 * GB)
-    assert kept.working_bytes == working_bytes(config) + sizes.converted
-    assert kept.weight_bytes == sizes.total
-
-
-def test_a_budget_is_taken_at_its_word(large):
-    assert chosen(large, 80, budget=10 * GB) == chosen(large, 10)
-    assert chosen(large, 4, budget=40 * GB) == (False, "device")
-
-
-def test_the_hosts_own_memory_holds_everything(large):
-    assert place(*large, None).streaming is False
-    assert place(*large, None, MemoryOptions(budget=1)).cache == "device"
-    asked = place(*large, None, MemoryOptions(streaming=True, cache="host"))
-    assert (asked.streaming, asked.cache) == (True, "host")
-
-
-def test_too_little_memory_is_told_with_what_would_do(large):
-    with pytest.raises(
-        MagiError, match=r"1280x720 with a window of 4 needs about (\S+) GB .*; free are 3\.0 GB"
-    ) as error:
-        chosen(large, 3)
-    needed = float(str(error.value).split("about ")[1].split()[0])
-    assert chosen(large, needed + 0.1) == (True, "host")
-    with pytest.raises(MagiError):
-        chosen(large, needed - 0.1)
-    assert "a smaller size" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("gigabytes", "options", "remedy", "none"),
-    [
-        (12, {"streaming": False}, "streaming weights", "keys on the host"),
-        (7, {"streaming": True, "cache": "device"}, "keys on the host", "streaming weights"),
-        (7, {"cache": "device"}, "keys on the host", "a window of 1"),
-        (4, {}, "a window of 1", "budget"),
-        (80, {"budget": GB}, "a larger budget", "keys on the host"),
-    ],
-)
-def test_remedies_are_those_that_help(large, gigabytes, options, remedy, none):
-    with pytest.raises(MagiError, match=f"Try a smaller size .*{remedy}") as error:
-        chosen(large, gigabytes, **options)
-    assert none not in str(error.value).split("Try")[1]
-
-
-def test_given_chunks_are_counted():
-    config = MagiConfig.preset("4.5B_distill").with_runtime(num_frames=24, window_size=1)
-    alone, after_many = (working_bytes(config, given_chunks=n) for n in (0, 8))
-    assert after_many > alone, "a lone chunk has nothing to look back at"
-
-
-def test_described_for_people(large):
-    config, sizes = large
-    streaming = place(config, sizes, 8 * GB)
-    share = f"{sizes.streaming / 1e9:.1f} of {sizes.total / 1e9:.1f} GB on the device"
-    total = f"about {streaming.device_bytes / 1e9:.1f} GB in all"
-    assert streaming.describe() == f"weights stream ({share}), keys on the host, {total}"
-    resident = place(config, sizes, 80 * GB)
-    assert resident.describe().startswith(f"all weights on the device ({sizes.total / 1e9:.1f} GB), keys on the device")
-    assert math.isclose(float(resident.describe().split()[-4]), resident.device_bytes / 1e9, abs_tol=0.06)

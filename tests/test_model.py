@@ -7,7 +7,7 @@ from magi.errors import MagiError
 from magi.generate import generate_latents
 from magi.layers import Linear, mlp, output_projection, timestep_embedding
 from magi.load import load_transformer
-from magi.quant import ROWS, Fp8Weight, StoredFp8
+from magi.quant import Fp8Weight, StoredFp8
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_the_compute_type_is_the_files_unless_asked_for(dtype, file):
 
 def test_what_is_float32_whatever_the_file_says(file):
     model = load_transformer(file(torch.bfloat16), device="cpu")
-    outer, block = model.outer, model.blocks[0]
+    outer, block = model.outer, list(model.blocks)[0]
     for part in (outer.patch, outer.time_in, outer.time_out, outer.caption, outer.caption_condition, outer.final):
         assert part.weight.dtype == torch.float32
     for norm in (outer.final_norm, block.q_norm, block.k_norm, block.attn_post_norm, block.mlp_post_norm):
@@ -89,7 +89,7 @@ def test_time_embedding_formula():
 
 def test_the_output_projection_keeps_its_sums_unless_it_is_fp8(tiny_config, tiny_model, randn):
     x = randn(5, 128).bfloat16()
-    dense = tiny_model(tiny_config(), dtype=torch.bfloat16).blocks[0].proj
+    dense = next(iter(tiny_model(tiny_config(), dtype=torch.bfloat16).blocks)).proj
     got = output_projection(x, dense)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, x.float() @ dense.weight.float().T, rtol=1e-5, atol=1e-5)
@@ -99,9 +99,8 @@ def test_the_output_projection_keeps_its_sums_unless_it_is_fp8(tiny_config, tiny
     assert output_projection(x, quantised).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("tokens", [3, 2 * ROWS + 5])
-def test_swiglu_is_rounded_once_and_gelu_where_it_is_computed(tokens, randn):
-    x, fc1, fc2 = randn(tokens, 8).bfloat16(), randn(24, 8, seed=1).bfloat16(), randn(8, 24, seed=2).bfloat16()
+def test_swiglu_is_rounded_once_and_gelu_where_it_is_computed(randn):
+    x, fc1, fc2 = randn(5, 8).bfloat16(), randn(24, 8, seed=1).bfloat16(), randn(8, 24, seed=2).bfloat16()
     hidden = F.linear(x, fc1)
     gate, value = hidden.float().chunk(2, dim=-1)
     wanted = F.linear((F.silu(gate) * value).bfloat16(), fc2[:, :12])
@@ -171,8 +170,8 @@ def test_float8_storage_takes_the_matrices_of_all_layers_but_the_first_and_the_l
         for name in MATRICES:
             assert isinstance(getattr(block, name), StoredFp8) == (0 < i < 3)
     plain = tiny_model(tiny_config(shape={"num_layers": 4}))
-    assert torch.equal(list(model.blocks)[1].kv_x.weight, plain.blocks[1].kv_x.weight), "not even in the official ones"
-    assert torch.equal(list(model.blocks)[1].q_norm.weight, plain.blocks[1].q_norm.weight)
+    assert torch.equal(list(model.blocks)[1].kv_x.weight, list(plain.blocks)[1].kv_x.weight), "not even in the official ones"
+    assert torch.equal(list(model.blocks)[1].q_norm.weight, list(plain.blocks)[1].q_norm.weight)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -189,7 +188,7 @@ def test_float8_storage_stays_near(gated, tiny_config, tiny_model, tiny_caption,
 def test_official_float8_is_what_it_is(tiny_config, tiny_model):
     config = tiny_config(True, shape={"num_layers": 3})
     for precision in ("auto", "fp8"):
-        assert isinstance(tiny_model(config, fp8=True, precision=precision).blocks[1].fc1, Fp8Weight)
+        assert isinstance(list(tiny_model(config, fp8=True, precision=precision).blocks)[1].fc1, Fp8Weight)
     for precision in ("bf16", "fp32"):
         with pytest.raises(MagiError, match=f"precision {precision} is chosen, but .* are float8 .*Choose auto"):
             tiny_model(config, fp8=True, dtype=None, precision=precision)

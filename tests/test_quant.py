@@ -111,9 +111,25 @@ def test_products_of_16_bit_numbers_are_not_rounded(randn):
     torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
 
 
-def test_products_of_many_rows_are_not_rounded_either(randn):
-    x, weight = randn(2 * quant.ROWS + 3, 16).bfloat16(), randn(8, 16, seed=1).bfloat16()
-    torch.testing.assert_close(multiply_exact(x, weight).double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("kind", ["bf16", "official", "bytes", "stored"])
+def test_a_large_matrix_is_converted_part_by_part(kind, randn, monkeypatch):
+    x, weight = randn(5, 16).bfloat16(), randn(100, 16, seed=1)
+    largest = []
+
+    def product():
+        if kind == "bf16":
+            return multiply_exact(x, weight.bfloat16())
+        if kind == "stored":
+            return output_projection(x, StoredFp8.quantise(weight, "cpu"))
+        kept = weight.to(torch.float8_e4m3fn)
+        return multiply_exact(x, kept.view(torch.uint8) if kind == "bytes" else kept)
+
+    whole = product()
+    multiply = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, part: largest.append(part.numel()) or multiply(x, part))
+    monkeypatch.setattr(quant, "CONVERTED", 33 * 16)  # the last part is smaller
+    torch.testing.assert_close(product(), whole, rtol=1e-6, atol=1e-6)
+    assert largest == [528, 528, 528, 16]
 
 
 # -- float8 for its size alone ---------------------------------------------------------------------------------------
