@@ -1,203 +1,206 @@
-"""Layers that wait in host memory and are copied to the device in their turn."""
+"""Layers that do not all fit on the device: some stay there, the others are brought ahead of their turn and dropped after it."""
 
-import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
-from .host_memory import free_host_memory, page_lock
-from .weights import BlockSource, BlockWeights, MappedBlocks, WeightReader, map_tensors, tensors_in
-
-_ALIGNMENT = 256  # bytes: what matrix kernels like best, and a multiple of every element
-_ROOM = 1.25  # free host memory, as a multiple of what is locked there
+from .ahead import Session
+from .bus import Bus, open_bus
+from .feed import Feed, Load
+from .host_memory import LockedMemory, Pin, PinningError, host_bytes
+from .packing import block_layouts
+from .quant import StoredFp8
+from .staging import Staging
+from .weights import BlockWeights, WeightReader
 
 Progress = Callable[[int, int], None]
-Pin = Callable[[torch.Tensor], Callable[[], None]]
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A block as one run of bytes, and what lies in it: the same dataclass with tensors on the meta device."""
-
-    data: torch.Tensor  # (bytes,) uint8
-    layout: BlockWeights
-
-    @classmethod
-    def empty(cls, layout: BlockWeights) -> "_Packed":
-        """Host memory for a block laid out so."""
-        size = sum(_aligned(like.nbytes) for like in tensors_in(layout))
-        return cls(torch.empty(size, dtype=torch.uint8), layout)
-
-    def block(self) -> BlockWeights:
-        """The block, its tensors views of the data."""
-        start = 0
-
-        def take(like: torch.Tensor) -> torch.Tensor:
-            nonlocal start
-            part = self.data[start : start + like.nbytes]
-            start += _aligned(like.nbytes)
-            return part.view(like.dtype).view(like.shape)
-
-        return map_tensors(self.layout, take)
-
-    def fill(self, block: BlockWeights) -> None:
-        """Copies a block's tensors, from any device, into the data."""
-        for target, tensor in zip(tensors_in(self.block()), tensors_in(block), strict=True):
-            target.copy_(tensor)
-
-
-class HostBlocks:
-    """Blocks in host memory in the form they are used in: what is converted on the way is converted once, not at every fetch.
-
-    Each block is one run of bytes and reaches the device in one copy.
-    """
-
-    def __init__(self, blocks: BlockSource, device: torch.device, progress: Progress | None = None) -> None:
-        """Reads all of `blocks`, on whatever device they come, for use on `device`. `progress` is told (blocks kept, blocks)."""
-        self._device = device
-        self._kept: list[_Packed] = []
-        for block in blocks:
-            packed = self._room_for(map_tensors(block, lambda t: t.to("meta")))
-            packed.fill(block)
-            self._kept.append(packed)
-            if progress:
-                progress(len(self._kept), len(blocks))
-
-    def _room_for(self, layout: BlockWeights) -> _Packed:
-        return _Packed.empty(layout)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory."""
-        return sum(packed.data.nbytes for packed in self._kept)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __iter__(self) -> Iterator[BlockWeights]:
-        for packed in self._kept:
-            data = packed.data.to(self._device, non_blocking=self._device.type == "cuda")
-            yield replace(packed, data=data).block()
-
-
-class PinningError(RuntimeError):
-    """There is not enough page-locked host memory."""
-
-
-class PinnedBlocks(HostBlocks):
-    """Blocks in page-locked host memory, from which a device copies at the full speed of its bus."""
-
-    def __init__(
-        self, blocks: BlockSource, device: torch.device, progress: Progress | None = None, pin: Pin | None = None
-    ) -> None:
-        """As `HostBlocks`; `pin` locks memory in place and returns what undoes that.
-
-        Raises:
-            PinningError: the system does not give or lock so much. Nothing is kept then.
-        """
-        self._pin = pin or page_lock
-        self._unlock: list[Callable[[], None]] = []
-        # Also when reading is cancelled. Not at exit: the device may be gone by then, and the memory goes anyway.
-        weakref.finalize(self, _call_all, self._unlock).atexit = False
-        super().__init__(blocks, device, progress)
-
-    def _room_for(self, layout: BlockWeights) -> _Packed:
-        try:
-            packed = super()._room_for(layout)
-            self._unlock.append(self._pin(packed.data))
-        except (RuntimeError, MemoryError) as error:
-            raise PinningError(str(error)) from error
-        return packed
-
-
-def block_source(
-    reader: WeightReader,
-    offload: bool,
-    pinned: bool | None = None,
-    nbytes: int = 0,
-    progress: Progress | None = None,
-    pin: Pin | None = None,
-) -> BlockSource:
-    """A model's layers, from where they are to lie between two uses.
+def arena_bytes(sizes: Sequence[int], slots: int) -> int:
+    """Bytes of device memory that layers pass through which do not stay there.
 
     Args:
-        reader: reads them for the device.
-        offload: not on the device. Then they lie, in this order, in page-locked host memory where `pinned` allows; in ordinary
-            host memory if they are to be stored in float8, which would else be done again at every fetch; or in the mapped file.
-        pinned: page-lock the host memory; None: if the device is CUDA (or ROCm) and the host has memory to spare. Means
-            nothing on the CPU.
-        nbytes: of all layers together, as they are used.
-        progress: called with (layers placed, layers).
-        pin: see `PinnedBlocks`.
+        sizes: of each of these layers, see `packing.packed_bytes`.
+        slots: layers that are there at a time, the one in use included.
     """
-    mapped = MappedBlocks(reader)
-    if not offload:
-        return _resident(mapped, progress)
-    if pinned is None:
-        pinned = reader.device.type == "cuda" and (free_host_memory() or 0) >= _ROOM * nbytes
-    # Only what is to be quantised goes by way of the device, which does it in a fraction of the time.
-    source = mapped if reader.store_fp8 else MappedBlocks(replace(reader, device=torch.device("cpu")))
-    if pinned and reader.device.type != "cpu":
-        try:
-            return PinnedBlocks(source, reader.device, progress, pin)
-        except PinningError as error:
-            rest = "ordinary memory" if reader.store_fp8 else "the file"
-            warnings.warn(
-                f"The weights cannot be kept in page-locked host memory ({error}). They are taken from {rest} each time, which "
-                "is slower.",
-                stacklevel=2,
-            )
-    return HostBlocks(mapped, reader.device, progress) if reader.store_fp8 else mapped
-
-
-def _resident(blocks: BlockSource, progress: Progress | None) -> list[BlockWeights]:
-    kept = []
-    for block in blocks:
-        kept.append(block)
-        if progress:
-            progress(len(kept), len(blocks))
-    return kept
-
-
-def packed_bytes(block: BlockWeights) -> int:
-    return sum(_aligned(t.nbytes) for t in tensors_in(block))
-
-
-def arena_bytes(sizes, slots):
-    from collections import Counter
-
     if not sizes:
         return 0
-    return max(max(sizes), slots * Counter(sizes).most_common(1)[0][0])
-
-
-def _aligned(nbytes: int) -> int:
-    return math.ceil(nbytes / _ALIGNMENT) * _ALIGNMENT
-
-
-def _call_all(calls: list[Callable[[], None]]) -> None:
-    while calls:
-        calls.pop()()
+    counts = Counter(sizes)
+    common = max(counts, key=lambda size: (counts[size], size))
+    return min(sum(sizes), max(*sizes, slots * common))
 
 
 class StreamedBlocks:
-    def __init__(self, reader, on_device, on_host, slots, progress=None):
+    """A `BlockSource` of layers of which any may stay on the device, wait on the host, or be read from the file at every use.
+
+    What does not stay goes one way, in one copy a layer, while earlier layers compute. On a CPU there is nothing to bring:
+    layers that do not stay are read at every use, which costs nothing where they are used as they are stored.
+    """
+
+    def __init__(
+        self,
+        reader: WeightReader,
+        on_device: Collection[int],
+        on_host: Collection[int],
+        slots: int,
+        progress: Progress | None = None,
+        *,
+        bus: Bus | None = None,
+        pin: Pin | None = None,
+    ) -> None:
+        """Reads what stays or waits, and allocates all memory.
+
+        Args:
+            reader: reads them for the device.
+            on_device: layers that stay there.
+            on_host: layers that wait in page-locked host memory, in the form they are used in. Where none can be locked they are
+                taken from the file instead. Layers that are to be stored in float8 always wait, if need be in ordinary memory.
+            slots: layers that are on the device at a time beside those that stay, the one in use included; at least 1.
+            progress: called with (layers placed, layers to place); what it raises ends that, and nothing is kept.
+            bus: to the device; None opens one.
+            pin: locks host memory; None: `page_lock` for CUDA and ROCm, others lock none.
+        """
+        if slots < 1:
+            raise ValueError(f"slots is {slots}: one layer at least must be on the device")
         self._reader = reader
-        self._kept = {}
-        for i in range(len(self)):
-            if i in on_device:
-                self._kept[i] = reader.block(i)
+        self._slots = slots
+        self._on_cpu = bus is None and reader.device.type == "cpu"
+        self._bus = bus or open_bus(reader.device)
+        self._pin = pin
+        self._layouts = block_layouts(reader)
+        self._locked = LockedMemory(reader.device, pin)
+        self._locks = self._locked.possible
+        self._on_device: dict[int, BlockWeights] = {}
+        self._on_host: dict[int, torch.Tensor] = {}
+        self._feed: Feed | None = None
+        self._staging: Staging | None = None
+        try:
+            with torch.inference_mode(False):  # what is made here is also used outside of it
+                self._place(on_device, on_host, progress)
+            self._make_room()
+        except BaseException:
+            self._on_device.clear()
+            self._on_host.clear()
+            self._locked.release()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._layouts)
+
+    @property
+    def on_device(self) -> frozenset[int]:
+        """Layers that stay on the device."""
+        return frozenset(self._on_device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        resident = sum(self._size(layer) for layer in self._on_device)
+        return resident + (self._feed.nbytes if self._feed else 0)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory, beside what the system keeps of the file."""
+        waiting = sum(data.nbytes for data in self._on_host.values())
+        return waiting + (self._staging.nbytes if self._staging else 0)
+
+    def __iter__(self) -> Iterator[BlockWeights]:
+        """The layers in order. It also ends an iteration that was given up; only one can be under way at a time."""
+        if self._on_cpu or len(self._on_device) == len(self):
+            for layer in range(len(self)):
+                yield self._on_device[layer] if layer in self._on_device else self._reader.block(layer)
+            return
+        if self._feed is None:
+            self._make_room()  # there was none when layers had to leave
+        assert self._feed is not None  # noqa: S101 (made a line before)
+        arriving = self._feed.send(self._loads)
+        try:
+            for layer, layout in enumerate(self._layouts):
+                if layer in self._on_device:
+                    yield self._on_device[layer]
+                else:
+                    yield layout.block(next(arriving))
+                    arriving.release()
+        finally:
+            arriving.close()
+
+    def keep_on_device(self, layers: Collection[int]) -> None:
+        """Frees what stays on the device but is not among `layers`; it is brought anew at each turn from now on."""
+        if self._feed:
+            self._feed.close()
+        for layer in self._on_device.keys() - set(layers):
+            if self._is_stored_fp8(layer):
+                if self._on_cpu:
+                    continue
+                data = self._host_memory(layer)
+                assert data is not None  # noqa: S101 (these are not left to the file)
+                self._layouts[layer].fill(data, self._on_device[layer])
+                self._on_host[layer] = data
+            del self._on_device[layer]
+        self._make_room()
+
+    # -- where they lie ----------------------------------------------------------------------------------------------
+
+    def _place(self, on_device: Collection[int], on_host: Collection[int], progress: Progress | None) -> None:
+        stored = {layer for layer in range(len(self)) if self._is_stored_fp8(layer)}
+        staying = set(on_device) | (stored if self._on_cpu else set())
+        waiting = set() if self._on_cpu else (stored | set(on_host)) - staying
+        # Only what is to be quantised goes by way of the device, which does it in a fraction of the time.
+        reader = self._reader if self._reader.store_fp8 else replace(self._reader, device=torch.device("cpu"))
+        for placed, layer in enumerate(sorted(staying | waiting), 1):
+            layout = self._layouts[layer]
+            if self._on_cpu:
+                self._on_device[layer] = reader.block(layer)
+            elif layer in staying:
+                data = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._reader.device)
+                layout.fill(data, reader.block(layer))
+                self._on_device[layer] = layout.block(data)
+            elif (room := self._host_memory(layer)) is not None:
+                layout.fill(room, reader.block(layer))
+                self._on_host[layer] = room
             if progress:
-                progress(i + 1, len(self))
+                progress(placed, len(staying | waiting))
 
-    def __len__(self):
-        return self._reader.config.num_layers
+    def _host_memory(self, layer: int) -> torch.Tensor | None:
+        """Where a layer may wait: in locked memory; else in ordinary memory, or nowhere if the file will do."""
+        size, stored = self._layouts[layer].nbytes, self._is_stored_fp8(layer)
+        if self._locks:
+            try:
+                return self._locked.take(size)
+            except PinningError as error:
+                self._locks = False
+                rest = "ordinary memory" if stored else "the file"
+                warnings.warn(
+                    f"The weights cannot be kept in page-locked host memory ({error}). They are taken from {rest} each time, "
+                    "which is slower.",
+                    stacklevel=2,
+                )
+        return host_bytes(size) if stored else None
 
-    def __iter__(self):
-        return ((self._kept[i] if i in self._kept else self._reader.block(i)) for i in range(len(self)))
+    def _make_room(self) -> None:
+        """Memory for what passes through: on the device, and on the host for what comes from the file."""
+        passing = [] if self._on_cpu else [layer for layer in range(len(self)) if layer not in self._on_device]
+        needed = arena_bytes([self._size(layer) for layer in passing], self._slots)
+        if needed > (self._feed.nbytes if self._feed else 0):
+            self._feed = None
+            self._feed = Feed(self._bus, needed, self._slots)
+        from_file = {layer: self._layouts[layer] for layer in passing if layer not in self._on_host}
+        if from_file:
+            self._staging = None
+            self._staging = Staging(self._reader, from_file, self._bus, self._pin)
 
-    def keep_on_device(self, layers):
-        self._kept = {i: b for i, b in self._kept.items() if i in layers}
+    def _loads(self, session: Session) -> Iterator[Load]:
+        passing = [layer for layer in range(len(self)) if layer not in self._on_device]
+        from_file = [layer for layer in passing if layer not in self._on_host]
+        read = self._staging.read(from_file, session) if self._staging else iter(())
+        return (Load((self._on_host[layer],)) if layer in self._on_host else next(read) for layer in passing)
+
+    def _size(self, layer: int) -> int:
+        return self._layouts[layer].nbytes
+
+    def _is_stored_fp8(self, layer: int) -> bool:
+        """Whether a layer is quantised here, which is too much to do at every use."""
+        return any(isinstance(part, StoredFp8) for part in vars(self._layouts[layer].like).values())

@@ -27,7 +27,7 @@ def driver(monkeypatch):
     def make(code):
         made = Driver(code)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
         return made
 

@@ -1,136 +1,436 @@
 import gc
+import sys
+import threading
+import time
 import warnings
-from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
-from magi import offload
+from magi.bus import PlainBus
+from magi.errors import MagiError
 from magi.generate import generate_latents
-from magi.load import build_transformer
 from magi.model import Transformer
-from magi.offload import HostBlocks, PinnedBlocks, block_source
-from magi.quant import StoredFp8
-from magi.synthetic import RandomTensors
+from magi.offload import StreamedBlocks, arena_bytes
+from magi.packing import packed_bytes
+from magi.quant import FLOAT8, Fp8Weight, StoredFp8
 from magi.weights import MappedBlocks, WeightReader, tensors_in
+from tests.conftest import MemorySource
+from tests.lazy_bus import LazyBus
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+LAYERS = 6
+WEIGHTS = [{}, {"dtype": torch.float32}, {"fp8": True}, {"store_fp8": True}]
+PLACES = {  # on the device, on the host
+    "resident": (range(LAYERS), ()),
+    "host": ((), range(LAYERS)),
+    "file": ((), ()),
+    "mixed": ((1, 4), (0, 3)),
+    "mixed otherwise": ((0, 5), (1, 2, 3)),
+}
 
 
 class Pins:
-    """Stands in for page-locking; the CPU's torch cannot. Refuses from the block numbered `refuse_at` on."""
+    """Stands in for page-locking; the CPU's torch cannot. Refuses from the piece numbered `refuse_at` on."""
 
-    def __init__(self, refuse_at: int | None = None):
+    def __init__(self, refuse_at: int = sys.maxsize):
         self.refuse_at = refuse_at
-        self.made = 0
+        self.asked = 0
         self.locked: dict[int, int] = {}  # address -> bytes
 
     def __call__(self, data):
-        if self.made == self.refuse_at:
+        self.asked += 1
+        if self.asked > self.refuse_at:
             raise RuntimeError("no more")
-        self.made += 1
         address = data.data_ptr()
         self.locked[address] = data.nbytes
         return lambda: self.locked.pop(address)
 
 
-class CountedTensors(RandomTensors):
-    """Counts how often tensors are read."""
+class CountedTensors(MemorySource):
+    """Counts how often each layer's tensors are read, and can be slow or fail."""
 
-    reads = 0
+    def __init__(self, weights):
+        super().__init__(weights)
+        self.reads: dict[int, int] = {}
+        self.delay = 0.0
+        self.damaged: int | None = None
 
     def tensor(self, name):
-        self.reads += 1
+        layer = int(name.split(".")[2]) if "layers" in name else -1
+        self.reads[layer] = self.reads.get(layer, 0) + 1
+        if layer == self.damaged:
+            raise MagiError(f"layer {layer} is damaged")
+        time.sleep(self.delay)
         return super().tensor(name)
 
 
-@pytest.fixture
-def reader(tiny_config):
-    """(device, dtype, fp8, store_fp8) -> a reader of four layers."""
+@pytest.fixture(scope="module")
+def shape(tiny_config):
+    return tiny_config(shape={"num_layers": LAYERS}).model
 
-    def make(device=CPU, dtype=torch.bfloat16, fp8=False, store_fp8=False):
-        shape = tiny_config(shape={"num_layers": 4}).model
-        return WeightReader(CountedTensors(shape, fp8), shape, device, dtype, store_fp8)
+
+@pytest.fixture(scope="module")
+def stored(shape, random_weights):
+    """fp8 -> a checkpoint's tensors, bfloat16 where they are not float8 or scales."""
+
+    def low(name, t):
+        return t.bfloat16() if t.dtype == torch.float32 and not name.endswith(("_scale", "bands")) else t
+
+    return {fp8: {name: low(name, t) for name, t in random_weights(shape, fp8).items()} for fp8 in (False, True)}
+
+
+@pytest.fixture
+def reader(shape, stored):
+    """(dtype, fp8, store_fp8, device) -> a reader of six layers."""
+
+    def make(dtype=torch.bfloat16, fp8=False, store_fp8=False, device=CPU):
+        return WeightReader(CountedTensors(stored[fp8]), shape, device, dtype, store_fp8)
 
     return make
 
 
-@pytest.fixture
-def on_any_device(monkeypatch):
-    """Blocks are read on the CPU, whatever device they are for."""
-    read = WeightReader.block
-    monkeypatch.setattr(WeightReader, "block", lambda reader, layer: read(replace(reader, device=CPU), layer))
+@pytest.fixture(autouse=True)
+def _no_thread_survives():
+    yield
+    assert not threads()
 
 
-def same(a, b) -> bool:
-    pairs = zip(tensors_in(a), tensors_in(b), strict=True)
-    return all(
-        x.dtype == y.dtype and x.shape == y.shape and torch.equal(x.view(torch.uint8), y.view(torch.uint8))
-        for x, y in ((x.reshape(-1), y.reshape(-1)) for x, y in pairs)
+def threads():
+    return [t.name for t in threading.enumerate() if t.name.startswith("magi-")]
+
+
+def raw(block):
+    return [t.reshape(-1).view(torch.uint8).clone() for t in tensors_in(block)]
+
+
+def same(found, wanted) -> bool:
+    return len(found) == len(wanted) and all(
+        len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in zip(found, wanted, strict=True)
     )
 
 
-@pytest.mark.parametrize("kind", [HostBlocks, lambda *a: PinnedBlocks(*a, pin=Pins())])
-@pytest.mark.parametrize("weights", [{}, {"dtype": torch.float32}, {"fp8": True}, {"store_fp8": True}])
-def test_blocks_come_back_as_they_were(kind, weights, reader):
+def iterate(blocks, bus):
+    """Every layer's bytes, as work that is given to the device sees them."""
+    found = []
+    for block in blocks:
+        for _ in range(3):  # early and late
+            bus.compute(lambda block=block: found.append(raw(block)))
+    bus.drain()
+    assert len(found) == 3 * len(blocks)
+    assert same(found[::3], found[1::3])
+    assert same(found[::3], found[2::3])
+    return found[::3]
+
+
+def wanted(read):
+    return [raw(block) for block in MappedBlocks(read)]
+
+
+def until(condition, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.001)
+
+
+# -- the same numbers from everywhere --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("place", PLACES)
+def test_every_layer_comes_in_its_turn_from_wherever_it_lies(place, weights, slots, reader):
     read = reader(**weights)
-    kept = kind(MappedBlocks(read), CPU)
-    assert len(kept) == 4
+    reference = wanted(read)
+    for seed in range(3):
+        bus, pins = LazyBus(seed), Pins()
+        blocks = StreamedBlocks(read, *PLACES[place], slots, bus=bus, pin=pins)
+        assert len(blocks) == LAYERS
+        streamed = LAYERS - len(blocks.on_device)
+        for n in range(1, 3):
+            assert same(iterate(blocks, bus), reference)
+            assert len(bus.uploads) == n * streamed, "each layer once, and in one copy"
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_layers_pass_through_the_arena_and_nothing_comes_back(weights, reader):
+    bus = LazyBus()
+    blocks = StreamedBlocks(reader(**weights), (2,), (1, 3), 2, bus=bus, pin=Pins())
+    sizes = [packed_bytes(block) for block in MappedBlocks(reader(**weights))]
+    del sizes[2]
+    arena = arena_bytes(sizes, 2)
+    for _ in range(3):
+        iterate(blocks, bus)
+    arenas = {upload.storage for upload in bus.uploads}
+    assert len(arenas) == 1
+    assert arenas.isdisjoint({upload.source_storage for upload in bus.uploads})
+    assert all(upload.start + upload.nbytes <= arena for upload in bus.uploads)
+    assert [upload.nbytes for upload in bus.uploads] == 3 * sizes
+    assert blocks.nbytes == arena + packed_bytes(reader(**weights).block(2))
+
+
+@pytest.mark.parametrize("bus", [PlainBus(CPU), LazyBus(overlaps=False, eager=True)])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_device_without_streams_needs_no_thread_for_copies(weights, bus, reader):
+    read = reader(**weights)
+    blocks = StreamedBlocks(read, *PLACES["mixed"], 2, bus=bus, pin=Pins())
+    found = []
+    for block in blocks:
+        found.append(raw(block))
+        assert set(threads()) <= {"magi-read"}
+    assert same(found, wanted(read))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_run_is_the_same_from_wherever_its_weights_come(
+    place, weights, reader, tiny_config, tiny_caption, tiny_tokens
+):
+    config = tiny_config(True, shape={"num_layers": LAYERS}, num_steps=4, num_frames=24)
+    read = reader(**weights)
+
+    def run(blocks):
+        model = Transformer(config, read.outer(), blocks, CPU, read.dtype)
+        return next(generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens)).latents
+
+    streamed = StreamedBlocks(read, *PLACES[place], 2, bus=LazyBus(eager=True), pin=Pins())
+    assert torch.equal(run(streamed), run([read.block(layer) for layer in range(LAYERS)]))
+
+
+# -- ahead, but not too far ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_the_next_layers_are_on_their_way_while_one_is_in_use(place, slots, reader):
+    bus = LazyBus()
+    blocks = StreamedBlocks(reader(), *PLACES[place], slots, bus=bus, pin=Pins())
+    for turn, _ in enumerate(blocks):
+        coming = min(LAYERS, turn + slots)
+        until(lambda coming=coming: len(bus.uploads) >= coming)
+        time.sleep(0.01)
+        assert len(bus.uploads) == coming, "no more than the slots"
+
+
+def test_bringing_begins_before_a_layer_that_is_there_already_is_done(reader):
+    bus = LazyBus()
+    for n, _ in enumerate(StreamedBlocks(reader(), (0, 1), (2, 3, 4, 5), 2, bus=bus, pin=Pins())):
+        if n == 0:
+            until(lambda: len(bus.uploads) == 2)
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_uneven_layers_take_no_more_than_the_arena(slots, reader):
+    bus = LazyBus()
+    blocks = StreamedBlocks(reader(fp8=True), (), range(LAYERS), slots, bus=bus, pin=Pins())
+    most = 0
+    for turn, _ in enumerate(blocks):
+        time.sleep(0.01)
+        alive = sorted((u.start, u.start + u.nbytes) for u in bus.uploads[turn:])
+        assert all(a[1] <= b[0] for a, b in pairwise(alive)), "they do not overlap"
+        assert alive[-1][1] <= blocks.nbytes
+        most = max(most, len(alive))
+    assert most == slots
+
+
+def test_the_file_is_read_ahead_of_the_copies(reader):
+    """Two buffers' worth, while host layers are in use and none of the file's has its turn."""
+    read, bus = reader(), LazyBus()
+    blocks = StreamedBlocks(read, (), (0, 1, 2, 3), 2, bus=bus, pin=Pins())
+    read.source.reads.clear()
+    arriving = iter(blocks)
+    next(arriving)
+    until(lambda: set(read.source.reads) == {4, 5})
+    assert len(bus.uploads) <= 2
+    arriving.close()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slots", "nbytes"),
+    [
+        ([], 2, 0),
+        ([5], 2, 5),
+        ([4, 4, 4, 4], 2, 8),
+        ([4, 4, 4, 4], 3, 12),
+        ([8, 4, 4, 4, 8], 2, 8),
+        ([8, 4, 4, 4, 8], 3, 12),
+        ([9, 4, 4, 4, 9], 2, 9),
+        ([9, 4], 2, 13),
+        ([4, 4], 3, 8),
+        ([8, 4, 4, 4, 8], 1, 8),
+    ],
+)
+def test_size_of_the_arena(sizes, slots, nbytes):
+    assert arena_bytes(sizes, slots) == nbytes
+
+
+# -- what is left early, and what fails ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["host", "file", "mixed"])
+@pytest.mark.parametrize("layers", range(1, LAYERS))
+def test_an_iteration_may_be_left_early(layers, place, reader):
+    read = reader()
+    bus = LazyBus(layers)
+    blocks = StreamedBlocks(read, *PLACES[place], 2, bus=bus, pin=Pins())
+    for _ in range(3):
+        arriving = iter(blocks)
+        for _ in range(layers):
+            block = next(arriving)
+            bus.compute(lambda block=block: raw(block))
+        arriving.close()
+        assert not threads()
+    assert same(iterate(blocks, bus), wanted(read))
+
+
+def test_an_error_that_is_still_being_handled_does_not_keep_the_next_iteration_from_working(reader):
+    read, bus = reader(), LazyBus()
+    blocks = StreamedBlocks(read, *PLACES["mixed"], 2, bus=bus, pin=Pins())
+
+    def forward():
+        for layer, block in enumerate(blocks):
+            bus.compute(lambda block=block: raw(block))
+            if layer == 3:
+                raise KeyboardInterrupt
+
+    try:
+        forward()
+    except KeyboardInterrupt:
+        assert same(iterate(blocks, bus), wanted(read))
+        assert not threads()
+
+
+def test_an_iteration_ends_when_another_begins(reader):
+    read, bus = reader(), LazyBus()
+    blocks = StreamedBlocks(read, *PLACES["mixed"], 2, bus=bus, pin=Pins())
+    old = iter(blocks)
+    next(old)
+    assert same(iterate(blocks, bus), wanted(read))
+    with pytest.raises(RuntimeError, match="another one has begun"):
+        list(old)
+
+
+def test_a_layer_that_cannot_be_read(reader):
+    read, bus = reader(), LazyBus()
+    blocks = StreamedBlocks(read, *PLACES["file"], 2, bus=bus, pin=Pins())
+    read.source.damaged, got = 3, 0
     for _ in range(2):
-        assert [type(block) for block in kept] == [type(read.block(0))] * 4
-        assert all(same(block, read.block(i)) for i, block in enumerate(kept))
-    assert all(t.data_ptr() % 64 == 0 for block in kept for t in tensors_in(block)), "matrix kernels like it"
+        with pytest.raises(MagiError, match="layer 3 is damaged"):
+            got += sum(1 for _ in blocks)
+        assert not threads()
+    read.source.damaged = None
+    assert same(iterate(blocks, bus), wanted(read))
 
 
-def test_a_block_is_read_once_and_its_memory_locked_once(reader):
-    read, pins, seen = reader(), Pins(), []
-    kept = PinnedBlocks(MappedBlocks(read), CPU, lambda *done: seen.append(done), pins)
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert pins.made == 4
-    assert sum(pins.locked.values()) == kept.nbytes
-    reads = read.source.reads
-    for block in (*kept, *kept):
-        inside = [
-            start <= t.data_ptr() and t.data_ptr() + t.nbytes <= start + size
-            for t in tensors_in(block)
-            for start, size in pins.locked.items()
-        ]
-        assert sum(inside) == len(list(tensors_in(block))), "every tensor lies in locked memory"
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_a_copy_that_fails(place, reader):
+    read, bus, seen = reader(), LazyBus(), []
+    blocks = StreamedBlocks(read, *PLACES[place], 2, bus=bus, pin=Pins())
+    bus.fail_at = 2
+    with pytest.raises(RuntimeError, match="the bus is broken"):
+        seen.extend(1 for _ in blocks)
+    assert not threads()
+    bus.fail_at = None
+    assert same(iterate(blocks, bus), wanted(read))
+
+
+def test_leaving_does_not_wait_for_a_large_layer(reader):
+    read = reader()
+    blocks = StreamedBlocks(read, (), (0,), 2, bus=LazyBus(), pin=Pins())
+    read.source.delay = 0.1  # a tensor; layers have 29
+    arriving = iter(blocks)
+    next(arriving)
+    until(lambda: 1 in read.source.reads)
+    began = time.monotonic()
+    arriving.close()
+    assert time.monotonic() - began < 1
+    assert not threads()
+
+
+def test_blocks_that_are_dropped_leave_no_thread(reader):
+    arriving = iter(StreamedBlocks(reader(), *PLACES["mixed"], 2, bus=LazyBus(), pin=Pins()))
+    next(arriving)
+    del arriving
+    gc.collect()
+    assert not threads()
+
+
+# -- the host's memory -----------------------------------------------------------------------------------------------
+
+
+def test_layers_on_the_host_are_read_once_and_their_memory_locked_once(reader):
+    read, pins, seen, bus = reader(), Pins(), [], LazyBus()
+    blocks = StreamedBlocks(read, (0,), (1, 2, 3, 4, 5), 2, lambda *done: seen.append(done), bus=bus, pin=pins)
+    assert seen == [(n, 6) for n in range(1, 7)]
+    assert len(pins.locked) == pins.asked == 5
+    assert sum(pins.locked.values()) == blocks.host_bytes
+    reads = dict(read.source.reads)
+    for _ in range(2):
+        iterate(blocks, bus)
     assert read.source.reads == reads
-
-
-def test_locked_memory_is_let_go(reader):
-    pins = Pins()
-    kept = PinnedBlocks(MappedBlocks(reader()), CPU, pin=pins)
-    assert len(pins.locked) == 4
-    del kept
+    del blocks
     gc.collect()
     assert not pins.locked
 
 
-def test_locked_memory_is_let_go_if_reading_is_cancelled(reader):
+def test_layers_of_the_file_take_two_buffers_and_no_more(reader):
+    read, pins, bus = reader(), Pins(), LazyBus()
+    blocks = StreamedBlocks(read, (), (), 2, bus=bus, pin=pins)
+    assert blocks.host_bytes == sum(pins.locked.values()) == 2 * packed_bytes(read.block(0))
+    read.source.reads.clear()
+    iterate(blocks, bus)
+    iterate(blocks, bus)
+    assert len(set(read.source.reads.values())) == 1
+    assert set(read.source.reads) == set(range(LAYERS))
+    del blocks
+    gc.collect()
+    assert not pins.locked
+
+
+def test_cancelling_while_layers_are_read_frees_all(reader):
     pins = Pins()
 
     def cancel(done, total):
-        if done == 2:
+        if done == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        block_source(reader(CUDA), True, True, progress=cancel, pin=pins)
-    gc.collect()
-    assert pins.made == 2
+        StreamedBlocks(reader(), (0, 1), (2, 3, 4, 5), 2, cancel, bus=LazyBus(), pin=pins)
+    assert pins.asked == 2
     assert not pins.locked
 
 
-@pytest.mark.parametrize(("store_fp8", "instead"), [(False, MappedBlocks), (True, HostBlocks)])
-def test_memory_that_cannot_be_locked_is_done_without(store_fp8, instead, reader, on_any_device):
-    pins = Pins(refuse_at=2)
-    read = reader(CUDA, store_fp8=store_fp8)
-    with pytest.warns(UserWarning, match=r"cannot be kept in page-locked host memory \(no more\).* is slower"):
-        made = block_source(read, True, True, pin=pins)
-    gc.collect()
-    assert type(made) is instead
-    assert not pins.locked
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_memory_that_cannot_be_locked_is_done_without(weights, reader):
+    read, bus, pins = reader(**weights), LazyBus(), Pins(refuse_at=2)
+    instead = "ordinary memory" if "store_fp8" in weights else "the file"
+    with pytest.warns(UserWarning, match=rf"\(no more\)\. They are taken from {instead} .* is slower") as caught:
+        blocks = StreamedBlocks(read, (), range(LAYERS), 2, bus=bus, pin=pins)
+    assert len(caught) == 1
+    assert len(pins.locked) == 2
+    read.source.reads.clear()
+    assert same(iterate(blocks, bus), wanted(reader(**weights)))
+    assert set(read.source.reads) == ({5} if "store_fp8" in weights else {2, 3, 4, 5})
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_buffers_that_cannot_be_locked_are_ordinary_memory(weights, reader):
+    read, bus = reader(**weights), LazyBus()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if "store_fp8" not in weights else "ignore")
+        blocks = StreamedBlocks(read, (), (), 2, bus=bus, pin=Pins(refuse_at=0))
+    assert same(iterate(blocks, bus), wanted(read))
+
+
+def test_a_device_that_locks_no_memory_takes_the_file_without_a_word(reader):
+    read, bus = reader(), LazyBus()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        blocks = StreamedBlocks(read, (), range(LAYERS), 2, bus=bus)
+    assert blocks.host_bytes == 2 * packed_bytes(read.block(0))
+    assert same(iterate(blocks, bus), wanted(read))
 
 
 def test_other_errors_while_memory_is_locked_are_not_taken_for_that(reader):
@@ -138,81 +438,161 @@ def test_other_errors_while_memory_is_locked_are_not_taken_for_that(reader):
         raise RuntimeError("of somebody else")
 
     with pytest.raises(RuntimeError, match="of somebody else"):
-        block_source(reader(CUDA), True, True, progress=fail, pin=Pins())
+        StreamedBlocks(reader(), (), (0, 1), 2, fail, bus=LazyBus(), pin=Pins())
 
 
-@pytest.mark.parametrize(
-    ("pinned", "device", "free", "locked"),
-    [
-        (None, "cuda", 1250, True),
-        (None, "cuda", 1249, False),
-        (None, "cuda", None, False),
-        (None, "xpu", 10**6, False),
-        (None, "cpu", 10**6, False),
-        (True, "cuda", 0, True),
-        (True, "cpu", 10**6, False),
-        (False, "cuda", 10**6, False),
-    ],
-)
-def test_memory_is_locked_where_there_is_enough_or_it_is_asked_for(pinned, device, free, locked, reader, monkeypatch):
-    monkeypatch.setattr(offload, "free_host_memory", lambda: free)
-    made = block_source(reader(torch.device(device)), True, pinned, nbytes=1000, pin=Pins())
-    assert type(made) is (PinnedBlocks if locked else MappedBlocks)
-
-
-def test_what_stays_on_the_device_is_read_once(reader):
-    read, seen = reader(), []
-    made = block_source(read, False, True, progress=lambda *done: seen.append(done), pin=Pins(refuse_at=0))
-    reads = read.source.reads
-    assert all(same(block, read.block(i)) for i, block in enumerate(made))
-    assert read.source.reads == 2 * reads
-    assert seen[-1] == (4, 4)
-
-
-def test_float8_storage_is_made_once_however_often_blocks_are_fetched(reader, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "elsewhere"])
+def test_float8_storage_is_made_once_however_often_layers_are_fetched(device, reader, monkeypatch):
     made = []
     quantise = StoredFp8.quantise.__func__
-    monkeypatch.setattr(StoredFp8, "quantise", classmethod(lambda *args: made.append(1) or quantise(*args)))
-    blocks = block_source(reader(store_fp8=True), True)
-    once = len(made)
-    assert once == 2 * 7, "seven matrices of the two layers in the middle"
-    assert [isinstance(block.fc1, StoredFp8) for block in (*blocks, *blocks)] == [False, True, True, False] * 2
-    assert len(made) == once
+    read = reader(store_fp8=True)
+    monkeypatch.setattr(
+        StoredFp8, "quantise", classmethod(lambda cls, w, to: made.append(w.device.type) or quantise(cls, w, to))
+    )
+    bus = None if device == "cpu" else LazyBus(eager=True)
+    blocks = StreamedBlocks(read, (1,), (), 2, bus=bus, pin=Pins())
+    for _ in range(2):
+        assert [isinstance(block.fc1, StoredFp8) for block in blocks] == [False, *[True] * 4, False]
+    blocks.keep_on_device(())
+    assert [isinstance(block.fc1, StoredFp8) for block in blocks] == [False, *[True] * 4, False]
+    assert made.count("cpu") == 4 * 7, "seven matrices of the four layers in the middle"
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "fp8"}, {"fp8": True}])
-def test_a_run_is_the_same_from_wherever_its_weights_come(options, tiny_config, tiny_model, tiny_caption, tiny_tokens):
-    config = tiny_config(True, shape={"num_layers": 4}, num_steps=4, num_frames=24)
+@pytest.mark.parametrize("weights", [{"fp8": True}, {"store_fp8": True}])
+def test_a_device_without_float8_gets_bytes(weights, reader, monkeypatch):
+    reference = wanted(reader(**weights))
+    monkeypatch.setattr("magi.packing.holds_float8", lambda kind: False)
+    bus, pins = LazyBus(eager=True), Pins()
+    for place in PLACES.values():
+        blocks = StreamedBlocks(reader(**weights), *place, 2, bus=bus, pin=pins)
+        found = []
+        for layer, block in enumerate(blocks):
+            found.append(raw(block))
+            assert FLOAT8 not in {t.dtype for t in tensors_in(block)}
+            if 0 < layer < LAYERS - 1:
+                assert isinstance(block.fc1, Fp8Weight | StoredFp8)
+                assert block.fc1.weight.dtype == torch.uint8
+        if "fp8" in weights:
+            assert same(found, reference)
 
-    def run(model):
-        return next(generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens)).latents
 
-    resident = tiny_model(config, offload=False, **options)
-    wanted = run(resident)
-    assert torch.equal(run(tiny_model(config, offload=True, **options)), wanted)
-    pinned = PinnedBlocks(resident.blocks, CPU, pin=Pins())
-    assert torch.equal(run(Transformer(config, resident.outer, pinned, CPU, resident.dtype)), wanted)
+# -- less room than was thought --------------------------------------------------------------------------------------
 
 
-def test_a_model_on_the_cpu_streams_without_a_warning(tiny_config):
-    config = tiny_config()
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kept", [(), (0,), (0, 3, 5), range(LAYERS)])
+def test_layers_may_leave_the_device(kept, weights, reader):
+    read, bus = reader(**weights), LazyBus()
+    reference = wanted(read)
+    blocks = StreamedBlocks(read, range(LAYERS), (), 2, bus=bus, pin=Pins())
+    before = blocks.nbytes
+    assert before == sum(packed_bytes(block) for block in MappedBlocks(read))
+    assert same(iterate(blocks, bus), reference)
+    blocks.keep_on_device(kept)
+    assert blocks.on_device == set(kept)
+    sizes = [packed_bytes(block) for block in MappedBlocks(read)]
+    gone = [size for layer, size in enumerate(sizes) if layer not in kept]
+    assert blocks.nbytes == before - sum(gone) + arena_bytes(gone, 2)
+    read.source.reads.clear()
+    assert same(iterate(blocks, bus), reference)
+    assert len(bus.uploads) == len(gone)
+    stored = {1, 2, 3, 4} if "store_fp8" in weights else set()
+    assert set(read.source.reads) == set(range(LAYERS)) - set(kept) - stored
+
+
+def test_layers_may_leave_while_an_iteration_is_stuck(reader):
+    read, bus = reader(), LazyBus()
+    blocks = StreamedBlocks(read, (0, 1, 2), (3, 4, 5), 2, bus=bus, pin=Pins())
+    stuck = iter(blocks)
+    for _ in range(4):
+        next(stuck)
+    blocks.keep_on_device((2,))
+    assert not threads()
+    assert same(iterate(blocks, bus), wanted(read))
+    with pytest.raises(RuntimeError, match="another one has begun"):
+        next(stuck)
+
+
+def test_room_that_is_not_there_when_layers_leave_is_asked_for_again(reader, monkeypatch):
+    read, bus = reader(), LazyBus()
+    blocks = StreamedBlocks(read, range(LAYERS), (), 2, bus=bus, pin=Pins())
+
+    def full(*args):
+        raise torch.OutOfMemoryError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("magi.offload.Feed", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            blocks.keep_on_device((0,))
+        with pytest.raises(torch.OutOfMemoryError):
+            next(iter(blocks))
+    assert same(iterate(blocks, bus), wanted(read))
+
+
+# -- on a CPU, and modes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_on_a_cpu_layers_are_simply_read(weights, reader):
+    read, seen = reader(**weights), []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = build_transformer(RandomTensors(config.model), config, "cpu", offload=True, pinned=True)
-    assert isinstance(model.blocks, MappedBlocks)
+        blocks = StreamedBlocks(read, (0, 2), (1, 3), 2, lambda *done: seen.append(done))
+    stored = {0, 1, 2, 3, 4} if "store_fp8" in weights else {0, 2}
+    assert seen == [(n, len(stored)) for n in range(1, len(stored) + 1)]
+    assert blocks.on_device == stored
+    assert blocks.host_bytes == 0
+    reference = wanted(reader(**weights))
+    read.source.reads.clear()
+    found = []
+    for block in blocks:
+        found.append(raw(block))
+        assert not threads()
+    assert same(found, reference)
+    assert set(read.source.reads) == set(range(LAYERS)) - stored
+    blocks.keep_on_device(())
+    assert same([raw(block) for block in blocks], reference)
+
+
+@pytest.mark.parametrize("made_in", [True, False])
+def test_inference_mode_may_come_and_go(made_in, reader):
+    read, bus = reader(), LazyBus(eager=True)
+    reference = wanted(read)
+    with torch.inference_mode(made_in):
+        blocks = StreamedBlocks(read, *PLACES["mixed"], 2, bus=bus, pin=Pins())
+    for used_in in (True, False):
+        with torch.inference_mode(used_in):
+            found = []
+            for block in blocks:
+                found.append(raw(block))
+            assert same(found, reference)
+            blocks.keep_on_device((1,))
+
+
+def test_no_slots(reader):
+    with pytest.raises(ValueError, match="slots is 0"):
+        StreamedBlocks(reader(), (), (), 0, bus=LazyBus())
+
+
+def test_alignment(reader):
+    for block in StreamedBlocks(reader(fp8=True), *PLACES["mixed"], 2, bus=LazyBus(eager=True), pin=Pins()):
+        first = next(tensors_in(block)).data_ptr()
+        assert all((t.data_ptr() - first) % 256 == 0 for t in tensors_in(block)), "matrix kernels like it"
 
 
 @pytest.mark.gpu
-def test_page_locked_memory_on_the_gpu(tiny_config, tiny_caption, tiny_tokens):
-    config = tiny_config(True, shape={"num_layers": 4}, num_steps=4, num_frames=24)
-    source = RandomTensors(config.model)
-
-    def run(**options):
-        model = build_transformer(source, config, "cuda", **options)
-        return model, next(generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens)).latents
-
-    _, wanted = run(offload=False)
-    for options in ({"pinned": True}, {"pinned": True, "cache_device": "host"}, {"pinned": False}):
-        model, got = run(offload=True, **options)
-        assert isinstance(model.blocks, PinnedBlocks) == options["pinned"]
-        assert torch.equal(got, wanted)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("place", PLACES)
+def test_streamed_is_resident_on_the_gpu(place, weights, reader):
+    read = reader(**weights, device=torch.device("cuda"))
+    reference = wanted(read)
+    blocks = StreamedBlocks(read, *PLACES[place], 2)
+    busy = torch.randn(4096, 4096, device="cuda")
+    for turn in range(3):
+        found = []
+        for block in blocks:
+            busy = (busy @ busy).clamp_(-1, 1)  # the device is behind the host
+            found.append(raw(block))
+        assert same(found, reference)
+        if turn == 1:
+            blocks.keep_on_device((1,))
