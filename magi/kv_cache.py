@@ -105,7 +105,7 @@ class KVCache:
     # -- where they lie ----------------------------------------------------------------------------------------------
 
     def _may_leave(self) -> bool:
-        return self._bus is not None or self._device.type != "cpu"
+        return self._bus is not None or self._device.type not in ("cpu", "meta")
 
     def _allocate(self, on_host: bool) -> torch.Tensor:
         nbytes = torch.empty(self._shape, dtype=self._dtype, device="meta").nbytes

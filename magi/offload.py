@@ -67,7 +67,7 @@ class StreamedBlocks:
             raise ValueError(f"slots is {slots}: one layer at least must be on the device")
         self._reader = reader
         self._slots = slots
-        self._on_cpu = bus is None and reader.device.type == "cpu"
+        self._in_place = bus is None and reader.device.type in ("cpu", "meta")  # used where they are read
         self._bus = bus or open_bus(reader.device)
         self._pin = pin
         self._layouts = block_layouts(reader)
@@ -109,7 +109,7 @@ class StreamedBlocks:
 
     def __iter__(self) -> Iterator[BlockWeights]:
         """The layers in order. It also ends an iteration that was given up; only one can be under way at a time."""
-        if self._on_cpu or len(self._on_device) == len(self):
+        if self._in_place or len(self._on_device) == len(self):
             for layer in range(len(self)):
                 yield self._on_device[layer] if layer in self._on_device else self._reader.block(layer)
             return
@@ -133,7 +133,7 @@ class StreamedBlocks:
             self._feed.close()
         for layer in self._on_device.keys() - set(layers):
             if self._is_stored_fp8(layer):
-                if self._on_cpu:
+                if self._in_place:
                     continue
                 data = self._host_memory(layer)
                 assert data is not None  # noqa: S101 (these are not left to the file)
@@ -146,13 +146,14 @@ class StreamedBlocks:
 
     def _place(self, on_device: Collection[int], on_host: Collection[int], progress: Progress | None) -> None:
         stored = {layer for layer in range(len(self)) if self._is_stored_fp8(layer)}
-        staying = set(on_device) | (stored if self._on_cpu else set())
-        waiting = set() if self._on_cpu else (stored | set(on_host)) - staying
+        staying = set(on_device) | (stored if self._in_place else set())
+        waiting = set() if self._in_place else (stored | set(on_host)) - staying
         # Only what is to be quantised goes by way of the device, which does it in a fraction of the time.
-        reader = self._reader if self._reader.store_fp8 else replace(self._reader, device=torch.device("cpu"))
+        by_device = self._in_place or self._reader.store_fp8
+        reader = self._reader if by_device else replace(self._reader, device=torch.device("cpu"))
         for placed, layer in enumerate(sorted(staying | waiting), 1):
             layout = self._layouts[layer]
-            if self._on_cpu:
+            if self._in_place:
                 self._on_device[layer] = reader.block(layer)
             elif layer in staying:
                 data = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._reader.device)
@@ -182,7 +183,7 @@ class StreamedBlocks:
 
     def _make_room(self) -> None:
         """Memory for what passes through: on the device, and on the host for what comes from the file."""
-        passing = [] if self._on_cpu else [layer for layer in range(len(self)) if layer not in self._on_device]
+        passing = [] if self._in_place else [layer for layer in range(len(self)) if layer not in self._on_device]
         needed = arena_bytes([self._size(layer) for layer in passing], self._slots)
         if needed > (self._feed.nbytes if self._feed else 0):
             self._feed = None
