@@ -15,6 +15,7 @@ from .errors import MagiError
 from .host_memory import free_host_memory
 from .memory import WeightSizes, weight_sizes
 from .model import Transformer
+from .offload import StreamedBlocks
 from .placement import MemoryOptions, Placement, place, smallest
 from .quant import require_float8
 from .recognise import resolve_config
@@ -98,17 +99,20 @@ def build_transformer(
             config, weight_sizes(source.tensors, config.model, where, precision, dtype), where, options
         )
     reader = WeightReader(source, config.model, where, low, store_fp8)
+    outer, staying = reader.outer(), placement.on_device
     while True:
         try:
-            return Transformer(config, reader, placement, attention, progress)
+            blocks = StreamedBlocks(reader, staying, placement.on_host, placement.slots, progress)
+            return Transformer(config, outer, blocks, where, low, attention, placement.cache, placement.token_block)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or not placement.on_device:
+            if not out_of_memory(error) or not staying:
                 raise
-        # Outside of the handler, which would keep what was loaded alive.
+        # Outside of the handler, which would keep alive what was loaded.
         empty_cache(where)
-        placement = replace(placement, on_device=placement.on_device[::2][: len(placement.on_device) // 2])
+        staying = staying[1::2]
         warnings.warn(
-            f"{where} ran out of memory while the model was loaded: {len(placement.on_device)} layers stay there now.",
+            f"{where} ran out of memory while the model was loaded. Now {len(staying)} of its layers stay there, the others are "
+            "fetched when their turn comes.",
             stacklevel=2,
         )
 

@@ -2,18 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from .config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig, ModelConfig
 from .device import pick_device
 from .guidance import chunk_count
-from .mapped_file import DTYPES, TensorInfo
-from .offload import packed_bytes
-from .quant import CONVERTED, Fp8Weight, StoredFp8, keeps_sums, multiplies_float8, require_float8
+from .mapped_file import TensorInfo
+from .packing import HeaderShapes, packed_bytes
+from .quant import CONVERTED, Fp8Weight, StoredFp8, keeps_sums, multiplies_float8
 from .schedule import Iteration, Schedule, time_grid
 from .weights import BlockWeights, WeightReader, compute_dtype, has_fp8, tensors_in
 
+CacheDevice = Literal["device", "host"]
 TOKEN_BLOCK = 4096  # tokens that are taken through a layer at a time, unless memory asks for fewer
 
 
@@ -47,17 +49,6 @@ class WeightSizes:
         return self.outer + sum(self.blocks)
 
 
-class _Shapes:
-    """A `TensorSource` without numbers: what is read from it has sizes only."""
-
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
-        self.tensors = tensors
-
-    def tensor(self, name: str) -> torch.Tensor:
-        info = self.tensors[name]
-        return torch.empty(info.shape, dtype=DTYPES[info.dtype] or require_float8(), device="meta")
-
-
 def weight_sizes(
     tensors: Mapping[str, TensorInfo],
     config: ModelConfig,
@@ -80,7 +71,7 @@ def weight_sizes(
     device = pick_device(device)
     low, fp8 = compute_dtype(tensors, precision, dtype), has_fp8(tensors)
     store = precision == "fp8" and not fp8
-    reader = WeightReader(_Shapes(tensors), config, torch.device("meta"), low, store)
+    reader = WeightReader(HeaderShapes(tensors), config, torch.device("meta"), low, store)
     blocks = [reader.block(i) for i in range(config.num_layers)]
     return WeightSizes(
         outer=_nbytes(reader.outer()),

@@ -6,6 +6,8 @@ first, and a chunk's keys are written before a later chunk looks at them.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +26,14 @@ from .block import (
 from .config import MagiConfig, ModelConfig
 from .kv_cache import KVCache
 from .layers import layer_norm, linear, timestep_embedding
-from .offload import StreamedBlocks
+from .memory import TOKEN_BLOCK, CacheDevice
 from .passes import ChunkInput, EncodedCaption, Pass
-from .placement import Placement, changes, smaller
 from .rope import rope_angles
-from .weights import WeightReader
+from .weights import BlockSource, OuterWeights
 
 _TIME_FREQUENCIES = 256
+_EFFICIENT_BLOCK = 1024  # tokens; fewer cost more time than fetching a layer
+_SMALLEST_BLOCK = 64
 _Angles = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -40,41 +43,52 @@ class Transformer:
     def __init__(
         self,
         config: MagiConfig,
-        reader: WeightReader,
-        placement: Placement,
+        outer: OuterWeights,
+        blocks: BlockSource,
+        device: torch.device,
+        dtype: torch.dtype,
         attention: str = "auto",
-        progress: Callable[[int, int], None] | None = None,
+        cache_device: CacheDevice = "device",
+        token_block: int = TOKEN_BLOCK,
     ):
-        """Reads the weights that are not fetched later; `load_transformer` is the usual way to one.
+        """Ties weights together; `load_transformer` is the usual way to one.
 
         Args:
             config: of the model and its runs.
-            reader: of a checkpoint that fits it, for the device and in the dtype to compute on and in.
-            placement: where layers and keys lie, and how many tokens are taken at a time.
+            outer: weights outside the layers, on the device.
+            blocks: of the layers.
+            device: to compute on.
+            dtype: to compute in.
             attention: one of `attention.attention_choices`.
-            progress: called with (layers placed, layers); what it raises ends the loading.
+            cache_device: where new caches keep their keys, "device" or "host".
+            token_block: tokens that are taken through a layer at a time; it decides the last bits of what comes out.
         """
         self.config = config
-        self.device = reader.device
-        self.dtype = reader.dtype
+        self.outer = outer
+        self.blocks = blocks
+        self.device = device
+        self.dtype = dtype
         self.attention = attention
-        self.placement = placement
-        self.outer = reader.outer()
-        self.blocks = StreamedBlocks(reader, placement.on_device, placement.on_host, placement.slots, progress)
+        self.cache_device = cache_device
+        self.token_block = token_block
 
     def shrink(self) -> str | None:
-        """Takes less of the device from now on, after it ran out of memory.
+        """Takes less of the device from now on, as it ran out of memory: what costs least time first.
 
         Returns:
             What is done differently, for the user; None if nothing is left to do.
         """
-        before, after = self.placement, smaller(self.placement)
-        if after is None:
-            return None
-        if after.on_device != before.on_device:
-            self.blocks.keep_on_device(after.on_device)
-        self.placement = after
-        return changes(before, after)
+        staying = sorted(self.blocks.on_device)
+        if self.token_block > _EFFICIENT_BLOCK or (not staying and self.cache_device == "host"):
+            if self.token_block <= _SMALLEST_BLOCK:
+                return None
+            self.token_block = max(_SMALLEST_BLOCK, self.token_block // 2)
+            return f"{self.token_block} tokens are taken at a time"
+        if staying:
+            self.blocks.keep_on_device(staying[1::2])
+            return f"{len(staying[1::2])} of {len(self.blocks)} layers stay on the device"
+        self.cache_device = "host"
+        return "the keys of finished chunks are kept on the host"
 
     @property
     def shape(self) -> ModelConfig:
@@ -93,7 +107,7 @@ class Transformer:
             c.kv_channels,
             dtype=self.dtype,
             device=self.device,
-            on_host=self.placement.cache == "host",
+            on_host=self.cache_device == "host",
         )
 
     def encode_caption(self, embeds: torch.Tensor) -> EncodedCaption:
@@ -123,24 +137,15 @@ class Transformer:
         streams = [[self._embed(c, p.conditional, step_size, angles) for c in p.chunks] for p in passes]
         first, later = shared_groups(streams), separate_groups(streams)
         scratch = self._key_scratch([*first, *later])
-        settings = LayerSettings(self.shape, self.dtype, self.attention, self.placement.token_block)
-        # The blocks are the outer loop's: should it end early, theirs is the last word on copies that are under way.
-        for layer, (weights, cached) in enumerate(zip(self.blocks, cache.stream(_earlier(streams)), strict=True)):
-            alive = _Beats(
-                heartbeat, layer, self.shape.num_layers, first if layer == 0 else later, self.placement.token_block
-            )
-            text_keys: dict[int, torch.Tensor] = {}  # chunks mostly share their caption
-            for groups in first if layer == 0 else later:
-                run_layer(
-                    settings,
-                    weights,
-                    groups,
-                    cached,
-                    scratch,
-                    text_keys,
-                    lambda chunk, kv, layer=layer: cache.store(layer, chunk, kv),
-                    alive,
-                )
+        settings = LayerSettings(self.shape, self.dtype, self.attention, self.token_block)
+        with closing(iter(self.blocks)) as blocks, closing(cache.stream(_earlier(streams))) as keys:
+            for layer, (weights, cached) in enumerate(zip(blocks, keys, strict=True)):
+                passes_here = later if layer else first
+                alive = _Beats(heartbeat, layer, self.shape.num_layers, passes_here, self.token_block)
+                text_keys: dict[int, torch.Tensor] = {}  # chunks mostly share their caption
+                for groups in passes_here:
+                    store = partial(cache.store, layer)
+                    run_layer(settings, weights, groups, cached, scratch, text_keys, store, alive)
         return [[self._velocity(s) if s.input.wanted else None for s in pass_streams] for pass_streams in streams]
 
     # -- before and after the layers ---------------------------------------------------------------------------------
@@ -156,7 +161,7 @@ class Transformer:
             x, "1 c (t r) (h p) (w q) -> (t h w) (c r p q)", r=c.t_patch_size, p=c.patch_size, q=c.patch_size
         )
         hidden = torch.empty(len(patches), c.hidden_size, dtype=self.dtype, device=self.device)
-        for rows in token_blocks(len(patches), self.placement.token_block):
+        for rows in token_blocks(len(patches), self.token_block):
             hidden[rows] = linear(patches[rows], self.outer.patch)
         if item.chunk not in angles:
             _, _, frames, height, width = x.shape
@@ -190,7 +195,7 @@ class Transformer:
         c = self.shape
         _, _, _, height, width = s.input.latents.shape
         out = torch.empty(len(s.hidden), self.outer.final.weight.shape[0], device=self.device)
-        for rows in token_blocks(len(s.hidden), self.placement.token_block):
+        for rows in token_blocks(len(s.hidden), self.token_block):
             out[rows] = linear(layer_norm(s.hidden[rows], self.outer.final_norm, c.layernorm_epsilon), self.outer.final)
         video = rearrange(
             out,

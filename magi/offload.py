@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -107,7 +107,7 @@ class StreamedBlocks:
         waiting = sum(data.nbytes for data in self._on_host.values())
         return waiting + (self._staging.nbytes if self._staging else 0)
 
-    def __iter__(self) -> Iterator[BlockWeights]:
+    def __iter__(self) -> Generator[BlockWeights, None, None]:
         """The layers in order. It also ends an iteration that was given up; only one can be under way at a time."""
         if self._in_place or len(self._on_device) == len(self):
             for layer in range(len(self)):

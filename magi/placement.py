@@ -1,4 +1,4 @@
-"""What of a run lies where: the plan that is made before anything is loaded, and smaller ones for when it does not hold."""
+"""What of a run lies where: the plan that is made before anything is loaded, from headers, settings and free memory."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,12 +8,10 @@ from typing import Any, Literal, get_args
 from .config import MagiConfig
 from .errors import MagiError
 from .forecast import Machine, iteration_flops, iteration_seconds
-from .memory import TOKEN_BLOCK, WeightSizes, key_bytes, working_bytes
+from .memory import TOKEN_BLOCK, CacheDevice, WeightSizes, key_bytes, working_bytes
 from .offload import arena_bytes
 
-CacheDevice = Literal["device", "host"]
 TOKEN_BLOCKS = (TOKEN_BLOCK, 2048, 1024, 512, 256)
-_SMALLEST_BLOCK = 64
 _SLOTS = (3, 2)
 _RESERVE = 0.1  # of a device's memory: what the allocator rounds up and cannot use, and kernels' workspaces
 _HOST_RESERVE = 0.25  # of free host memory, which page-locked layers leave to everything else
@@ -161,35 +159,6 @@ def smallest(
     return min((c.place(c.counts[-1]) for c in choices), key=lambda p: p.device_bytes)
 
 
-def smaller(placement: Placement) -> Placement | None:
-    """What to try when memory ran out all the same: a smaller token block, fewer layers on the device, keys on the host.
-
-    What was predicted stays as it was. None when nothing is left.
-    """
-    if placement.token_block > TOKEN_BLOCKS[2]:
-        return replace(placement, token_block=placement.token_block // 2)
-    if placement.on_device:
-        kept = placement.on_device[::2] if len(placement.on_device) > 1 else ()
-        return replace(placement, on_device=kept, slots=_SLOTS[-1])
-    if placement.cache == "device":
-        return replace(placement, cache="host")
-    if placement.token_block > _SMALLEST_BLOCK:
-        return replace(placement, token_block=max(_SMALLEST_BLOCK, placement.token_block // 2))
-    return None
-
-
-def changes(before: Placement, after: Placement) -> str:
-    """What is different, in words: "2048 tokens at a time instead of 4096"."""
-    found = []
-    if after.token_block != before.token_block:
-        found.append(f"{after.token_block} tokens at a time instead of {before.token_block}")
-    if after.on_device != before.on_device:
-        found.append(f"{len(after.on_device)} layers on the device instead of {len(before.on_device)}")
-    if after.cache != before.cache:
-        found.append(f"keys on the {after.cache}")
-    return ", ".join(found)
-
-
 def smaller_windows(config: MagiConfig) -> list[int]:
     """Windows below the config's that its steps can be split over, the largest first."""
     runtime = config.runtime
@@ -246,7 +215,7 @@ class _Choice:
             layers=layers,
             on_device=on_device,
             on_host=on_host,
-            slots=self.slots if count < layers else 0,
+            slots=self.slots,
             token_block=self.token_block,
             cache=self.cache,
             window=self.config.runtime.window_size,

@@ -5,7 +5,7 @@ live between two uses (on the device, in a mapped file, on the way over the bus)
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
@@ -104,22 +104,20 @@ def tensors_in(weights: Any) -> Iterator[torch.Tensor]:
 class BlockSource(Protocol):
     """The layers' weights in order. A block is valid until the next one is asked for."""
 
+    @property
+    def on_device(self) -> Collection[int]:
+        """Layers that stay on the device."""
+        ...
+
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[BlockWeights]: ...
+    def __iter__(self) -> Generator[BlockWeights, None, None]:
+        """All layers; to be closed if it is left early."""
+        ...
 
-
-class MappedBlocks:
-    """Blocks read from their source each time they are needed: slow on a device, free on the CPU, no memory of its own."""
-
-    def __init__(self, reader: "WeightReader") -> None:
-        self._reader = reader
-
-    def __len__(self) -> int:
-        return self._reader.config.num_layers
-
-    def __iter__(self) -> Iterator[BlockWeights]:
-        return (self._reader.block(i) for i in range(len(self)))
+    def keep_on_device(self, layers: Collection[int]) -> None:
+        """Frees what stays on the device but is not among `layers`."""
+        ...
 
 
 @dataclass(frozen=True)

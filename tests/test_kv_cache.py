@@ -8,6 +8,7 @@ from magi.errors import MagiError
 from magi.generate import generate_latents
 from magi.kv_cache import KVCache
 from magi.model import Transformer
+from magi.placement import MemoryOptions
 from tests.lazy_bus import LazyBus
 
 LAYERS, SHAPE = 3, (2, 4, 6, 8)
@@ -250,9 +251,9 @@ def test_a_cache_on_the_host_changes_no_bit(distill, tiny_config, tiny_model, ti
     assert not threads()
 
 
-def test_there_is_no_third_place(tiny_config, tiny_model):
-    with pytest.raises(MagiError, match=r"cannot be kept on 'disk'\. Choose one of device, host"):
-        tiny_model(tiny_config(), cache_device="disk")
+def test_there_is_no_third_place():
+    with pytest.raises(MagiError, match=r"cannot be kept on 'disk'\. Choose one of auto, device, host"):
+        MemoryOptions(cache="disk")
 
 
 @pytest.mark.gpu
@@ -261,7 +262,7 @@ def test_a_cache_on_the_host_changes_no_bit_on_the_gpu(distill, tiny_config, tin
     config = tiny_config(distill, num_frames=72, window_size=2)
 
     def run(place):
-        model = tiny_model(config, device="cuda", dtype=torch.bfloat16, cache_device=place)
+        model = tiny_model(config, device="cuda", dtype=torch.bfloat16, memory=MemoryOptions(cache=place))
         chunks = generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens)
         return torch.cat([chunk.latents for chunk in chunks], dim=2)
 

@@ -1,6 +1,5 @@
 """Memory by calculation, held against what a forward iteration really allocates."""
 
-import math
 import weakref
 
 import pytest

@@ -31,7 +31,7 @@ def test_the_compute_type_is_the_files_unless_asked_for(dtype, file):
 
 def test_what_is_float32_whatever_the_file_says(file):
     model = load_transformer(file(torch.bfloat16), device="cpu")
-    outer, block = model.outer, list(model.blocks)[0]
+    outer, block = model.outer, next(iter(model.blocks))
     for part in (outer.patch, outer.time_in, outer.time_out, outer.caption, outer.caption_condition, outer.final):
         assert part.weight.dtype == torch.float32
     for norm in (outer.final_norm, block.q_norm, block.k_norm, block.attn_post_norm, block.mlp_post_norm):
@@ -170,7 +170,9 @@ def test_float8_storage_takes_the_matrices_of_all_layers_but_the_first_and_the_l
         for name in MATRICES:
             assert isinstance(getattr(block, name), StoredFp8) == (0 < i < 3)
     plain = tiny_model(tiny_config(shape={"num_layers": 4}))
-    assert torch.equal(list(model.blocks)[1].kv_x.weight, list(plain.blocks)[1].kv_x.weight), "not even in the official ones"
+    assert torch.equal(list(model.blocks)[1].kv_x.weight, list(plain.blocks)[1].kv_x.weight), (
+        "not even in the official ones"
+    )
     assert torch.equal(list(model.blocks)[1].q_norm.weight, list(plain.blocks)[1].q_norm.weight)
 
 

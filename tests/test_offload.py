@@ -15,7 +15,7 @@ from magi.model import Transformer
 from magi.offload import StreamedBlocks, arena_bytes
 from magi.packing import packed_bytes
 from magi.quant import FLOAT8, Fp8Weight, StoredFp8
-from magi.weights import MappedBlocks, WeightReader, tensors_in
+from magi.weights import WeightReader, tensors_in
 from tests.conftest import MemorySource
 from tests.lazy_bus import LazyBus
 
@@ -105,6 +105,10 @@ def raw(block):
     return [t.reshape(-1).view(torch.uint8).clone() for t in tensors_in(block)]
 
 
+def blocks_of(reader):
+    return [reader.block(layer) for layer in range(reader.config.num_layers)]
+
+
 def same(found, wanted) -> bool:
     return len(found) == len(wanted) and all(
         len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in zip(found, wanted, strict=True)
@@ -125,7 +129,7 @@ def iterate(blocks, bus):
 
 
 def wanted(read):
-    return [raw(block) for block in MappedBlocks(read)]
+    return [raw(block) for block in blocks_of(read)]
 
 
 def until(condition, seconds=5.0):
@@ -158,7 +162,7 @@ def test_every_layer_comes_in_its_turn_from_wherever_it_lies(place, weights, slo
 def test_layers_pass_through_the_arena_and_nothing_comes_back(weights, reader):
     bus = LazyBus()
     blocks = StreamedBlocks(reader(**weights), (2,), (1, 3), 2, bus=bus, pin=Pins())
-    sizes = [packed_bytes(block) for block in MappedBlocks(reader(**weights))]
+    sizes = [packed_bytes(block) for block in blocks_of(reader(**weights))]
     del sizes[2]
     arena = arena_bytes(sizes, 2)
     for _ in range(3):
@@ -196,7 +200,7 @@ def test_a_run_is_the_same_from_wherever_its_weights_come(
         return next(generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens)).latents
 
     streamed = StreamedBlocks(read, *PLACES[place], 2, bus=LazyBus(eager=True), pin=Pins())
-    assert torch.equal(run(streamed), run([read.block(layer) for layer in range(LAYERS)]))
+    assert torch.equal(run(streamed), run(StreamedBlocks(read, range(LAYERS), (), 1)))
 
 
 # -- ahead, but not too far ------------------------------------------------------------------------------------------
@@ -486,11 +490,11 @@ def test_layers_may_leave_the_device(kept, weights, reader):
     reference = wanted(read)
     blocks = StreamedBlocks(read, range(LAYERS), (), 2, bus=bus, pin=Pins())
     before = blocks.nbytes
-    assert before == sum(packed_bytes(block) for block in MappedBlocks(read))
+    assert before == sum(packed_bytes(block) for block in blocks_of(read))
     assert same(iterate(blocks, bus), reference)
     blocks.keep_on_device(kept)
     assert blocks.on_device == set(kept)
-    sizes = [packed_bytes(block) for block in MappedBlocks(read)]
+    sizes = [packed_bytes(block) for block in blocks_of(read)]
     gone = [size for layer, size in enumerate(sizes) if layer not in kept]
     assert blocks.nbytes == before - sum(gone) + arena_bytes(gone, 2)
     read.source.reads.clear()

@@ -143,16 +143,15 @@ def test_an_unset_clean_range_is_the_cleanest_of_the_others(ranges, seen):
 def play(made: Schedule, slots: int) -> None:
     """Stores and loads what a run of this schedule would; raises LookupError where a key is no longer in the ring."""
     cache = KVCache(1, slots, 1, 1, 1, dtype=torch.float32, device="cpu")
-    found = torch.zeros(2, 1, 1, 1)
 
     def load(first: int, end: int) -> None:
         for chunk in range(first, end):
-            cache.load(0, chunk, found)
+            found = next(cache.stream((chunk,)))[chunk]
             assert torch.all(found == chunk)
 
     def clean(chunk: int) -> None:
         load(made.first_clean_key(chunk), chunk)
-        cache.store(0, chunk, torch.full_like(found, chunk))
+        cache.store(0, chunk, torch.full((2, 1, 1, 1), float(chunk)))
 
     for chunk in range(made.prefix_chunks):
         clean(chunk)
