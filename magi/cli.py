@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": ("commands.demo", "make demo.mp4 with the small embedded model: nothing to download"),
     "inspect": ("commands.inspect", "say what a weight file is and what it needs"),
     "bench": ("commands.bench", "measure a model's speed and memory on this machine, with random weights"),
+    "synth": ("commands.synth", "write a checkpoint of random weights with a released model's layout"),
     "download": ("download", "fetch the official files"),
 }
 

@@ -55,13 +55,16 @@ class RandomTensors:
             of_weight = name.endswith(".weight_scale")
             return torch.full(shape, _SPREAD / E4M3_MAX / (math.sqrt(fan_in) if of_weight else 1))
         if info.dtype == "F8_E4M3":
-            codes = (self._pool * (E4M3_MAX / _SPREAD)).clamp(-E4M3_MAX, E4M3_MAX).to(require_float8())
-            return self._filled(name, shape, codes)
+            return self._filled(name, shape, self._codes)
         return self._filled(name, shape, (self._pool / math.sqrt(math.prod(shape[1:]))).to(self._dtype))
 
     @cached_property
     def _pool(self) -> torch.Tensor:
         return torch.randn(_POOL, generator=torch.Generator().manual_seed(self._seed))
+
+    @cached_property
+    def _codes(self) -> torch.Tensor:
+        return (self._pool * (E4M3_MAX / _SPREAD)).clamp(-E4M3_MAX, E4M3_MAX).to(require_float8())
 
     def _filled(self, name: str, shape: tuple[int, ...], pool: torch.Tensor) -> torch.Tensor:
         """The pool from a place that depends on the name, over and over until the tensor is full."""

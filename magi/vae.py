@@ -2,17 +2,19 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from .checkpoint import Checkpoint
-from .device import pick_device
+from .device import empty_cache, free_memory, pick_device
 from .errors import MagiError
 from .mapped_file import compare_shapes, first_few
-from .tiling import PATCH_FRAMES, PATCH_SIZE, ProgressCallback, TileProgress, Tiling, map_tiles, recut
+from .tile_run import TileRun, check_tensor, check_video
+from .tiling import PATCH_FRAMES, PATCH_SIZE, ProgressCallback, Tiling, map_tiles, recut
+from .vae_memory import fitting, makes_scores
 from .vae_model import Decoder, Encoder, VAEConfig
 
 SCALE = 0.18215  # latents outside the VAE = its means * SCALE
@@ -25,6 +27,9 @@ class VideoVAE(nn.Module):
     Every method works on one tile at a time, takes tensors of any device and floating dtype, computes on `device` in
     `dtype`, and blends and returns float32 on `output_device`. `progress(tiles done, tiles known so far)` is called after
     every tile, and about twice a second inside long ones; whatever it raises stops the work.
+
+    Without a `tiling` tiles are the published ones, or smaller where the device has too little free memory for these. Tiles
+    that run out of memory are done anew in smaller ones, with one warning; MagiError only if the smallest do not fit.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -32,21 +37,51 @@ class VideoVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self._on_host: dict[str, torch.Tensor] = {}  # the weights as they lie in the mapped file
+        self._parked: tuple[torch.device, torch.dtype] | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.decoder.cls_token.device
+        """Where it computes."""
+        return self._parked[0] if self._parked else self.decoder.cls_token.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the tiles are computed in."""
-        return self.decoder.cls_token.dtype
+        return self._parked[1] if self._parked else self.decoder.cls_token.dtype
 
     @property
     def nbytes(self) -> int:
-        """Size of the weights in bytes."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
+        """Size of the weights in bytes, on the device they compute on."""
+        return sum(p.numel() for p in self.parameters()) * self.dtype.itemsize
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the weights that are on the device now."""
+        return 0 if self._parked else self.nbytes
+
+    @torch.inference_mode(False)
+    def park(self) -> None:
+        """Takes the weights off the device until `unpark`, or until something is encoded or decoded. On the CPU they stay.
+
+        Nothing is copied back: what was read from a file stays mapped there.
+        """
+        if self._parked or self.device.type == "cpu":
+            return
+        self._on_host = self._on_host or {name: t.to("cpu") for name, t in self.state_dict().items()}
+        parked = (self.device, self.dtype)
+        self.load_state_dict(self._on_host, assign=True)
+        self._parked = parked
+        empty_cache(self.device)
+
+    @torch.inference_mode(False)
+    def unpark(self) -> None:
+        """Brings the weights back to the device; without `park` before it there is nothing to do."""
+        if not self._parked:
+            return
+        device, dtype = self._parked
+        self.load_state_dict({name: t.to(device, dtype) for name, t in self._on_host.items()}, assign=True)
+        self._parked = None
 
     def encode(
         self,
@@ -75,10 +110,9 @@ class VideoVAE(nn.Module):
 
         Blocks may have any number of frames; at most one tile and the current block are kept.
         """
-        tiling = tiling or Tiling()
-        counter = TileProgress(progress)
-        for frames in recut(_counted(blocks, _check_video, tiling, counter, PATCH_FRAMES, PATCH_SIZE), tiling.frames):
-            yield self._encode_frames(frames, tiling, counter, output_device)
+        run = self._run(tiling, progress)
+        for frames in recut(run.checked(blocks, check_video, PATCH_FRAMES, PATCH_SIZE), run.tiling.frames):
+            yield self._encode_frames(frames, run, output_device)
 
     def decode(
         self,
@@ -127,103 +161,72 @@ class VideoVAE(nn.Module):
         The frames are those of decoding all chunks joined, wherever the chunks are cut. Each temporal tile is yielded as
         soon as its latents are there; fewer latents than two tiles are kept besides the current chunk.
         """
-        tiling = tiling or Tiling()
-        counter = TileProgress(progress)
+        run = self._run(tiling, progress)
         before = None
-        for latents in recut(_counted(chunks, self._check_latents, tiling, counter, 1, 1), tiling.latent_frames):
-            if latents.shape[2] == 1 < tiling.latent_frames and before is not None:
+        for latents in recut(run.checked(chunks, self._check_latents, 1, 1), run.tiling.latent_frames):
+            if latents.shape[2] == 1 < run.tiling.latent_frames and before is not None:
                 # A lone last latent is decoded better with the ones before it, whose frames are already out.
                 latents = torch.cat([before[:, :, 1:], latents], dim=2)
-                yield self._decode_latents(latents, tiling, counter, output_device)[:, :, -PATCH_FRAMES:].clone()
+                yield self._decode_latents(latents, run, output_device)[:, :, -PATCH_FRAMES:].clone()
             else:
-                yield self._decode_latents(latents, tiling, counter, output_device)
+                yield self._decode_latents(latents, run, output_device)
             before = latents
 
+    def _run(self, tiling: Tiling | None, progress: ProgressCallback | None) -> TileRun:
+        return TileRun(tiling or Tiling(), progress, self.device, None if tiling else self._fitting)
+
+    def _fitting(self, tiling: Tiling) -> Tiling:
+        empty_cache(self.device)  # what torch holds unused is free too
+        free = free_memory(self.device)
+        if free is None:
+            return tiling
+        scores = makes_scores(self.device, self.dtype, self.config)
+        return fitting(tiling, self.config, self.dtype, scores, free - (self.nbytes - self.device_bytes))
+
     @torch.no_grad()
-    def _encode_frames(
-        self, frames: torch.Tensor, tiling: Tiling, counter: TileProgress, output_device: torch.device | str
-    ) -> torch.Tensor:
+    def _encode_frames(self, frames: torch.Tensor, run: TileRun, output_device: torch.device | str) -> torch.Tensor:
         b, _, t, height, width = frames.shape
         missing = -t % PATCH_FRAMES
         size = ((t + missing) // PATCH_FRAMES, height // PATCH_SIZE, width // PATCH_SIZE)
         latents = torch.empty(b, self.config.z_chans, *size, device=output_device)
 
-        def run(tile: torch.Tensor) -> torch.Tensor:
+        def encode(tile: torch.Tensor) -> torch.Tensor:
             tile = tile.to(self.device, self.dtype)
             if missing:
                 tile = torch.cat([tile, tile[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
-            means = self.encoder(tile, counter.alive)
-            counter.finished()
+            means = self.encoder(tile, run.counter.alive)
+            run.counter.finished()
             return means
 
-        map_tiles(run, frames, latents, tiling, scale_in=PATCH_SIZE, scale_out=1, chained=True)
-        return latents.mul_(SCALE)
+        def work(tiling: Tiling) -> torch.Tensor:
+            self.unpark()
+            map_tiles(encode, frames, latents, tiling, scale_in=PATCH_SIZE, scale_out=1, chained=True)
+            return latents.mul_(SCALE)
+
+        return run.attempt(work)
 
     @torch.no_grad()
-    def _decode_latents(
-        self, latents: torch.Tensor, tiling: Tiling, counter: TileProgress, output_device: torch.device | str
-    ) -> torch.Tensor:
+    def _decode_latents(self, latents: torch.Tensor, run: TileRun, output_device: torch.device | str) -> torch.Tensor:
         b, _, t, h, w = latents.shape
         video = torch.empty(b, 3, PATCH_FRAMES * t, PATCH_SIZE * h, PATCH_SIZE * w, device=output_device)
 
-        def run(tile: torch.Tensor) -> torch.Tensor:
+        def decode(tile: torch.Tensor) -> torch.Tensor:
             unscaled = tile.to(self.device, torch.float32) / SCALE
-            pixels = self.decoder(unscaled.to(self.dtype), counter.alive)
-            counter.finished()
+            pixels = self.decoder(unscaled.to(self.dtype), run.counter.alive)
+            run.counter.finished()
             return pixels
 
-        map_tiles(run, latents, video, tiling, scale_in=1, scale_out=PATCH_SIZE, chained=False)
-        return video
+        def work(tiling: Tiling) -> torch.Tensor:
+            self.unpark()
+            map_tiles(decode, latents, video, tiling, scale_in=1, scale_out=PATCH_SIZE, chained=False)
+            return video
+
+        return run.attempt(work)
 
     def _check_latents(self, latents: torch.Tensor) -> None:
-        _check_tensor(
+        check_tensor(
             latents, "latents", f"(batch, {self.config.z_chans}, frames, height / 8, width / 8)", self.config.z_chans
         )
-
-
-def _check_video(video: torch.Tensor) -> None:
-    _check_tensor(video, "video", "(batch, 3, frames, height, width)", 3)
-    for name, value in (("height", video.shape[3]), ("width", video.shape[4])):
-        if value % PATCH_SIZE:
-            nearest = max(1, round(value / PATCH_SIZE)) * PATCH_SIZE
-            raise MagiError(
-                f"The video's {name}, {value} pixels, is not a multiple of {PATCH_SIZE}. Resize or crop it to {nearest}."
-            )
-
-
-def _check_tensor(tensor: torch.Tensor, name: str, layout: str, channels: int) -> None:
-    shape = tuple(tensor.shape)
-    if len(shape) != 5 or shape[1] != channels:
-        raise MagiError(f"Shape {shape} is not that of {name} for the VAE. Give {layout}.")
-    if 0 in shape:
-        raise MagiError(f"There is nothing in {name} of shape {shape}. Give at least one frame.")
-    if not tensor.is_floating_point():
-        raise MagiError(
-            f"Values of type {tensor.dtype} are not {name} for the VAE. Give floating point; pixels as uint8 / 127.5 - 1."
-        )
-
-
-def _counted(
-    blocks: Iterable[torch.Tensor],
-    check: Callable[[torch.Tensor], None],
-    tiling: Tiling,
-    counter: TileProgress,
-    frames: int,
-    size: int,
-) -> Iterator[torch.Tensor]:
-    """Passes `blocks` on, checked, and keeps `counter.total` at the tiles they make; one latent is `frames` x `size` x `size` of their values."""
-    first: torch.Size | None = None
-    length = 0
-    for block in blocks:
-        check(block)
-        first = first or block.shape
-        if block.shape[3:] != first[3:] or block.shape[0] != first[0]:
-            raise MagiError(
-                f"A block of shape {tuple(block.shape)} follows one of {tuple(first)}. Only the number of frames may change."
-            )
-        length += block.shape[2]
-        counter.total = tiling.tile_count(-(-length // frames), first[3] // size, first[4] // size)
-        yield block
 
 
 @torch.inference_mode(False)  # weights made in inference mode, as ComfyUI runs its nodes, could not be moved outside it
@@ -258,7 +261,8 @@ def load_vae(
         # One tensor at a time: another dtype or device never costs a second copy of the whole.
         weights: dict[str, torch.Tensor] = {}
         for name in checkpoint:
-            weights[name] = checkpoint.tensor(name).to(device, dtype)
+            vae._on_host[name] = checkpoint.tensor(name)
+            weights[name] = vae._on_host[name].to(device, dtype)
             if progress:
                 progress(len(weights), len(checkpoint.tensors))
     vae.load_state_dict(weights, assign=True)

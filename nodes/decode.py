@@ -38,7 +38,7 @@ class Magi1VAEDecode(io.ComfyNode):
                         min=64,
                         max=1024,
                         step=32,
-                        tooltip="Pixels of a tile's side. 256 is what MAGI-1 was published with; smaller takes less memory.",
+                        tooltip="Pixels of a tile's side. 256 is what MAGI-1 was published with; smaller takes less memory, and is used by itself where memory runs out.",
                     )
                 ),
                 schema.advanced(
@@ -80,6 +80,7 @@ class Magi1VAEDecode(io.ComfyNode):
         from .native_vae import decoded
 
         latents, tiling = clips.check_latent(samples), Tiling(tile_frames, tile_size)
+        chosen = None if tiling == Tiling() else tiling  # the published one gives way where memory is short
         made, height, width = 4 * latents.shape[2], 8 * latents.shape[3], 8 * latents.shape[4]
         progress, clock = Progress(cls.hidden.unique_id, read=0.05, load=0.1, decode=0.85), Clock()
         clip = None
@@ -98,9 +99,9 @@ class Magi1VAEDecode(io.ComfyNode):
             f"decoding tiles of {tile_size} pixels and {tile_frames} frames",
             "Use a tile_size of 128, or tile_frames of 4.",
         ):
-            loaded = magi_vae(vae).loaded(tiling, progress.phase("load", "loading the VAE"))
+            loaded = magi_vae(vae).loaded(chosen, progress.phase("load", "loading the VAE"))
             at = first
-            for part in decoded(loaded, latents, tiling, report):
+            for part in decoded(loaded, latents, chosen, report):
                 frames[at : at + len(part)] = part
                 at += len(part)
                 progress.at("decode", (at - first) / made, part[-1].mul(255).round().to(torch.uint8).cpu())

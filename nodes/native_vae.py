@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from ..magi.tiling import Tiling
     from ..magi.vae import VideoVAE
 
-# Of working memory for each pixel of each frame of a tile: scores of attention, where no kernel saves them, and the layers.
-_BYTES_A_PIXEL = 1200
-
 _SMALLER = "Use smaller tiles."
 
 
@@ -38,18 +35,18 @@ class NativeVAE:
 
     # -- for this pack's nodes -----------------------------------------------------------------------------------------
 
-    def loaded(self, tiling: "Tiling", progress: Callable[[int, int], None] | None = None) -> "VideoVAE":
-        """The VAE on the device, with room for a tile."""
-        (vae,) = host.load(self.patcher, working=working_memory(tiling), progress=progress)
+    def loaded(self, tiling: "Tiling | None" = None, progress: Callable[[int, int], None] | None = None) -> "VideoVAE":
+        """The VAE on the device, with room for a tile, the published one by default; so far as other models can make it."""
+        from ..magi.tiling import Tiling
+
+        (vae,) = host.load(self.patcher, working=working_memory(tiling or Tiling()), progress=progress)
         return vae
 
     # -- as ComfyUI's nodes call it ------------------------------------------------------------------------------------
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None) -> torch.Tensor:
         """Latents -> (1, T, H, W, 3) in 0..1."""
-        from ..magi.tiling import Tiling
-
-        return self._decode(samples_in, Tiling())
+        return self._decode(samples_in, None)
 
     def decode_tiled(
         self,
@@ -65,9 +62,7 @@ class NativeVAE:
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """(T, H, W, 3) in 0..1 -> latents; sides are cut to multiples of 8."""
-        from ..magi.tiling import Tiling
-
-        return self._encode(pixel_samples, Tiling())
+        return self._encode(pixel_samples, None)
 
     def encode_tiled(
         self,
@@ -98,15 +93,13 @@ class NativeVAE:
 
     def get_sd(self) -> dict[str, torch.Tensor]:
         """The weights by their names."""
-        from ..magi.tiling import Tiling
+        return self.loaded().state_dict()
 
-        return self.loaded(Tiling()).state_dict()
-
-    def _decode(self, latents: torch.Tensor, tiling: "Tiling") -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, tiling: "Tiling | None") -> torch.Tensor:
         with host.device_work("decoding", _SMALLER):
             return torch.cat(list(decoded(self.loaded(tiling), latents, tiling, _interruptible)))[None]
 
-    def _encode(self, pixels: torch.Tensor, tiling: "Tiling") -> torch.Tensor:
+    def _encode(self, pixels: torch.Tensor, tiling: "Tiling | None") -> torch.Tensor:
         height, width = (side // 8 * 8 for side in pixels.shape[1:3])
         video = pixels[:, :height, :width, :3].permute(3, 0, 1, 2)[None].float() * 2 - 1
         with host.device_work("encoding", _SMALLER):
@@ -128,16 +121,21 @@ def manage_vae(path: Any, dtype: torch.dtype) -> NativeVAE:
 
 
 def decoded(
-    vae: "VideoVAE", latents: torch.Tensor, tiling: "Tiling", progress: Callable[[int, int], None]
+    vae: "VideoVAE", latents: torch.Tensor, tiling: "Tiling | None", progress: Callable[[int, int], None]
 ) -> Iterator[torch.Tensor]:
-    """Frames (t, H, W, 3) float32 in 0..1, a tile of time after the other."""
+    """Frames (t, H, W, 3) float32 in 0..1, a tile of time after the other; without a tiling by tiles for what is free."""
     for video in vae.decode_stream(latents, tiling, progress):
         yield video[0].permute(1, 2, 3, 0).add(1).div(2).clamp(0, 1)
 
 
 def working_memory(tiling: "Tiling") -> int:
-    """Bytes a tile takes on its way through the VAE."""
-    return tiling.frames * tiling.size**2 * _BYTES_A_PIXEL
+    """Bytes a tile takes on its way through the published VAE, in the precision that takes more."""
+    from ..magi.vae_memory import makes_scores, tile_bytes
+    from ..magi.vae_model import VAEConfig
+
+    config, device = VAEConfig(), host.vae_device()
+    dtypes = (torch.bfloat16, torch.float32)
+    return max(tile_bytes(config, tiling, dtype, makes_scores(device, dtype, config)) for dtype in dtypes)
 
 
 def _tiling(size: int, latent_frames: int | None) -> "Tiling":

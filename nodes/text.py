@@ -119,8 +119,6 @@ def _encode(encoder: "Encoder", texts: list[str], clean: bool, progress: Progres
 
     def report(done: int, total: int) -> None:
         nonlocal loading  # the count starts anew when T5 is there and encoding begins
-        if encoder.device.type != "cpu" and done == 1 and loading:
-            host.make_room(encoder.nbytes)
         progress.at("load" if loading else "encode", done / total)
         progress.say(f"{'loading' if loading else 'running'} the text encoder: {done / total:.0%}")
         loading = loading and done < total
@@ -135,7 +133,16 @@ def _encode(encoder: "Encoder", texts: list[str], clean: bool, progress: Progres
         dtype=encoder.dtype,
         channels=read_t5(encoder.path).shape.d_model,
         progress=report,
+        make_room=_make_room,
     )
+
+
+def _make_room(nbytes: int) -> None:
+    """Has ComfyUI evict what it must for T5, or for little where all of T5 cannot fit anyway: it is streamed then."""
+    from ..magi.text.t5_model import WORKING_BYTES
+
+    usable = host.usable_memory()
+    host.make_room(nbytes if usable is None or nbytes <= usable else WORKING_BYTES)
 
 
 def captions_of(text: list[Any]) -> tuple[list["Caption"], tuple[str, ...], bool]:

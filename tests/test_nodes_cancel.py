@@ -74,7 +74,7 @@ def test_a_cancelled_run_changes_nothing_of_the_next(comfy):
 
 # With a model of real size each of these calls takes a second or less, and a run is made of thousands.
 SLOW = {  # node, what is slow, how many more calls may begin
-    "the text encoder is read": ("text", "magi.text.text_encoder", "_place", 1),
+    "the text encoder is read": ("text", "magi.text.t5_model", "place", 1),
     "a prompt is encoded": ("text", "transformers.models.t5.modeling_t5", "T5Block.forward", 1),
     "weights are read": ("sampler", "magi.weights", "WeightReader.block", 0),
     "a step is made": ("sampler", "magi.model", "Transformer._attention", 1),

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import warnings
 import weakref
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from magi.errors import MagiError
+from magi.text import t5_model, text_encoder
 from magi.text.embedding_cache import EmbeddingCache
 from magi.text.prompt_encoding import encode_prompts
 from magi.text.t5_checkpoint import read_t5
@@ -530,3 +532,154 @@ def test_a_transformers_too_new_for_torch(official, monkeypatch):
     monkeypatch.setattr(transformers, "T5EncoderModel", hidden)
     with pytest.raises(MagiError, match=r'does not work with torch.*Update torch, or .*"transformers<5"'):
         TextEncoder.load(official)
+
+
+# --- a device that is too small -------------------------------------------------------------------------------------------
+
+
+class Card:
+    """A device of limited size, played by the CPU: what is placed is copied, and counted as long as it lives."""
+
+    def __init__(self, monkeypatch, size=1 << 40):
+        self.size, self.now, self.peak = size, 0, 0
+        self._place = t5_model.place
+        monkeypatch.setattr(t5_model, "place", self.place)
+
+    def place(self, tensor, device, dtype):
+        placed = self._place(tensor, device, dtype).clone()
+        if self.now + placed.nbytes > self.size:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.now += placed.nbytes
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(placed.untyped_storage(), self._gone, placed.nbytes)
+        return placed
+
+    def _gone(self, nbytes):
+        self.now -= nbytes
+
+
+@pytest.fixture
+def card(monkeypatch):
+    return lambda size=1 << 40: Card(monkeypatch, size)
+
+
+def _sizes(checkpoint):
+    """Bytes of all weights, of the largest linear layer, and of what is neither linear nor the embedding."""
+    linear = [t.nbytes for name, t in checkpoint.tensors.items() if name.endswith(LINEAR_ENDS)]
+    total = sum(t.nbytes for t in checkpoint.tensors.values())
+    return total, max(linear), total - sum(linear) - checkpoint.tensors["shared.weight"].nbytes
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, FP8, "scaled"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streaming_gives_the_same_bits(encoder_state, official, tmp_path, stored, dtype):
+    state = {k: v.to(torch.float16 if stored == "scaled" else stored) for k, v in encoder_state.items()}
+    if stored == "scaled":
+        for name in [name for name in state if name.endswith(LINEAR_ENDS)]:
+            state[name] = (encoder_state[name] * 100).to(FP8)
+            state[name.removesuffix("weight") + "scale_weight"] = torch.tensor(0.01)
+    path = _single(state, tmp_path)
+    resident, streamed = (_encode(path, tokenizer=official, dtype=dtype, stream=stream) for stream in (False, True))
+    assert torch.equal(streamed, resident)
+
+
+def test_streamed_weights_are_on_the_device_one_at_a_time(official, card):
+    device = card()
+    total, largest, small = _sizes(read_t5(official))
+    with TextEncoder.load(official, stream=True) as encoder:
+        assert encoder.streaming
+        assert device.now == small < total / 20
+        assert sum(p.nbytes for p in encoder._model.parameters()) == small, "the embedding waits too"
+        encoder.encode(TEXT)
+        assert device.now == small
+        assert device.peak <= small + 2 * largest < total / 2
+    with TextEncoder.load(official) as encoder:
+        assert not encoder.streaming
+        assert device.now >= total - largest, "resident ones stay"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("missing", "streams"), [(1, True), (0, False)])
+def test_weights_stream_where_less_is_free_than_they_take(official, monkeypatch, missing, streams, dtype):
+    total = _sizes(read_t5(official))[0] * dtype.itemsize // 4
+    monkeypatch.setattr(text_encoder, "free_memory", lambda device: total + t5_model.WORKING_BYTES - missing)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with TextEncoder.load(official, dtype=dtype) as encoder:
+            assert encoder.streaming == streams
+    assert [str(w.message)[:75] for w in said] == [
+        "The text encoder does not fit into the memory of cpu. Its weights stay on t"
+    ] * streams
+
+
+def test_room_is_asked_for_before_what_is_free_is_looked_at(monkeypatch):
+    events = []
+    monkeypatch.setattr(text_encoder, "free_memory", lambda device: events.append("looked") or 10)
+    assert text_encoder._fits(10, torch.device("meta"), events.append)
+    assert events == [10, "looked"]
+    assert text_encoder._fits(10, torch.device("cpu"), lambda nbytes: pytest.fail("the host's own"))
+
+
+def test_a_card_that_fills_up_while_weights_are_placed(official, card):
+    total, _, small = _sizes(read_t5(official))
+    expected = _encode(official)
+    device = card(total // 2)
+    steps = []
+    with pytest.warns(UserWarning, match="copied over") as said:
+        encoder = TextEncoder.load(official, progress=lambda *at: steps.append(at))
+    assert len(said) == 1
+    assert device.now == small
+    assert steps[-1][0] == steps[-1][1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(encoder.encode(TEXT), expected)
+        assert torch.equal(encoder.encode(TEXT), expected)
+    encoder.close()
+    assert device.now == 0
+
+
+def test_a_card_that_fills_up_while_a_prompt_is_encoded(official, card, monkeypatch):
+    expected = _encode(official)
+    device = card()
+    forward = torch.nn.Linear.forward
+
+    def full(self, x):
+        if device.now > 100_000:
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", full)
+    steps = []
+    with TextEncoder.load(official) as encoder:
+        with pytest.warns(UserWarning, match="copied over") as said:
+            assert torch.equal(encoder.encode(TEXT, progress=lambda *at: steps.append(at)), expected)
+        assert len(said) == 1
+        assert encoder.streaming
+        assert steps[-1] == (2, 2)
+        assert device.now == _sizes(read_t5(official))[2], "what was resident has gone"
+
+
+@pytest.mark.filterwarnings("ignore:The text encoder does not fit")
+@pytest.mark.parametrize("stream", [None, True])
+def test_a_card_too_small_for_a_layer(official, card, stream):
+    _, largest, small = _sizes(read_t5(official))
+    card(small + largest // 2)
+    with pytest.raises(MagiError, match=r"does not fit into the memory of cpu\. Use device 'cpu'"):
+        _encode(official, stream=stream)
+
+
+def test_other_errors_are_not_taken_for_it(official, monkeypatch):
+    def broken(self, x):
+        raise RuntimeError("device-side assert")
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", broken)
+    with TextEncoder.load(official) as encoder, pytest.raises(RuntimeError, match="device-side assert"):
+        encoder.encode(TEXT)
+
+
+def test_prompts_can_be_encoded_by_streamed_weights(official, card, tmp_path):
+    expected = encode_prompts([TEXT, "a dog"], official)
+    device = card()
+    made = encode_prompts([TEXT, "a dog"], official, stream=True)
+    assert all(map(torch.equal, made, expected))
+    assert device.peak < _sizes(read_t5(official))[0] / 2

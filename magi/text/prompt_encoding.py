@@ -1,7 +1,7 @@
 """Prompts to text embeddings: cleaned, looked up on disk, and encoded by T5 only where that is needed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from warnings import warn
 
@@ -10,7 +10,8 @@ import torch
 from ..errors import MagiError
 from .caption import clean_caption
 from .embedding_cache import EmbeddingCache, embedding_key
-from .text_encoder import MAX_TOKENS, Progress, TextEncoder, encoder_fingerprint
+from .t5_model import Progress
+from .text_encoder import MAX_TOKENS, TextEncoder, encoder_fingerprint
 
 
 def encode_prompts(
@@ -25,6 +26,8 @@ def encode_prompts(
     max_tokens: int = MAX_TOKENS,
     channels: int = 4096,
     progress: Progress | None = None,
+    stream: bool | None = None,
+    make_room: Callable[[int], None] | None = None,
 ) -> list[torch.Tensor]:
     """The embedding of each text, in order; equal texts are encoded once, and T5 is freed before this returns.
 
@@ -38,6 +41,8 @@ def encode_prompts(
         max_tokens: longer texts are cut off, with a warning.
         channels: width of the embedding of a blank text.
         progress: counts the tensors placed while T5 loads, then anew the encoder blocks done over all texts.
+        stream: with `make_room`, where T5's weights wait, as `TextEncoder.load` takes them.
+        make_room: see `stream`; called only if T5 is loaded.
 
     Returns:
         (tokens, d_model) each, float32 on the CPU. A text that is blank (after cleaning) gives (0, channels) and a
@@ -65,7 +70,7 @@ def encode_prompts(
             embeds[text] = found
     missing = [text for text in wanted if text not in embeds]
     if missing:
-        with TextEncoder.load(encoder, tokenizer, device, dtype, progress) as t5:
+        with TextEncoder.load(encoder, tokenizer, device, dtype, progress, stream=stream, make_room=make_room) as t5:
             for index, text in enumerate(missing):
                 embeds[text] = t5.encode(text, max_tokens=max_tokens, progress=_part(progress, index, len(missing)))
                 if cache:

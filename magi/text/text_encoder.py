@@ -2,50 +2,63 @@
 
 Weights stay as they are stored and mapped from disk; where that type is not the one computed in, each layer is converted
 when it runs. So the 4.7 billion parameters never stand in memory twice, and a float16 file, whose activations T5 is known
-to overflow, is computed in float32 like every other.
+to overflow, is computed in float32 like every other. A device too small for all of them gets each layer in its turn.
 """
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from warnings import warn
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from ..device import empty_cache, free_memory
 from ..errors import MagiError
-from .t5_checkpoint import T5Checkpoint, T5Shape, find_t5_files, read_t5
+from ..out_of_memory import is_out_of_memory
+from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5
+from .t5_model import WORKING_BYTES, Progress, build_t5, resident_bytes
 from .t5_tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 MAX_TOKENS = 800
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total). An exception it raises stops the work."""
-
+_Result = TypeVar("_Result")
 _SAMPLE_BYTES = 1 << 20
+_STREAMS = (
+    "The text encoder does not fit into the memory of {}. Its weights stay on the host, and each layer's is copied over when it "
+    "runs, which is slower. A float8 file, dtype bfloat16 or device 'cpu' avoid that."
+)
 
 
 class TextEncoder:
     """A loaded T5 encoder with its tokenizer. `with TextEncoder.load(...) as encoder:` frees it at the end."""
 
     def __init__(
-        self, model: nn.Module, shape: T5Shape, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, key: str
+        self,
+        checkpoint: T5Checkpoint,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        dtype: torch.dtype,
+        key: str,
+        stream: bool,
+        progress: Progress | None,
     ) -> None:
         """Use `load`."""
-        self.d_model = shape.d_model
-        self.num_blocks = shape.num_layers
+        self.d_model = checkpoint.shape.d_model
+        self.num_blocks = checkpoint.shape.num_layers
         self.device = device
         self.dtype = dtype
         self.fingerprint = key
+        self.streaming = stream
         self._tokenizer = tokenizer
-        self._model: Any = model
+        self._checkpoint: T5Checkpoint | None = checkpoint
+        self._model: Any = None
+        self._or_streaming(lambda: self._build(progress))
 
     @classmethod
     def load(
@@ -55,6 +68,9 @@ class TextEncoder:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         progress: Progress | None = None,
+        *,
+        stream: bool | None = None,
+        make_room: Callable[[int], None] | None = None,
     ) -> "TextEncoder":
         """Loads a T5 v1.1 encoder.
 
@@ -66,6 +82,11 @@ class TextEncoder:
             dtype: what is computed in, torch.float32 (default, as the reference) or torch.bfloat16. Weights wider than
                 this are narrowed, others stay as they are stored: bfloat16 halves what a float32 file takes on a card.
             progress: counts the tensors placed.
+            stream: the weights stay mapped on the host, and each layer's is brought to the device when it runs: slower, the
+                same to the bit. None: where they do not fit into what is free on the device, or turn out not to. On the CPU
+                it keeps no narrowed copies of wider weights.
+            make_room: called with the bytes of device memory wanted for all weights and for running, before what is free is
+                looked at; not on the CPU, nor if `stream` is True.
 
         Raises:
             MagiError: files missing or damaged, not a T5 v1.1, no tokenizer or another model's, a device or dtype that
@@ -80,9 +101,10 @@ class TextEncoder:
                 f"The tokenizer {str(words.file)!r} has {words.vocab_size:,} entries, the text encoder {str(path)!r} only "
                 f"{checkpoint.shape.vocab_size:,}: they belong to different models. Give the tokenizer of t5-v1_1-xxl."
             )
-        with _clear_memory_errors(target):
-            model = _build(checkpoint, target, dtype, progress)
-        return cls(model, checkpoint.shape, words, target, dtype, encoder_fingerprint(path, tokenizer, dtype))
+        key = encoder_fingerprint(path, tokenizer, dtype)
+        if stream is None:
+            stream = not _fits(resident_bytes(checkpoint, target, dtype) + WORKING_BYTES, target, make_room)
+        return cls(checkpoint, words, target, dtype, key, stream, progress)
 
     def encode(self, text: str, *, max_tokens: int = MAX_TOKENS, progress: Progress | None = None) -> torch.Tensor:
         """The encoder's output for one text, as is: clean it first.
@@ -101,15 +123,13 @@ class TextEncoder:
         Raises:
             MagiError: the encoder is closed, memory ran out, or the weights give values that are not finite.
         """
-        if self._model is None:
+        if self._checkpoint is None:
             raise MagiError("This text encoder is closed. Load it again.")
         ids = self._tokenizer.encode(text)
         if len(ids) > max_tokens:
             warn(f"The prompt has {len(ids)} tokens; only the first {max_tokens} are used.", stacklevel=2)
             ids = [*ids[: max_tokens - 1], ids[-1]]
-        with torch.no_grad(), _block_progress(self._model.encoder.block, progress), _clear_memory_errors(self.device):
-            hidden = self._model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state
-            embeds = hidden[0].to("cpu", torch.float32)
+        embeds = self._or_streaming(lambda: self._run(ids, progress))
         if not embeds.isfinite().all():
             raise MagiError(
                 "The text encoder gave values that are not finite: its weights are damaged. Download it again."
@@ -118,11 +138,43 @@ class TextEncoder:
 
     def close(self) -> None:
         """Frees the weights, on the device too. May be called twice."""
+        self._checkpoint = None
+        self._free()
+
+    def _build(self, progress: Progress | None) -> None:
+        assert self._checkpoint is not None  # noqa: S101 (not closed)
+        self._model = build_t5(self._checkpoint, self.device, self.dtype, self.streaming, progress)
+
+    def _free(self) -> None:
         self._model = None
         gc.collect()
-        backend: Any = getattr(torch, self.device.type, None)
-        if hasattr(backend, "empty_cache"):
-            backend.empty_cache()
+        empty_cache(self.device)
+
+    @torch.no_grad()
+    def _run(self, ids: Sequence[int], progress: Progress | None) -> torch.Tensor:
+        if self._model is None:
+            self._build(None)
+        with _block_progress(self._model.encoder.block, progress):
+            hidden = self._model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state
+        return hidden[0].to("cpu", torch.float32)
+
+    def _or_streaming(self, work: Callable[[], _Result]) -> _Result:
+        """The work's result; where the device runs out of memory under resident weights, once more with streaming ones."""
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.streaming:
+                    raise MagiError(
+                        f"The text encoder does not fit into the memory of {self.device}. "
+                        "Use device 'cpu', dtype bfloat16 or a float8 file."
+                    ) from error
+            # Out of the handler, whose traceback holds on to what is to be freed.
+            warn(_STREAMS.format(self.device), stacklevel=3)
+            self.streaming = True
+            self._free()
 
     def __enter__(self) -> "TextEncoder":
         return self
@@ -154,99 +206,6 @@ def encoder_fingerprint(path: str | Path, tokenizer: str | Path | None = None, d
     return digest.hexdigest()
 
 
-class _StoredLinear(nn.Module):
-    """A linear layer without bias whose weight (out, in) is converted to the input's dtype when it runs.
-
-    `scale` multiplies the output: one number, or one an output.
-    """
-
-    # T5's MLP converts its input to `wo.weight`'s dtype where that is a tensor, which would be float8 here.
-    weight = None
-    stored: torch.Tensor
-    scale: torch.Tensor | None
-
-    def __init__(self, stored: torch.Tensor, scale: torch.Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("stored", stored)
-        self.register_buffer("scale", None if scale is None else scale.flatten())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.stored.to(x.dtype))
-        return y if self.scale is None else (y * self.scale).to(x.dtype)
-
-
-class _StoredEmbedding(nn.Module):
-    """A lookup table (entries, width) of which only the rows looked up are converted to `dtype`."""
-
-    stored: torch.Tensor
-
-    def __init__(self, stored: torch.Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("stored", stored)
-        self.dtype = dtype
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.stored.dtype.itemsize == 1:  # not every torch can index float8
-            return self.stored.view(torch.uint8)[ids].view(self.stored.dtype).to(self.dtype)
-        return self.stored[ids].to(self.dtype)
-
-
-def _build(checkpoint: T5Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None) -> nn.Module:
-    import transformers  # here: it takes seconds
-
-    config = transformers.T5Config(**asdict(checkpoint.shape), feed_forward_proj="gated-gelu")
-    try:
-        with torch.device("meta"):
-            model: Any = transformers.T5EncoderModel(config)
-    except ImportError as error:  # it hides its models from a torch that is too old for it
-        raise MagiError(
-            f"transformers {transformers.__version__} does not work with torch {torch.__version__}. "
-            'Update torch, or install an older one: pip install "transformers<5".'
-        ) from error
-    plain: dict[str, torch.Tensor] = {}
-    for done, (name, tensor) in enumerate(checkpoint.tensors.items(), 1):
-        stored = _place(tensor, device, dtype)
-        module_name = name.removesuffix(".weight")
-        scale = checkpoint.scales.get(name)
-        if name == "shared.weight":
-            if stored.dtype == dtype:
-                model.shared.weight = nn.Parameter(stored, requires_grad=False)
-            else:
-                model.shared = _StoredEmbedding(stored, dtype)
-        elif isinstance(model.get_submodule(module_name), nn.Linear) and (stored.dtype != dtype or scale is not None):
-            parent, _, child = module_name.rpartition(".")
-            layer = _StoredLinear(stored, None if scale is None else scale.to(device))
-            setattr(model.get_submodule(parent), child, layer)
-        else:
-            plain[name] = stored.to(dtype)
-        if progress:
-            progress(done, len(checkpoint.tensors))
-    model.encoder.embed_tokens = model.shared
-    model.load_state_dict(plain, strict=False, assign=True)
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
-        raise MagiError(
-            f"transformers {transformers.__version__} names the layers of T5 differently ({empty[0]}). Install 4.44 to 5."
-        )
-    return model.eval().requires_grad_(False)
-
-
-def _place(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor on the device, in its own dtype if that is no wider than `dtype`: on the CPU then the mapped one itself."""
-    kept = tensor.dtype if tensor.dtype.itemsize <= dtype.itemsize else dtype
-    if kept.itemsize == 1 and not _holds(device, kept):
-        kept = torch.bfloat16  # holds every float8 value exactly
-    return tensor.to(kept).to(device)
-
-
-def _holds(device: torch.device, dtype: torch.dtype) -> bool:
-    try:
-        torch.zeros(1).to(dtype).to(device).to(torch.float32)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    return True
-
-
 def _compute_dtype(dtype: torch.dtype | None) -> torch.dtype:
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in COMPUTE_DTYPES:
@@ -266,14 +225,15 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     return target
 
 
-@contextmanager
-def _clear_memory_errors(device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MagiError(
-            f"The text encoder does not fit into the memory of {device}. Use device 'cpu', dtype bfloat16 or a float8 file."
-        ) from error
+def _fits(nbytes: int, device: torch.device, make_room: Callable[[int], None] | None) -> bool:
+    if make_room and device.type != "cpu":
+        make_room(nbytes)
+    empty_cache(device)
+    free = free_memory(device)
+    if free is None or nbytes <= free:
+        return True
+    warn(_STREAMS.format(device), stacklevel=3)
+    return False
 
 
 @contextmanager
