@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-from warnings import warn
 
 import torch
 
@@ -23,7 +22,7 @@ class Keeper:
     def __init__(self, store: RunStore, model: "Transformer", seconds: float = SAVE_SECONDS) -> None:
         """Has the model compute as when the store's run was saved; `seconds` is the longest time between two states.
 
-        Where the last bits may come out differently all the same, a UserWarning says so.
+        Where the last bits may come out differently all the same, the store reports so.
         """
         self._store = store
         self._seconds = seconds
@@ -40,10 +39,9 @@ class Keeper:
                 model.token_block = self._how["token_block"] = saved.how["token_block"]
             before, now = ([how.get(name) for name in ("device", "torch")] for how in (saved.how, self._how))
             if before != now:
-                warn(
+                store.report(
                     f"The run was begun on {before[0]} with torch {before[1]} and goes on on {now[0]} with torch {now[1]}: "
-                    "the rest may differ in the last bits.",
-                    stacklevel=3,
+                    "the rest may differ in the last bits."
                 )
 
     @property
@@ -65,6 +63,8 @@ class Keeper:
         except BaseException:
             self._save()
             raise
+        finally:
+            self._sampler = None  # which holds this through its callbacks; its keys are to go at once
 
     def alive(self) -> None:
         """Takes note of where the sampler stands, and saves it if it is time to."""

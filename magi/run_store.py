@@ -48,13 +48,18 @@ class RunStore:
 
     A folder that cannot be written never ends the run: it is reported once, the last good state stays, and every later
     `save` tries again.
+
+    Attributes:
+        folder: where it is.
+        saved: what `open` found to go on with.
+        report: is told, in a sentence, what a user should know.
     """
 
     def __init__(self, folder: str | Path, report: Callable[[str], None] | None = None) -> None:
-        """`report` is told, once, that saving failed; by default a UserWarning says it."""
+        """By default a report is a UserWarning."""
         self.folder = Path(folder).expanduser().absolute()
         self.saved: Saved | None = None
-        self._report = report or (lambda text: warn(text, stacklevel=4))
+        self.report = report or (lambda text: warn(text, stacklevel=4))
         self._reported = False
         self._key = ""
         self._waiting: dict[str, bytes] = {}  # by name, in the order in which they are to be written
@@ -130,7 +135,7 @@ class RunStore:
         except (OSError, RuntimeError) as error:  # RuntimeError: the device failed, and with it the copy from there
             if not self._reported:
                 self._reported = True
-                self._report(
+                self.report(
                     f"The state of the run cannot be saved in {str(self.folder)!r} ({error}). The run goes on; "
                     f"it is tried again, and what was saved before stays."
                 )
@@ -157,7 +162,7 @@ class RunStore:
             if self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
         except OSError as error:
-            self._report(f"The saved run in {str(self.folder)!r} could not be removed ({error}). Remove it by hand.")
+            self.report(f"The saved run in {str(self.folder)!r} could not be removed ({error}). Remove it by hand.")
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
