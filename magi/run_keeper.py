@@ -61,19 +61,26 @@ class Keeper:
                 self._save()
                 yield chunk
         except BaseException:
+            self._look()
             self._save()
             raise
         finally:
             self._sampler = None  # which holds this through its callbacks; its keys are to go at once
 
     def alive(self) -> None:
-        """Takes note of where the sampler stands, and saves it if it is time to."""
+        """Saves where the sampler stands, if it is time to."""
+        if time.monotonic() >= self._due:
+            self._look()
+            self._save()
+
+    def _look(self) -> None:
+        """Takes note of where the sampler stands, but not of a chunk that it has finished and not yet handed on."""
         if self._sampler is not None and self._stands is not None:
-            self._stands = (self._sampler.state, self._stands[1])
-            if time.monotonic() >= self._due:
-                self._save()
+            (before, finished), now = self._stands, self._sampler.state
+            if max(now.clean, default=-1) == max(before.clean, default=-1):
+                self._stands = (now, finished)
 
     def _save(self) -> None:
-        assert self._stands is not None  # noqa: S101 (set before sampling begins)
-        self._store.save(*self._stands, self._how)
+        if self._stands is not None:
+            self._store.save(*self._stands, self._how)
         self._due = time.monotonic() + self._seconds

@@ -63,6 +63,7 @@ class RunStore:
         self._reported = False
         self._key = ""
         self._waiting: dict[str, bytes] = {}  # by name, in the order in which they are to be written
+        self._written: set[str] = set()
         self._saved_iteration = 0
 
     @property
@@ -82,7 +83,7 @@ class RunStore:
         Raises:
             MagiError: the saved run has other settings, each is named with both values; or its files are damaged.
         """
-        self.saved, self._waiting, self._saved_iteration = None, {}, 0
+        self.saved, self._waiting, self._written, self._saved_iteration = None, {}, set(), 0
         if self.exists:
             found = self._settings()
             if different := differences(json.loads(json.dumps(settings)), found):
@@ -93,11 +94,12 @@ class RunStore:
             self._key = run_key(found)
             self.saved = self._read_state()
             self._saved_iteration = self.saved.state.iteration
+            self._written = {_SETTINGS, *map(_chunk_name, range(self.saved.finished))}
         else:
             self.discard()  # what a run left that ended before its first state
             self._key = run_key(settings)
             text = json.dumps({"format": _FORMAT, "settings": settings}, indent=1, ensure_ascii=False)
-            self._waiting[_SETTINGS] = text.encode()
+            self._waiting[_SETTINGS] = text.encode(errors="backslashreplace")  # what no UTF-8 is, as JSON's escapes
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
@@ -124,9 +126,12 @@ class RunStore:
         if not self._key or state.iteration == self._saved_iteration:
             return
         try:
+            if lost := sorted(name for name in self._written if not self._path(name).is_file()):
+                raise FileNotFoundError(f"{lost[0]} has been removed")
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in list(self._waiting):
                 write_whole(self._path(name), self._waiting[name])
+                self._written.add(name)
                 del self._waiting[name]
             tensors = {f"window.{c}": x for c, x in state.window.items()}
             tensors |= {f"clean.{c}": x for c, x in state.clean.items()}
@@ -190,7 +195,7 @@ class RunStore:
         tensors, content = self._read(_STATE)
         held: dict[str, dict[int, torch.Tensor]] = {"window": {}, "clean": {}}
         try:
-            for name, x in tensors.items():
+            for name, x in sorted(tensors.items()):
                 kind, _, chunk = name.partition(".")
                 held[kind][int(chunk)] = x
             state = SamplerState(int(content["iteration"]), held["window"], held["clean"])

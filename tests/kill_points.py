@@ -6,6 +6,8 @@ On Linux processes are forked off one that has imported torch; elsewhere each st
 """
 
 import contextlib
+import functools
+import gc
 import hashlib
 import io
 import json
@@ -22,8 +24,10 @@ if __name__ == "__main__":
 
 import torch
 
+from magi import run_store
 from magi.cli import main as magi_main
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from magi.embedded import embedded_files
 from magi.generate import make_sampler
 from magi.model import build_transformer
 from magi.prompt import Caption
@@ -32,8 +36,12 @@ from magi.run_keeper import Keeper
 from magi.run_store import RunStore
 from magi.synthetic import RandomTensors
 
+MAGI = Path(run_store.__file__).parent
 CAN_FORK = sys.platform == "linux"
-TRACED = {"run_store.py", "run_files.py", "run_keeper.py", "sampler.py", "video_writer.py"}
+TRACED = {
+    str(MAGI / name)
+    for name in ("run_store.py", "run_files.py", "run_keeper.py", "sampler.py", "media/video_writer.py")
+}
 SHAPE = ModelConfig(2, 64, 96, 8, num_query_groups=4, kv_channels=8, caption_channels=12, caption_max_length=60)
 CONFIG = MagiConfig(
     SHAPE,
@@ -49,7 +57,7 @@ class Killer:
         self.at, self.lines = at, 0
 
     def __call__(self, frame, event, argument):
-        return self._line if Path(frame.f_code.co_filename).name in TRACED else None
+        return self._line if frame.f_code.co_filename in TRACED else None
 
     def _line(self, frame, event, argument):
         if event == "line":
@@ -59,15 +67,19 @@ class Killer:
         return self._line
 
 
+@functools.cache
+def model():
+    return build_transformer(RandomTensors(SHAPE, dtype=torch.float32, seed=1), CONFIG, "cpu", torch.float32)
+
+
 def tiny(folder: Path) -> dict:
     """One run of a small random model, saved after every step: digests of all its chunks."""
-    model = build_transformer(RandomTensors(SHAPE, dtype=torch.float32, seed=1), CONFIG, "cpu", torch.float32)
     store, steps = RunStore(folder / "clip.run"), []
     store.open({"seed": 1})
-    keeper = Keeper(store, model, seconds=0)
+    keeper = Keeper(store, model(), seconds=0)
     begun = store.saved.state.iteration if store.saved else 0
     sampler = make_sampler(
-        model,
+        model(),
         caption=Caption(torch.ones(5, 12)),
         style_tokens=(),
         duration_tokens=False,
@@ -85,14 +97,26 @@ def cli(folder: Path) -> dict:
     with contextlib.redirect_stderr(said):
         status = magi_main(
             [
-                *("generate", "--prompt", "A cat", "--seconds", "2", "--size", "48x32", "--steps", "4", "--device", "cpu"),
+                *(
+                    "generate",
+                    "--prompt",
+                    "A cat",
+                    "--seconds",
+                    "2",
+                    "--size",
+                    "48x32",
+                    "--steps",
+                    "4",
+                    "--device",
+                    "cpu",
+                ),
                 *("--cache", str(folder.parent / "cache"), "--out", str(folder / "clip.mp4")),
                 *("--resume", "--overwrite", "--state-minutes", "0"),
             ]
         )
     if status:
         return {"result": said.getvalue()}
-    left = sorted(file.name for file in folder.iterdir())
+    left = sorted(file.name for file in folder.iterdir() if ".partial" not in file.name)
     return {"result": [hashlib.sha256((folder / "clip.mp4").read_bytes()).hexdigest(), left]}
 
 
@@ -119,7 +143,9 @@ def run(kind: str, folder: Path, at: int | None = None) -> dict | None:
                 os._exit(0 if note.exists() else 3)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     else:
-        code = subprocess.run([sys.executable, __file__, "child", kind, str(folder), str(at or 0)], check=False).returncode
+        code = subprocess.run(
+            [sys.executable, __file__, "child", kind, str(folder), str(at or 0)], check=False
+        ).returncode
     killed = code != 0 if os.name == "nt" else code == -signal.SIGKILL
     if not killed and code:
         raise RuntimeError(f"a run ended with {code}")
@@ -140,11 +166,27 @@ def trial(kind: str, home: Path, lines: int, chance: random.Random) -> dict:
     return {**(done or run(kind, folder) or {}), "kills": killed, "at": kills}
 
 
+def get_ready(kind: str, home: Path) -> None:
+    """Does in this process what its children need not do again: imports, mostly."""
+    if kind == "tiny":
+        tiny(home)
+        shutil.rmtree(home / "clip.run", ignore_errors=True)
+    else:
+        import av  # noqa: F401
+        from transformers import T5EncoderModel  # noqa: F401
+
+        from magi.media import video_encoder, video_reader  # noqa: F401
+        from magi.text import text_encoder  # noqa: F401
+
+        embedded_files(home / "cache")
+    gc.collect()
+    gc.freeze()
+
+
 def main(kind: str, home: Path, trials: int, seed: int) -> list[dict]:
     (home / "run").mkdir(parents=True)
-    run(kind, home / "run")  # has made what is made once
-    shutil.rmtree(home / "run")
-    (home / "run").mkdir()
+    if CAN_FORK:
+        get_ready(kind, home)
     whole = run(kind, home / "run")
     chance = random.Random(seed)
     return [whole, *(trial(kind, home, whole["lines"], chance) for _ in range(trials))]

@@ -194,6 +194,7 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
     if store:
         for partial in store.partials():  # of the runs before this one; this one's is gone
             partial.unlink(missing_ok=True)
+            partial.with_suffix(".tmp").unlink(missing_ok=True)
         store.discard()
     return 0
 
@@ -202,9 +203,10 @@ def _store(args: argparse.Namespace) -> RunStore | None:
     """Where the run is kept, if it is. Refuses to begin anew where an unfinished one is kept, unless that is asked for."""
     if not 0 <= args.state_minutes < float("inf"):
         raise MagiError(f"--state-minutes is {args.state_minutes:g}; it must be 0 (after every step) or more.")
-    if args.no_state:
+    out = Path(args.out)
+    if args.no_state or out.suffix.lower() != ".mp4":  # another name is refused before anything runs
         return None
-    store = RunStore(Path(args.out).with_suffix(".run"))
+    store = RunStore(out.with_suffix(".run"))
     if store.exists and not (args.resume or args.overwrite):
         raise MagiError(
             f"There is an unfinished run in {str(store.folder)!r}. Go on with it (--resume), or begin anew (--overwrite)."
