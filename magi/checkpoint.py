@@ -4,6 +4,7 @@ Nothing is read into memory until a tensor is used, and on the CPU not even then
 mapped file, so the operating system may drop and reload their pages at will and no second copy ever exists.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 from .errors import MagiError
 from .mapped_file import MappedFile, TensorInfo
+
+_SAMPLE_BYTES, _SAMPLES = 1 << 20, 5
 
 
 def find_weight_files(path: str | Path) -> list[Path]:
@@ -57,6 +60,25 @@ def _indexed(index: Path) -> list[Path]:
             f"{len(missing)} of {len(shards)} shards are missing beside {str(index)!r}: {', '.join(missing[:3])}. Download them again."
         )
     return [index.parent / s for s in shards]
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """64 hexadecimal digits that tell a file from others: of its size and five MB spread evenly over it, or of all it has.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        if size <= _SAMPLE_BYTES * _SAMPLES:
+            digest.update(file.read())
+        else:
+            for i in range(_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 class Checkpoint:
@@ -109,6 +131,19 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Size of the files in bytes."""
         return sum(file.stat().st_size for file in self.files)
+
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that tell these weights from others, wherever they lie: of headers, sizes and samples.
+
+        Raises:
+            MagiError: a file cannot be read any more.
+        """
+        header = [[name, info.dtype, info.shape] for name, info in self.tensors.items()]
+        try:
+            files = [file_fingerprint(file) for file in self.files]
+        except OSError as error:
+            raise MagiError(f"{str(self.path)!r} cannot be read: {error}. Check that it is still there.") from error
+        return hashlib.sha256(json.dumps([header, files]).encode()).hexdigest()
 
     def close(self) -> None:
         """Lets go of the files. Tensors handed out stay valid: they hold the map."""

@@ -13,7 +13,7 @@ from .media.frames import check_size
 from .model import Transformer
 from .prompt import Caption, caption_per_chunk, null_caption
 from .sampler import Sampler
-from .sampler_state import Chunk, Noise, Progress, SamplerState
+from .sampler_state import Chunk, Noise, Progress, SamplerState, check_state
 from .schedule import Schedule
 from .special_tokens import SpecialTokens
 
@@ -53,7 +53,7 @@ def make_sampler(
         num_frames: video frames to make after the prefix: what fills whole latents of 4, rounded up to whole chunks; None takes the config's.
         height: in pixels, a multiple of 16; None takes the noise's, the prefix's or the config's.
         width: likewise.
-        state: continues a run: a copy of another sampler's with the same model and arguments.
+        state: continues a run: a copy of another sampler's with the same model and arguments, from any device.
         progress: called after every forward iteration; what it raises ends the run.
         heartbeat: called many times within an iteration with the fraction of it that is done; likewise.
 
@@ -78,6 +78,9 @@ def make_sampler(
         height=height,
         width=width,
     )
+    if state is not None:
+        check_state(state, run.schedule, run.chunk_shape)
+        state = state.to(model.device)
     null = null_caption(model.outer.null_caption.cpu(), special_tokens, negative_tokens)
     drawn = Noise(run.chunk_shape, seed, noise)
     return Sampler(model, run.config, run.schedule, drawn, run.captions, null, prefix, state, progress, heartbeat)

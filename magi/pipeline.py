@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .checkpoint import Checkpoint
 from .config import MagiConfig
 from .device import pick_device
 from .embedded import embedded_files
@@ -20,10 +21,16 @@ from .model_files import ModelFiles, check_transformer, load_special_tokens
 from .prompt import Caption, caption_per_chunk
 from .recognise import recognise
 from .request import Media, Plan, Request, make_plan
-from .sampler_state import ProgressEvent
+from .run_files import tensor_digest
+from .run_keeper import SAVE_SECONDS, Keeper
+from .run_settings import UNKNOWN, request_settings
+from .run_store import RunStore
+from .sampler_state import Chunk, ProgressEvent
 from .special_tokens import SpecialTokens
+from .stage import Stage, StageProgress, counted
 from .text.embedding_cache import EmbeddingCache
 from .text.prompt_encoding import encode_prompts
+from .text.text_encoder import encoder_fingerprint
 from .vae import VideoVAE, load_vae
 from .weights import Precision
 
@@ -38,17 +45,7 @@ class Clip:
     frames: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Stage:
-    """How far a part of the work is. `sampled` is there after each forward iteration, for previews."""
-
-    name: str  # "text", "prefix", "load", "sample" or "decode"
-    done: float
-    total: float
-    sampled: ProgressEvent | None = None
-
-
-StageProgress = Callable[[Stage], None]
+_CAPTION, _PREFIX = "caption", "prefix"  # in a store's inputs
 
 
 class MagiPipeline:
@@ -139,65 +136,172 @@ class MagiPipeline:
         options = {"vae_dtype": torch.float32, **options}
         return cls.from_files(**vars(files), **options)
 
-    def plan(self, request: Request) -> Plan:
-        """Checks a request and reads its image or video.
+    def plan(self, request: Request, store: RunStore | None = None) -> Plan:
+        """Checks a request and reads its image or video; not where `store` holds a run to go on with, which has it.
 
         Raises:
             MagiError: anything about it that cannot work.
         """
-        return make_plan(request, self.config, self._special_tokens)
+        saved = store.inputs() if store else None
+        return make_plan(request, self.config, self._special_tokens, (saved or {}).get(_PREFIX))
 
-    def generate(self, *, progress: StageProgress | None = None, **request: Any) -> Iterator[Clip]:
-        """Plans and runs a request given by keywords: yields frames as soon as they are done."""
-        return self.run(self.plan(Request(**request)), progress)
+    def settings(self, plan: Plan) -> dict[str, Any]:
+        """Everything that decides how a plan's video becomes, by readable names, for `RunStore.open`. Loads no weights."""
+        files, special = self.files, self._special_tokens
+        with Checkpoint(files.transformer) as model, Checkpoint(files.vae) as vae:
+            prints = {"model": model.fingerprint(), "vae": vae.fingerprint()}
+        try:
+            encoder = encoder_fingerprint(files.text_encoder, files.tokenizer, self._text_dtype)
+        except MagiError:  # not needed, where the captions are known already
+            encoder = UNKNOWN
+        return {
+            **request_settings(plan),
+            **prints,
+            "text_encoder": encoder,
+            "special_tokens": None if special is None else tensor_digest(special.caption, special.logo, special.other),
+            "dtype": str(self._dtype or "auto"),
+            "precision": self._precision,
+            "attention": self._attention,
+            "vae_dtype": str(self._vae_dtype),
+        }
 
-    def run(self, plan: Plan, progress: StageProgress | None = None) -> Iterator[Clip]:
+    def generate(
+        self,
+        *,
+        progress: StageProgress | None = None,
+        state: str | Path | None = None,
+        resume: bool = False,
+        **request: Any,
+    ) -> Iterator[Clip]:
+        """Plans and runs a request given by keywords: yields frames as soon as they are done.
+
+        Args:
+            progress: told how far the work is; what it raises ends the run.
+            state: folder in which the run is kept until it is finished, so that it can be gone on with.
+            resume: go on with the run that is kept there, if there is one: its frames come from the first one on, those of
+                finished chunks from what is kept.
+            **request: the fields of `Request`.
+
+        Raises:
+            MagiError: anything about the request that cannot work, or a run is kept in `state` that is not to be gone on
+                with, has other settings or is damaged.
+        """
+        store = None if state is None else RunStore(state)
+        if store is not None and store.exists and not resume:
+            raise MagiError(
+                f"There is an unfinished run in {str(store.folder)!r}. Go on with it (resume=True), or remove the folder."
+            )
+        plan = self.plan(Request(**request), store)
+        if store is None:
+            return self.run(plan, progress)
+        store.open(self.settings(plan))
+        return self._run_and_discard(plan, progress, store)
+
+    def _run_and_discard(self, plan: Plan, progress: StageProgress | None, store: RunStore) -> Iterator[Clip]:
+        yield from self.run(plan, progress, store)
+        store.discard()
+
+    def run(
+        self,
+        plan: Plan,
+        progress: StageProgress | None = None,
+        store: RunStore | None = None,
+        save_seconds: float = SAVE_SECONDS,
+    ) -> Iterator[Clip]:
         """Runs a plan. What `progress` raises ends it.
+
+        Args:
+            plan: made by `plan`.
+            progress: told how far the work is.
+            store: opened with the plan's `settings`; the run is kept there, and gone on with if it was begun.
+            save_seconds: the longest time between two states that are saved.
 
         Raises:
             MagiError: the text encoder's files are not as they should be (found before anything else is loaded), or the
                 device runs out of memory.
         """
         try:
-            yield from self._run(plan, progress)
+            yield from self._run(plan, progress, store, save_seconds)
         except torch.OutOfMemoryError as error:
             raise MagiError(
                 f"{self.device} ran out of memory at {plan.config.runtime.video_size_w}x{plan.config.runtime.video_size_h} "
                 f"with a window of {plan.config.runtime.window_size}. Try a smaller size, or offloading."
             ) from error
 
-    def _run(self, plan: Plan, progress: StageProgress | None) -> Iterator[Clip]:
-        request = plan.request
-        prompts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
-        model = self.config.model
-        embeds = encode_prompts(
-            prompts,
-            self.files.text_encoder,
-            tokenizer=self.files.tokenizer,
-            cache=self._cache,
-            device=self._text_device,
-            dtype=self._text_dtype,
-            clean=request.clean_prompt,
-            max_tokens=model.caption_max_length,
-            channels=model.caption_channels,
-            progress=_counted(progress, "text"),
-        )
+    def _run(
+        self, plan: Plan, progress: StageProgress | None, store: RunStore | None, save_seconds: float
+    ) -> Iterator[Clip]:
+        if store is not None and store.saved is not None and store.saved.finished == plan.chunks:
+            chunks, given = store.chunks(), plan.latents
+        else:
+            captions, given = self._inputs(plan, progress, store)
+            chunks = self._sample(plan, captions, given, progress, store, save_seconds)
+        first = 0
+        # A clip's frames come before what is made. The sampler leaves them out, but keeps a lone latent, as an image's.
+        skip = 1 if plan.request.video is not None and given is not None and given.shape[2] == 1 else 0
+        latents = (chunk.latents[:, :, skip if chunk.index == 0 else 0 :] for chunk in chunks)
+        for video in self.vae.decode_chunks(latents, progress=counted(progress, "decode")):
+            frames = from_model(video).cpu()
+            yield Clip(first, frames)
+            first += len(frames)
+
+    def _inputs(
+        self, plan: Plan, progress: StageProgress | None, store: RunStore | None
+    ) -> tuple[list[Caption], torch.Tensor | None]:
+        """The captions and the given latents: made, or those that a saved run was given."""
+        request, model = plan.request, self.config.model
+        saved = store.inputs() if store is not None and store.saved is not None else None
+        if saved is not None:
+            embeds = [saved[f"{_CAPTION}.{i}"] for i in range(sum(name != _PREFIX for name in saved))]
+        else:
+            embeds = encode_prompts(
+                [request.prompt] if isinstance(request.prompt, str) else list(request.prompt),
+                self.files.text_encoder,
+                tokenizer=self.files.tokenizer,
+                cache=self._cache,
+                device=self._text_device,
+                dtype=self._text_dtype,
+                clean=request.clean_prompt,
+                max_tokens=model.caption_max_length,
+                channels=model.caption_channels,
+                progress=counted(progress, "text"),
+            )
         captions = [Caption(e) for e in embeds]
-        caption_per_chunk(
-            captions, plan.chunks, model, None, (), False
-        )  # another model's encoder: say so before loading
-        prefix = None
+        # Another model's encoder: say so before loading.
+        caption_per_chunk(captions, plan.chunks, model, None, (), False)
+        prefix = plan.latents
         if plan.prefix is not None:
-            prefix = self.vae.encode(to_model(plan.prefix), progress=_counted(progress, "prefix"))
-        transformer = self.load(_counted(progress, "load"))
+            prefix = self.vae.encode(to_model(plan.prefix), progress=counted(progress, "prefix"))
+        if store is not None:
+            held = {f"{_CAPTION}.{i}": e.clone() for i, e in enumerate(embeds)}
+            store.keep_inputs(held if prefix is None else {**held, _PREFIX: prefix})
+        return captions, prefix
+
+    def _sample(
+        self,
+        plan: Plan,
+        captions: list[Caption],
+        prefix: torch.Tensor | None,
+        progress: StageProgress | None,
+        store: RunStore | None,
+        save_seconds: float,
+    ) -> Iterator[Chunk]:
+        """The chunks; what the store has of them is not made again."""
+        request = plan.request
+        transformer = self.load(counted(progress, "load"))
+        keeper = None if store is None else Keeper(store, transformer, save_seconds)
         done = [0, 1]  # iterations done and in all, for the heartbeat between them
 
         def sampled(event: ProgressEvent) -> None:
             done[:] = event.iteration, event.total
+            if keeper:
+                keeper.alive()
             if progress:
                 progress(Stage("sample", event.iteration, event.total, event))
 
         def heartbeat(fraction: float) -> None:
+            if keeper:
+                keeper.alive()
             if progress:
                 progress(Stage("sample", done[0] + min(fraction, 0.999), done[1]))
 
@@ -211,18 +315,12 @@ class MagiPipeline:
             negative_tokens=request.negative_tokens,
             seed=request.seed,
             prefix=prefix,
+            state=keeper.state if keeper else None,
             progress=sampled,
             heartbeat=heartbeat,
         )
-        done[1] = sampler.total
-        first = 0
-        # A clip's frames come before what is made. The sampler leaves them out, but keeps a lone latent, as an image's.
-        skip = 1 if plan.request.video is not None and prefix is not None and prefix.shape[2] == 1 else 0
-        latents = (chunk.latents[:, :, skip if chunk.index == 0 else 0 :] for chunk in sampler)
-        for video in self.vae.decode_chunks(latents, progress=_counted(progress, "decode")):
-            frames = from_model(video).cpu()
-            yield Clip(first, frames)
-            first += len(frames)
+        done[:] = sampler.state.iteration, sampler.total
+        return keeper.chunks(sampler) if keeper else iter(sampler)
 
     @cached_property
     def _special_tokens(self) -> SpecialTokens | None:
@@ -249,9 +347,3 @@ class MagiPipeline:
         if self._vae is None:
             self._vae = load_vae(self.files.vae, self.device, self._vae_dtype)
         return self._vae
-
-
-def _counted(progress: StageProgress | None, name: str) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(Stage(name, done, total))

@@ -71,6 +71,7 @@ class Plan:
         request: what was asked for.
         config: the model's, with the request's settings.
         prefix: given frames, uint8 (T, H, W, 3), or None.
+        latents: of the given frames, where they are known already: (1, 16, Tp, h, w) scaled, or None.
         chunks: chunks that will be generated.
         frames: frames that will come out.
     """
@@ -78,6 +79,7 @@ class Plan:
     request: Request
     config: MagiConfig
     prefix: torch.Tensor | None
+    latents: torch.Tensor | None
     chunks: int
     frames: int
 
@@ -120,13 +122,16 @@ def plan_length(runtime: RuntimeConfig, wanted: int, given: int, shown: bool) ->
     return Length(latents * per_latent, chunks, chunks - given // width, (chunks * width - hidden) * per_latent)
 
 
-def make_plan(request: Request, config: MagiConfig, special: SpecialTokens | None) -> Plan:
+def make_plan(
+    request: Request, config: MagiConfig, special: SpecialTokens | None, latents: torch.Tensor | None = None
+) -> Plan:
     """Checks a request and reads its image or video.
 
     Args:
         request: what to make.
         config: the model's.
         special: the model's special tokens; None where there are none.
+        latents: of the image or video, scaled, (1, 16, Tp, h, w): then it is not read and need not even be there.
 
     Raises:
         MagiError: anything about it that cannot work.
@@ -139,9 +144,19 @@ def make_plan(request: Request, config: MagiConfig, special: SpecialTokens | Non
         warn("Negative tokens steer base models; with distilled weights they change next to nothing.", stacklevel=3)
     _check_special_tokens(request, config, special)
     wanted = _wanted_frames(request, runtime.num_frames, runtime.fps)
-    prefix = _prefix(request, config)
-    height, width = _size(request, config, None) if prefix is None else (int(n) for n in prefix.shape[1:3])
-    given = 0 if prefix is None else -(-len(prefix) // runtime.temporal_downsample_factor)
+    if request.image is None and request.video is None:
+        latents = None
+    prefix = _prefix(request, config) if latents is None else None
+    if latents is not None:
+        given = latents.shape[2]
+        made = [SPATIAL_DOWNSAMPLE * n for n in latents.shape[3:]]
+        height, width = request.height or made[0], request.width or made[1]
+    elif prefix is not None:
+        given = -(-len(prefix) // runtime.temporal_downsample_factor)
+        height, width = (int(n) for n in prefix.shape[1:3])
+    else:
+        given = 0
+        height, width = _size(request, config, None)
     length = plan_length(runtime, wanted, given, shown=request.image is not None)
     config = config.with_runtime(
         num_frames=length.num_frames,
@@ -157,7 +172,7 @@ def make_plan(request: Request, config: MagiConfig, special: SpecialTokens | Non
             f"There are {len(request.prompt)} prompts for {length.made} chunks of a second each. "
             "Give one, or up to one a chunk."
         )
-    return Plan(request, config, prefix, length.made, length.frames)
+    return Plan(request, config, prefix, latents, length.made, length.frames)
 
 
 def _check_special_tokens(request: Request, config: MagiConfig, special: SpecialTokens | None) -> None:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .errors import MagiError
+from .schedule import Schedule
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -57,10 +60,51 @@ class SamplerState:
         """An independent state; tensors are replaced, never written to, and may be shared."""
         return SamplerState(self.iteration, dict(self.window), dict(self.clean))
 
+    def to(self, device: torch.device) -> "SamplerState":
+        """An independent state with its latents on a device, float32."""
+        window, clean = (
+            {c: x.to(device, torch.float32) for c, x in held.items()} for held in (self.window, self.clean)
+        )
+        return SamplerState(self.iteration, window, clean)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all latents held."""
         return sum(x.numel() * x.element_size() for x in (*self.window.values(), *self.clean.values()))
+
+
+def check_state(state: SamplerState, schedule: Schedule, shape: tuple[int, ...]) -> None:
+    """Refuses a state that no run of this schedule, with chunks of this shape, (1, 16, W, h, w), can have been in.
+
+    Raises:
+        MagiError: it names what does not fit.
+    """
+    remedy = "Give a state of a run with these very settings, or none to begin anew."
+    if not 0 <= state.iteration <= len(schedule):
+        raise MagiError(
+            f"The state stands after {state.iteration} iterations, but the run has {len(schedule)}. {remedy}"
+        )
+    for name, held, wanted in zip(
+        ("in the window", "clean"), (state.window, state.clean), _chunks_at(schedule, state.iteration), strict=True
+    ):
+        if sorted(held) != wanted:
+            raise MagiError(
+                f"After {state.iteration} iterations the chunks {name} are {wanted}, but the state has {sorted(held)}. {remedy}"
+            )
+        for chunk, latents in held.items():
+            if tuple(latents.shape) != shape:
+                raise MagiError(
+                    f"The latents of chunk {chunk} in the state have the shape {tuple(latents.shape)}, the run's {shape}. {remedy}"
+                )
+
+
+def _chunks_at(schedule: Schedule, iteration: int) -> tuple[list[int], list[int]]:
+    """Which chunks are in the window and which clean ones are kept after so many iterations."""
+    given, stages = schedule.prefix_chunks, iteration // schedule.steps_per_stage
+    finished = given + max(0, stages - schedule.window + 1)  # the first chunk that is not
+    entered = min(schedule.chunks, given + -(-iteration // schedule.steps_per_stage))
+    kept = schedule.replayed_chunks if finished == given else max(1, schedule.replayed_chunks)
+    return list(range(finished, entered)), list(range(max(0, finished - kept), finished))
 
 
 class Noise:

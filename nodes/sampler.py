@@ -2,12 +2,13 @@
 
 import logging
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy_api.latest import io
 
-from . import clips, host, schema
+from . import clips, host, runs, schema
 from .native_vae import magi_vae, working_memory
 from .progress import Clock, Progress
 from .text import captions_of
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from ..magi.config import MagiConfig
     from ..magi.generate import Run
     from ..magi.request import Length
-    from ..magi.sampler_state import ProgressEvent
+    from ..magi.run_store import RunStore, Saved
+    from ..magi.sampler_state import Chunk, ProgressEvent
     from ..magi.vae import VideoVAE
     from .models import Model
 
@@ -100,6 +102,14 @@ class Magi1Sampler(io.ComfyNode):
                     tooltip="A size, picture or clip from the other MAGI-1 nodes; or latents to go on from. Nothing: text to video in the model's own size.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Only for previews in true colours."),
+                schema.advanced(
+                    io.Boolean.Input(
+                        "resume",
+                        default=True,
+                        optional=True,
+                        tooltip="Keeps the run on disk until it is finished: the very same one, queued after a cancel or a crash, goes on where it stopped.",
+                    )
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="samples"),
@@ -130,9 +140,10 @@ class Magi1Sampler(io.ComfyNode):
         negative_tokens: bool = False,
         start: dict[str, Any] | None = None,
         vae: Any = None,
+        resume: bool = True,
     ) -> io.NodeOutput:
         """Checks everything, loads the transformer and runs."""
-        from ..magi.generate import make_sampler, prepare
+        from ..magi.generate import prepare
         from ..magi.request import plan_length
 
         config = model.config.with_guidance(guidance or None, previous_guidance or None)
@@ -154,22 +165,48 @@ class Magi1Sampler(io.ComfyNode):
         placement = model.transformer.plan(run.config, given // config.runtime.chunk_width)
         logging.info(f"MAGI-1 {model.name}: {placement.describe()}.")
         view = _View(cls.hidden.unique_id, run, length)
+        store = runs.open_run(model, run, seed, prefix, negative_tokens, view.note) if resume else None
         finished = []
         with host.device_work(
             f"at {view.size} with a window of {config.runtime.window_size}",
             "Try a smaller size, fp8 storage, or MAGI-1 Memory Options with streaming on and the cache on the host.",
         ):
+            if store and store.saved:
+                view.resumed(store.saved)
             loaded, decoder = _load(model, vae, placement.spare_bytes, view)
             view.use(decoder)
-            sampler = make_sampler(
-                loaded, config, seed=seed, progress=view.sampled, heartbeat=view.heartbeat, **settings
-            )
-            for chunk in sampler:
+            for chunk in _chunks(loaded, config, store, view, seed=seed, **settings):
                 finished.append(chunk.latents.to("cpu", torch.float32))
-                view.finished(chunk.index, finished[-1])
-            del sampler  # its keys, before what torch holds is given back
+                if chunk.index >= view.taken_over:
+                    view.finished(chunk.index, finished[-1])
+        if store:
+            store.discard()
         view.done()
         return io.NodeOutput({"samples": torch.cat(finished, dim=2)}, length.frames)
+
+
+def _chunks(
+    loaded: Any, config: "MagiConfig", store: "RunStore | None", view: "_View", **settings: Any
+) -> "Iterator[Chunk]":
+    """The chunks, first those that the store has. The sampler goes with this, and with it its keys on the device."""
+    from ..magi.generate import make_sampler
+    from ..magi.run_keeper import Keeper
+
+    if store is None:
+        return iter(make_sampler(loaded, config, progress=view.sampled, heartbeat=view.heartbeat, **settings))
+    keeper = Keeper(store, loaded)
+
+    def sampled(event: "ProgressEvent") -> None:
+        keeper.alive()
+        view.sampled(event)
+
+    def heartbeat(fraction: float) -> None:
+        keeper.alive()
+        view.heartbeat(fraction)
+
+    return keeper.chunks(
+        make_sampler(loaded, config, state=keeper.state, progress=sampled, heartbeat=heartbeat, **settings)
+    )
 
 
 def _start(start: dict[str, Any] | None, config: "MagiConfig") -> tuple[torch.Tensor | None, "MagiConfig"]:
@@ -204,7 +241,8 @@ class _View:
         self._progress = Progress(node_id, load=0.04, sample=0.96)
         self._clock, self._previewed = Clock(), 0.0
         self._iteration, self._total = 0, len(run.schedule)
-        self._where = ""
+        self._where = self._note = ""
+        self.taken_over = 0  # chunks that were made before this run
         self._decoder: VideoVAE | None = None
         self._rough: Any = None
         self._progress.say(f"{self._length}, {self.size}, {runtime.num_steps} steps a chunk", at_once=True)
@@ -215,6 +253,18 @@ class _View:
 
         self._decoder, self._rough = decoder, RoughDecoder(decoder)
         self._progress.at("load", 1)
+
+    def note(self, text: str) -> None:
+        """What a user should know of the run's state on disk: in the log, and below every line from now on."""
+        logging.warning(f"MAGI-1: {text}")
+        self._note = f"\n{text}"
+
+    def resumed(self, saved: "Saved") -> None:
+        """A run that was begun before goes on."""
+        self.taken_over, self._iteration = saved.finished, saved.state.iteration
+        self._where = f"continuing at chunk {min(saved.finished + 1, self._chunks)} of {self._chunks}"
+        logging.info(f"MAGI-1: {self._where}, after {saved.state.iteration} of {self._total} steps.")
+        self._progress.say(f"{self._length}: {self._where}", at_once=True)
 
     def loading(self, done: int, total: int) -> None:
         """Parts of the weights have been placed."""
@@ -252,8 +302,10 @@ class _View:
     def done(self) -> None:
         """The last line."""
         self._progress.at("sample", 1)
-        self._progress.say(f"{self._length}, {self.size}", at_once=True)
+        self._progress.say(f"{self._length}, {self.size}{self._note}", at_once=True)
 
     def _show(self, part: float, picture: torch.Tensor | None = None) -> None:
         self._progress.at("sample", part, picture)
-        self._progress.say(f"{self._length}: {self._where or 'starting'}, {part:.0%}{self._clock.left(part)}")
+        self._progress.say(
+            f"{self._length}: {self._where or 'starting'}, {part:.0%}{self._clock.left(part)}{self._note}"
+        )

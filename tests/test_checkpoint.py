@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from magi import mapped_file
-from magi.checkpoint import Checkpoint, find_weight_files
+from magi.checkpoint import Checkpoint, file_fingerprint, find_weight_files
 from magi.errors import MagiError
 from magi.load import load_transformer
 from magi.mapped_file import TensorInfo
@@ -53,6 +53,40 @@ def test_a_folder_its_file_and_its_index_are_the_same(shards, tmp_path, weights)
                 assert torch.equal(found.tensor(name), tensor)
                 assert found.tensors[name].shape == tensor.shape
                 assert found.tensors[name].nbytes == tensor.nbytes
+
+
+# -- telling weights apart ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_fingerprint_is_that_of_the_weights_wherever_they_lie(shards, tmp_path, weights):
+    here, there = (write(tmp_path / name, weights, shards) for name in ("here", "there/deeper"))
+    name = next(iter(weights))
+    other = write(tmp_path / "other", weights | {name: weights[name] + 1}, shards)
+    transposed = weights | {name: weights[name].reshape(-1)}
+    reshaped = write(tmp_path / "reshaped", transposed, shards)
+    prints = [Checkpoint(folder).fingerprint() for folder in (here, there, other, reshaped)]
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 3
+    if shards == 1:
+        file = (here / "model.safetensors").rename(tmp_path / "renamed.safetensors")
+        assert Checkpoint(file).fingerprint() == prints[0]
+
+
+def test_the_fingerprint_of_a_large_file_reads_little_and_sees_both_ends_and_the_middle(tmp_path):
+    file, size = tmp_path / "large", 2_000_000_000
+    with file.open("wb") as stream:
+        stream.truncate(size)
+    seen = {file_fingerprint(file)}
+    for place in (0, size // 2, size - 1):
+        with file.open("rb+") as stream:
+            stream.seek(place)
+            stream.write(b"x")
+        seen.add(file_fingerprint(file))
+    with file.open("rb+") as stream:
+        stream.truncate(size + 1)
+    seen.add(file_fingerprint(file))
+    assert len(seen) == 5
 
 
 def test_an_index_leaves_strangers_aside(tmp_path, weights):

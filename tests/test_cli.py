@@ -335,7 +335,8 @@ def test_ctrl_c_keeps_the_finished_chunks(cache, tmp_path):
     assert frames > 0
     assert frames % 12 == 0, "whole temporal tiles"
     assert f"The {frames} frames finished so far are in" in stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["long.partial.mp4"]
+    assert "the same command with --resume goes on with it" in stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.partial.mp4", "long.run"]
 
 
 def test_an_interrupt_before_the_first_chunk_leaves_nothing(magi, tmp_path, monkeypatch):
@@ -364,7 +365,7 @@ def test_a_full_disk_keeps_the_finished_chunks(magi, tmp_path, file_size_limit):
     frames = play(tmp_path / "cut.partial.mp4")
     assert 24 <= frames < 144
     assert f"first {frames} frames are kept" in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.partial.mp4", "whole.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.partial.mp4", "cut.run", "whole.mp4"]
     whole, kept = (read_video(tmp_path / name) for name in ("whole.mp4", "cut.partial.mp4"))
     assert (whole[:frames].float() - kept.float()).abs().mean() < 1
 

@@ -47,7 +47,10 @@ WIDGETS = {
     "Magi1TextToVideo": ["size", "shape", "width", "height"],
     "Magi1ImageToVideo": ["size", "width", "height", "fit"],
     "Magi1VideoToVideo": ["continue_seconds", "size", "width", "height", "fit", "fps"],
-    "Magi1Sampler": ["seconds", "seed", "steps", "window", "guidance", "previous_guidance", "negative_tokens"],
+    "Magi1Sampler": [
+        *("seconds", "seed", "steps", "window", "guidance"),
+        *("previous_guidance", "negative_tokens", "resume"),
+    ],
     "Magi1VAEDecode": ["tile_size", "tile_frames"],
     "Magi1DemoImage": [],
 }
@@ -57,7 +60,7 @@ ADVANCED = {
     "Magi1TextEncoderLoader": {"precision"},
     "Magi1TextEncode": {"borders", "duration_tokens", "clean_prompt"},
     "Magi1VideoToVideo": {"fps"},
-    "Magi1Sampler": {"previous_guidance", "negative_tokens"},
+    "Magi1Sampler": {"previous_guidance", "negative_tokens", "resume"},
     "Magi1VAEDecode": {"tile_size", "tile_frames"},
 }
 OUTPUTS = {

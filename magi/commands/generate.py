@@ -15,6 +15,8 @@ from ..media.frames import AREAS
 from ..media.video_writer import VideoWriter
 from ..model_files import find_files
 from ..pipeline import MagiPipeline, Plan, Request
+from ..run_keeper import SAVE_SECONDS
+from ..run_store import RunStore
 from ..special_tokens import STYLES
 from ..text.embedding_cache import EmbeddingCache
 from .progress import Bars
@@ -107,7 +109,25 @@ def add_content_arguments(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument("--out", default="magi.mp4", help="the file to write (default: %(default)s)")
     out.add_argument("--crf", type=int, default=18, help="quality, 1 (best) to 51 (default: %(default)s)")
-    out.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    out.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the file if it is there, and begin an unfinished run anew",
+    )
+    kept = out.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run that was interrupted: the same command, with this added",
+    )
+    kept.add_argument("--no-state", action="store_true", help="do not keep the run's state on disk")
+    out.add_argument(
+        "--state-minutes",
+        type=float,
+        default=SAVE_SECONDS / 60,
+        metavar="N",
+        help="save the state, beside OUT in a folder .run, after every chunk and every N minutes (default: %(default)g)",
+    )
 
 
 def add_device_arguments(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
@@ -130,8 +150,11 @@ def main(args: argparse.Namespace) -> int:
 
 def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespace) -> int:
     """Makes the video and writes it chunk by chunk, so that whatever happens keeps what is finished."""
-    plan = pipeline.plan(request)
+    store = _store(args)
+    plan = pipeline.plan(request, store if args.resume else None)
     runtime = plan.config.runtime
+    if store and args.resume:
+        store.open(pipeline.settings(plan))
     writer = VideoWriter(
         args.out,
         runtime.video_size_h,
@@ -141,21 +164,64 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
         _metadata(plan, pipeline),
         args.overwrite,
     )
+    if store and not args.resume:
+        store.discard()
+        store.open(pipeline.settings(plan))
     print(
         f"{args.out}: {_summary(plan)}, {runtime.num_steps} steps, seed {request.seed}, on {pipeline.device}",
         file=sys.stderr,
     )
+    if args.resume:
+        print(_taken_over(store, plan), file=sys.stderr)
     started = time.monotonic()
     try:
         with writer, Bars() as bars:
-            for clip in pipeline.run(plan, bars):
+            for clip in pipeline.run(plan, bars, store, 60 * args.state_minutes):
                 writer.write(clip.frames)
+                if store and clip.first_frame == 0:
+                    store.remember(writer.partial_path)
     except BaseException:
         if writer.frames_written:
             print(f"The {writer.frames_written} frames finished so far are in {writer.partial_path}", file=sys.stderr)
+        if store and store.exists:
+            print(
+                f"The run is kept in {store.folder}: the same command with --resume goes on with it.", file=sys.stderr
+            )
+        elif store:
+            store.discard()  # what was written before a first state failed
         raise
     print(f"wrote {writer.path} ({writer.frames_written} frames, {time.monotonic() - started:.0f} s)", file=sys.stderr)
+    if store:
+        for partial in store.partials():  # of the runs before this one; this one's is gone
+            partial.unlink(missing_ok=True)
+            partial.with_suffix(".tmp").unlink(missing_ok=True)
+        store.discard()
     return 0
+
+
+def _store(args: argparse.Namespace) -> RunStore | None:
+    """Where the run is kept, if it is. Refuses to begin anew where an unfinished one is kept, unless that is asked for."""
+    if not 0 <= args.state_minutes < float("inf"):
+        raise MagiError(f"--state-minutes is {args.state_minutes:g}; it must be 0 (after every step) or more.")
+    out = Path(args.out)
+    if args.no_state or out.suffix.lower() != ".mp4":  # another name is refused before anything runs
+        return None
+    store = RunStore(out.with_suffix(".run"))
+    if store.exists and not (args.resume or args.overwrite):
+        raise MagiError(
+            f"There is an unfinished run in {str(store.folder)!r}. Go on with it (--resume), or begin anew (--overwrite)."
+        )
+    return store
+
+
+def _taken_over(store: RunStore | None, plan: Plan) -> str:
+    if store is None or store.saved is None:
+        return "note: No state of this run is saved, so it begins with the first chunk."
+    finished = store.saved.finished
+    return (
+        f"going on with {store.folder}: {finished} of {plan.chunks} chunks are finished and taken over"
+        f"{f', chunk {finished + 1} is begun' if finished < plan.chunks else ''}"
+    )
 
 
 def request_from(args: argparse.Namespace) -> Request:
