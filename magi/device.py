@@ -4,9 +4,6 @@ import torch
 
 from .errors import MagiError
 
-# As MPS and the CPU's allocator say it
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:
     """The named device, or the best there is: CUDA (NVIDIA, AMD), XPU, MPS, CPU. Raises MagiError if it is not there."""
@@ -35,13 +32,6 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left; not every device has an exception of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
-    )
 
 
 def empty_cache(device: torch.device) -> None:

@@ -106,6 +106,11 @@ def free_host_memory() -> int | None:
     return free if free is None else min(free, *limits, free)
 
 
+def lockable_memory(device: torch.device) -> int | None:
+    """Free host memory in which weights can wait for a device; None for devices that read the file just as fast."""
+    return free_host_memory() if device.type == "cuda" else None
+
+
 def _available() -> int | None:
     if sys.platform == "win32":
         status = _MemoryStatus(ctypes.sizeof(_MemoryStatus))

@@ -10,12 +10,13 @@ import torch
 from .attention import check_attention
 from .checkpoint import Checkpoint
 from .config import MagiConfig
-from .device import empty_cache, free_memory, out_of_memory, pick_device
+from .device import empty_cache, free_memory, pick_device
 from .errors import MagiError
-from .host_memory import free_host_memory
+from .host_memory import lockable_memory
 from .memory import WeightSizes, weight_sizes
 from .model import Transformer
 from .offload import StreamedBlocks
+from .out_of_memory import is_out_of_memory
 from .placement import MemoryOptions, Placement, place, smallest
 from .quant import require_float8
 from .recognise import resolve_config
@@ -105,7 +106,7 @@ def build_transformer(
             blocks = StreamedBlocks(reader, staying, placement.on_host, placement.slots, progress)
             return Transformer(config, outer, blocks, where, low, attention, placement.cache, placement.token_block)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or not staying:
+            if not is_out_of_memory(error) or not staying:
                 raise
         # Outside of the handler, which would keep alive what was loaded.
         empty_cache(where)
@@ -124,7 +125,3 @@ def _placement(config: MagiConfig, sizes: WeightSizes, device: torch.device, opt
     except MagiError:
         return smallest(config, sizes, options)
 
-
-def lockable_memory(device: torch.device) -> int | None:
-    """Free host memory in which layers can wait for this device; None where they come from the file as fast."""
-    return free_host_memory() if device.type == "cuda" else None

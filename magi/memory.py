@@ -20,6 +20,24 @@ TOKEN_BLOCK = 4096  # tokens that are taken through a layer at a time, unless me
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """What a device's matrix products do without copies of their factors in another form.
+
+    Attributes:
+        keeps_sums: 16-bit factors with float32 results.
+        float8: float8 factors.
+    """
+
+    keeps_sums: bool = True
+    float8: bool = True
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Kernels":
+        """Those of a device."""
+        return cls(keeps_sums(device), multiplies_float8(device))
+
+
+@dataclass(frozen=True)
 class WeightSizes:
     """Bytes of a transformer's weights in the form they are used in.
 
@@ -55,6 +73,7 @@ def weight_sizes(
     device: torch.device | str | None = None,
     precision: str = "auto",
     dtype: torch.dtype | None = None,
+    kernels: Kernels | None = None,
 ) -> WeightSizes:
     """What a transformer takes, from its headers alone.
 
@@ -64,11 +83,12 @@ def weight_sizes(
         device: tells only in which form products need their matrices; None: the best there is.
         precision: as for `load_transformer`.
         dtype: likewise.
+        kernels: of a device that is not here, instead of `device`.
 
     Raises:
         MagiError: precision or device cannot be had.
     """
-    device = pick_device(device)
+    kernels = kernels or Kernels.of(pick_device(device))
     low, fp8 = compute_dtype(tensors, precision, dtype), has_fp8(tensors)
     store = precision == "fp8" and not fp8
     reader = WeightReader(HeaderShapes(tensors), config, torch.device("meta"), low, store)
@@ -80,8 +100,8 @@ def weight_sizes(
         itemsize=low.itemsize,
         fp8=fp8,
         stored_fp8=store,
-        converted=max(_converted(block, low.itemsize, device) for block in blocks),
-        widened=low.itemsize < 4 and not keeps_sums(device),
+        converted=max(_converted(block, low.itemsize, kernels) for block in blocks),
+        widened=low.itemsize < 4 and not kernels.keeps_sums,
     )
 
 
@@ -89,15 +109,15 @@ def _nbytes(weights: object) -> int:
     return sum(t.nbytes for t in tensors_in(weights))
 
 
-def _converted(block: BlockWeights, itemsize: int, device: torch.device) -> int:
+def _converted(block: BlockWeights, itemsize: int, kernels: Kernels) -> int:
     """Bytes of the largest part of a matrix in another form than it is kept in: dense, or float32 where a product needs that."""
-    widened = 0 if itemsize == 4 or keeps_sums(device) else 4
+    widened = 0 if itemsize == 4 or kernels.keeps_sums else 4
     sizes = [widened * _part(block.proj.weight)]
     for part in (block.q, block.q_x, block.k, block.v, block.proj, block.fc1, block.fc2):
         if isinstance(part, StoredFp8):
             sizes.append((itemsize + (widened if part is block.proj else 0)) * _part(part.weight))
-        elif isinstance(part, Fp8Weight) and not multiplies_float8(device):
-            sizes.append((2 if keeps_sums(device) else 4) * _part(part.weight))
+        elif isinstance(part, Fp8Weight) and not kernels.float8:
+            sizes.append((2 if kernels.keeps_sums else 4) * _part(part.weight))
     return max(sizes)
 
 

@@ -29,7 +29,7 @@ from .layers import layer_norm, linear, timestep_embedding
 from .memory import TOKEN_BLOCK, CacheDevice
 from .passes import ChunkInput, EncodedCaption, Pass
 from .rope import rope_angles
-from .weights import BlockSource, OuterWeights
+from .weights import BlockSource, OuterWeights, tensors_in
 
 _TIME_FREQUENCIES = 256
 _EFFICIENT_BLOCK = 1024  # tokens; fewer cost more time than fetching a layer
@@ -94,6 +94,11 @@ class Transformer:
     def shape(self) -> ModelConfig:
         """Sizes of the transformer."""
         return self.config.model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights on the device."""
+        return self.blocks.nbytes + sum(t.nbytes for t in tensors_in(self.outer))
 
     def new_cache(self, slots: int, height: int, width: int) -> KVCache:
         """An empty cache for `slots` chunks of latents of this height and width."""

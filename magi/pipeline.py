@@ -65,6 +65,7 @@ class MagiPipeline:
         offload: bool | None = None,
         precision: Precision = "auto",
         attention: str = "auto",
+        memory: MemoryOptions | None = None,
     ) -> None:
         """`from_files` checks the files first; arguments are described there."""
         self.files = files
@@ -75,11 +76,19 @@ class MagiPipeline:
         self._text_device = text_device
         self._text_dtype = text_dtype
         self._cache = cache
-        self._offload = offload
         self._precision: Precision = precision
         self._attention = attention
-        self._transformer: Transformer | None = None
-        self._vae: VideoVAE | None = None
+        memory = memory or MemoryOptions()
+        self._models = LoadedModels(
+            files,
+            config,
+            self.device,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            precision=precision,
+            attention=attention,
+            memory=memory if offload is None else replace(memory, streaming=offload),
+        )
 
     @classmethod
     def from_files(
@@ -105,9 +114,9 @@ class MagiPipeline:
             config: official config; None tells it from the file.
             distilled: the variant, where nothing in the file tells it.
             **options: `device` and `dtype` to compute on and in (None: the best there is; bfloat16), `vae_dtype`,
-                `text_device` ("cpu") and `text_dtype` (float32) for T5, `cache` for embeddings, `offload` (None: only
-                if the weights do not fit the device), `precision` ("fp8": half the memory for bf16 weights) and
-                `attention` as for `load_transformer`.
+                `text_device` ("cpu") and `text_dtype` (float32) for T5, `cache` for embeddings, `offload`
+                (None: as many layers as do not fit the device), `precision` ("fp8": half the memory for bf16 weights),
+                `attention` and `memory` as for `load_transformer`.
 
         Raises:
             MagiError: a file is missing, damaged or something else, or base and distilled are mixed up.
@@ -137,13 +146,14 @@ class MagiPipeline:
         return cls.from_files(**vars(files), **options)
 
     def plan(self, request: Request, store: RunStore | None = None) -> Plan:
-        """Checks a request and reads its image or video; not where `store` holds a run to go on with, which has it.
+        """Checks a request, reads its image or video, and finds room for it; not where `store` holds a run to go on with, which has it.
 
         Raises:
             MagiError: anything about it that cannot work.
         """
         saved = store.inputs() if store else None
-        return make_plan(request, self.config, self._special_tokens, (saved or {}).get(_PREFIX))
+        plan = make_plan(request, self.config, self._special_tokens, (saved or {}).get(_PREFIX))
+        return self._models.placed(plan, may_narrow=request.window_size is None)
 
     def settings(self, plan: Plan) -> dict[str, Any]:
         """Everything that decides how a plan's video becomes, by readable names, for `RunStore.open`. Loads no weights."""
@@ -326,24 +336,7 @@ class MagiPipeline:
     def _special_tokens(self) -> SpecialTokens | None:
         return load_special_tokens(self.files)
 
-    def load(self, progress: Callable[[int, int], None] | None = None) -> Transformer:
-        """The transformer, loaded on first use."""
-        if self._transformer is None:
-            self._transformer = load_transformer(
-                self.files.transformer,
-                self.config,
-                self.device,
-                self._dtype,
-                self._offload,
-                progress,
-                precision=self._precision,
-                attention=self._attention,
-            )
-        return self._transformer
-
     @property
     def vae(self) -> VideoVAE:
         """The VAE, loaded on first use."""
-        if self._vae is None:
-            self._vae = load_vae(self.files.vae, self.device, self._vae_dtype)
-        return self._vae
+        return self._models.vae

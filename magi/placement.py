@@ -117,6 +117,7 @@ def place(
     *,
     free_host: int | None = None,
     windows: Sequence[int] = (),
+    companion: int = 0,
     machine: Machine | None = None,
 ) -> Placement:
     """Where to put a model's weights and keys so that a run has room: the fastest way that fits, by a forecast.
@@ -132,6 +133,7 @@ def place(
         given_chunks: whole chunks of a given video.
         free_host: bytes free in host memory; None: unknown, then fetched layers come from the file.
         windows: smaller windows that may be taken if nothing else helps, in the order to try; see `smaller_windows`.
+        companion: bytes that another model, such as the VAE, takes on the device between two iterations.
         machine: what the forecast assumes.
 
     Raises:
@@ -139,23 +141,27 @@ def place(
     """
     options, machine = options or MemoryOptions(), machine or Machine()
     if free is None:
-        choice = _choices(config, weights, options, given_chunks, None, machine)[0]
+        choice = _choices(config, weights, options, given_chunks, None, companion, machine)[0]
         return choice.place(choice.counts[0])
     room = free if options.budget is None else options.budget
     for window in (config.runtime.window_size, *windows):
         run = config.with_runtime(window_size=window)
-        choices = _choices(run, weights, options, given_chunks, free_host, machine)
+        choices = _choices(run, weights, options, given_chunks, free_host, companion, machine)
         found = [placement for choice in choices for placement in _fitting(choice, room)]
         if found:
             return min(found, key=lambda p: (p.slowdown, p.device_bytes))
-    raise MagiError(_too_little(config, weights, options, given_chunks, room, windows))
+    raise MagiError(_too_little(config, weights, options, given_chunks, companion, room, windows))
 
 
 def smallest(
-    config: MagiConfig, weights: WeightSizes, options: MemoryOptions | None = None, given_chunks: int = 0
+    config: MagiConfig,
+    weights: WeightSizes,
+    options: MemoryOptions | None = None,
+    given_chunks: int = 0,
+    companion: int = 0,
 ) -> Placement:
-    """The placement that takes least of the device, within what `options` fix."""
-    choices = _choices(config, weights, options or MemoryOptions(), given_chunks, None, Machine())
+    """The placement that takes least of the device, within what `options` fix; arguments as for `place`."""
+    choices = _choices(config, weights, options or MemoryOptions(), given_chunks, None, companion, Machine())
     return min((c.place(c.counts[-1]) for c in choices), key=lambda p: p.device_bytes)
 
 
@@ -246,22 +252,18 @@ def _choices(
     options: MemoryOptions,
     given_chunks: int,
     free_host: int | None,
+    companion: int,
     machine: Machine,
 ) -> list[_Choice]:
     """Every combination of what is not fixed, the fastest first."""
     seconds = iteration_flops(config, given_chunks) / len(weights.blocks) / (machine.tflops * 1e12)
     caches: tuple[CacheDevice, ...] = get_args(CacheDevice) if options.cache == "auto" else (options.cache,)
     blocks = TOKEN_BLOCKS if options.token_block is None else (options.token_block,)
-    return [
-        _Choice(
-            config,
-            weights,
-            options,
-            cache,
-            block,
-            slots,
-            weights.converted
-            + working_bytes(
+    keys = key_bytes(config, given_chunks, weights.itemsize)
+    found = []
+    for cache in caches:
+        for block in blocks:
+            working = weights.converted + working_bytes(
                 config,
                 given_chunks=given_chunks,
                 cache_on_device=cache == "device",
@@ -269,16 +271,15 @@ def _choices(
                 itemsize=weights.itemsize,
                 fp8=weights.fp8,
                 widened=weights.widened,
-            ),
-            key_bytes(config, given_chunks, weights.itemsize),
-            None if free_host is None else round(free_host * (1 - _HOST_RESERVE)),
-            machine,
-            seconds,
-        )
-        for cache in caches
-        for block in blocks
-        for slots in _SLOTS
-    ]
+            )
+            # Between two iterations only the cache stays.
+            working = max(working, companion + len(weights.blocks) * keys * (cache == "device"))
+            room_on_host = None if free_host is None else round(free_host * (1 - _HOST_RESERVE))
+            found += [
+                _Choice(config, weights, options, cache, block, slots, working, keys, room_on_host, machine, seconds)
+                for slots in _SLOTS
+            ]
+    return found
 
 
 def _fitting(choice: _Choice, room: int) -> Iterator[Placement]:
@@ -294,11 +295,12 @@ def _too_little(
     weights: WeightSizes,
     options: MemoryOptions,
     given_chunks: int,
+    companion: int,
     room: int,
     windows: Sequence[int],
 ) -> str:
     def least(config: MagiConfig, **changes: Any) -> int:
-        return smallest(config, weights, replace(options, **changes), given_chunks).needed_bytes
+        return smallest(config, weights, replace(options, **changes), given_chunks, companion).needed_bytes
 
     needed = least(config)
     remedies = {

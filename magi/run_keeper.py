@@ -26,23 +26,24 @@ class Keeper:
         """
         self._store = store
         self._seconds = seconds
-        self._how: dict[str, Any] = {
-            "device": model.device.type,
-            "torch": torch.__version__,
-            "token_block": getattr(model, "token_block", None),
-        }
+        self._model = model
         self._due = 0.0
         self._sampler: Sampler | None = None
         self._stands: tuple[SamplerState, int] | None = None  # a state and the chunks finished by then
         if saved := store.saved:
-            if hasattr(model, "token_block") and saved.how.get("token_block") is not None:
-                model.token_block = self._how["token_block"] = saved.how["token_block"]
+            model.token_block = int(saved.how.get("token_block", model.token_block))
             before, now = ([how.get(name) for name in ("device", "torch")] for how in (saved.how, self._how))
             if before != now:
                 store.report(
                     f"The run was begun on {before[0]} with torch {before[1]} and goes on on {now[0]} with torch {now[1]}: "
                     "the rest may differ in the last bits."
                 )
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        """What decides the last bits; the token block may become smaller on the way."""
+        model = self._model
+        return {"device": model.device.type, "torch": torch.__version__, "token_block": model.token_block}
 
     @property
     def state(self) -> SamplerState | None:

@@ -64,7 +64,7 @@ class RunStore:
         self._key = ""
         self._waiting: dict[str, bytes] = {}  # by name, in the order in which they are to be written
         self._written: set[str] = set()
-        self._saved_iteration = 0
+        self._saved_at = _place(SamplerState())
 
     @property
     def exists(self) -> bool:
@@ -83,7 +83,7 @@ class RunStore:
         Raises:
             MagiError: the saved run has other settings, each is named with both values; or its files are damaged.
         """
-        self.saved, self._waiting, self._written, self._saved_iteration = None, {}, set(), 0
+        self.saved, self._waiting, self._written, self._saved_at = None, {}, set(), _place(SamplerState())
         if self.exists:
             found = self._settings()
             if different := differences(json.loads(json.dumps(settings)), found):
@@ -93,7 +93,7 @@ class RunStore:
                 )
             self._key = run_key(found)
             self.saved = self._read_state()
-            self._saved_iteration = self.saved.state.iteration
+            self._saved_at = _place(self.saved.state)
             self._written = {_SETTINGS, *map(_chunk_name, range(self.saved.finished))}
         else:
             self.discard()  # what a run left that ended before its first state
@@ -123,7 +123,7 @@ class RunStore:
             finished: chunks that had been finished, and added, when it stood there.
             how: JSON values that decide the last bits, to be compared when it goes on.
         """
-        if not self._key or state.iteration == self._saved_iteration:
+        if not self._key or _place(state) == self._saved_at:
             return
         try:
             if lost := sorted(name for name in self._written if not self._path(name).is_file()):
@@ -135,7 +135,7 @@ class RunStore:
                 del self._waiting[name]
             tensors = {f"window.{c}": x for c, x in state.window.items()}
             tensors |= {f"clean.{c}": x for c, x in state.clean.items()}
-            content = {"iteration": state.iteration, "finished": finished, "how": dict(how)}
+            content = {**_place(state), "finished": finished, "how": dict(how)}
             write_whole(self._path(_STATE), self._pack(tensors, content))
         except (OSError, RuntimeError) as error:  # RuntimeError: the device failed, and with it the copy from there
             if not self._reported:
@@ -145,7 +145,7 @@ class RunStore:
                     f"it is tried again, and what was saved before stays."
                 )
         else:
-            self._saved_iteration = state.iteration
+            self._saved_at = _place(state)
 
     def remember(self, partial: Path) -> None:
         """Notes an unfinished video beside the folder, which is of no use once the run is finished."""
@@ -198,7 +198,9 @@ class RunStore:
             for name, x in sorted(tensors.items()):
                 kind, _, chunk = name.partition(".")
                 held[kind][int(chunk)] = x
-            state = SamplerState(int(content["iteration"]), held["window"], held["clean"])
+            state = SamplerState(
+                window=held["window"], clean=held["clean"], **{k: content[k] for k in _place(SamplerState())}
+            )
             saved = Saved(state, int(content["finished"]), dict(content["how"]))
         except (KeyError, ValueError, TypeError) as error:
             raise self._damaged(_STATE, f"it lacks {error}") from error
@@ -254,6 +256,11 @@ class RunStore:
 
     def _path(self, name: str) -> Path:
         return self.folder / name
+
+
+def _place(state: SamplerState) -> dict[str, int | None]:
+    """Where in its schedule a state stands."""
+    return {"iteration": state.iteration, "window_size": state.window_size, "done": state.done}
 
 
 def _chunk_name(index: int) -> str:

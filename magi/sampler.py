@@ -6,13 +6,17 @@ on nothing but those chunks; the cache is filled from them again, by the very co
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from warnings import warn
 
 import torch
 
-from .config import MagiConfig
+from .config import SPATIAL_DOWNSAMPLE, MagiConfig
+from .device import empty_cache
+from .errors import MagiError
 from .guidance import NEARLY_CLEAN_MIX, PassName, combine, guidance_weights, is_nearly_clean, members
 from .kv_cache import KVCache
 from .model import Transformer
+from .out_of_memory import is_out_of_memory
 from .passes import ChunkInput, EncodedCaption, Pass
 from .sampler_state import Chunk, Noise, Progress, ProgressEvent, SamplerState
 from .schedule import Iteration, Schedule, step_size_signal, time_grid
@@ -37,7 +41,7 @@ class Sampler:
         """`captions` are those of the generated chunks, `prefix` is (1, 16, Tp, h, w); `generate` checks and builds all this."""
         self._model = model
         self._config = config
-        self._schedule = schedule
+        self._wanted = schedule  # what the settings ask for
         self._noise = noise
         self._prefix = prefix
         self._progress = progress
@@ -50,6 +54,10 @@ class Sampler:
         self.state = state or self._first_state()
 
     @property
+    def _schedule(self) -> Schedule:
+        return self.state.schedule(self._wanted)
+
+    @property
     def total(self) -> int:
         """Forward iterations of the whole run."""
         return len(self._schedule)
@@ -60,13 +68,57 @@ class Sampler:
         return self.state.nbytes + (self._cache.nbytes if self._cache else 0)
 
     def __iter__(self) -> Iterator[Chunk]:
+        while self.state.iteration < len(self._schedule):
+            try:
+                chunk = self._next()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                if chunk is not None:
+                    yield chunk
+                continue
+            # Outside of the handler, which would keep alive what the iteration had made.
+            self._take_less()
+
+    @torch.inference_mode()
+    def _next(self) -> Chunk | None:
+        """The next iteration, and the chunk it finishes."""
         if self._cache is None:
             self.fill_cache()
-        while self.state.iteration < len(self._schedule):
-            with torch.inference_mode():
-                chunk = self._iterate(self._schedule[self.state.iteration])
-            if chunk is not None:
-                yield chunk
+        return self._iterate(self._schedule[self.state.iteration])
+
+    # -- when memory runs out ------------------------------------------------------------------------------------------
+
+    def _take_less(self) -> None:
+        """Makes do with less memory from the last finished iteration on. Raises MagiError if there is no way left."""
+        device = self._model.device
+        empty_cache(device)
+        change = self._model.shrink() or self._narrow()
+        if change is None:
+            *_, height, width = (SPATIAL_DOWNSAMPLE * side for side in self._noise.shape)
+            raise MagiError(
+                f"{device} ran out of memory at {width}x{height}, with all that can be on the host there and a window of 1. "
+                "Try a smaller size."
+            )
+        if self._cache is not None and self._model.cache_device == "host":
+            self._cache.move_to_host()
+        empty_cache(device)
+        warn(f"{device} ran out of memory. From the last finished step on {change}.", stacklevel=2)
+
+    def _narrow(self) -> str | None:
+        """A smaller window: its chunks begin anew, after the last finished one."""
+        now = self._schedule
+        window = next((n for n in reversed(range(1, now.window)) if now.num_steps % n == 0), None)
+        if window is None:
+            return None
+        done = max(self.state.clean, default=-1) + 1
+        self.state = SamplerState(clean=self.state.clean, window_size=window, done=done)
+        self._cache = None
+        return (
+            f"{window} instead of {now.window} chunks are denoised at a time. The video will differ from what it would have "
+            f"become, and chunks that were begun after number {done - self._wanted.prefix_chunks} begin anew"
+        )
 
     # -- one iteration -----------------------------------------------------------------------------------------------
 
@@ -86,7 +138,7 @@ class Sampler:
             latents = state.window.pop(it.finishes)
             finished = self._finish(it.finishes, latents)
             state.clean[it.finishes] = self._with_prefix(it.finishes, latents)
-            for chunk in [c for c in state.clean if c <= it.finishes - max(1, self._schedule.replayed_chunks)]:
+            for chunk in [c for c in state.clean if c <= it.finishes - self._wanted.kept_chunks]:
                 del state.clean[chunk]
         state.iteration += 1
         self.state = state
@@ -167,8 +219,8 @@ class Sampler:
 
     def _first_state(self) -> SamplerState:
         """Nothing done; the whole chunks of the prefix that later ones can see are clean."""
-        given = self._schedule.prefix_chunks
-        first = max(0, given - self._schedule.replayed_chunks)
+        given = self._wanted.prefix_chunks
+        first = max(0, given - self._wanted.kept_chunks)
         width = self._config.runtime.chunk_width
         clean = {}
         if self._prefix is not None:
@@ -184,17 +236,22 @@ class Sampler:
         if self.state.iteration >= len(self._schedule):
             return
         coming = self._schedule[self.state.iteration].refresh  # will be shown to the model anyway
-        for chunk in sorted(self.state.clean):
-            if chunk != coming:
-                clean = self._clean_input(chunk, self.state.clean[chunk])
-                self._forward([Pass((clean,), conditional=self._config.engine.distill)])
+        done = max(self.state.clean, default=-1) + 1
+        try:
+            for chunk in sorted(self.state.clean):
+                if chunk != coming and chunk >= done - self._schedule.replayed_chunks:
+                    clean = self._clean_input(chunk, self.state.clean[chunk])
+                    self._forward([Pass((clean,), conditional=self._config.engine.distill)])
+        except BaseException:
+            self._cache = None  # it lacks something
+            raise
 
     def _caption(self, chunk: int) -> EncodedCaption:
-        embeds = self._captions[chunk - self._schedule.prefix_chunks]
+        embeds = self._captions[chunk - self._wanted.prefix_chunks]
         if not len(embeds):
             return self._null
         if id(embeds) not in self._encoded:
-            alive = {id(self._captions[c - self._schedule.prefix_chunks]) for c in self.state.window}
+            alive = {id(self._captions[c - self._wanted.prefix_chunks]) for c in self.state.window}
             self._encoded = {key: value for key, value in self._encoded.items() if key in alive}
             self._encoded[id(embeds)] = self._model.encode_caption(embeds)
         return self._encoded[id(embeds)]
@@ -213,14 +270,14 @@ class Sampler:
         given = 0 if self._prefix is None else self._prefix.shape[2]
         skip = 0 if given == 1 else max(0, given - chunk * self._config.runtime.chunk_width)
         # A copy: what the receiver does to it must not reach the state.
-        return Chunk(chunk - self._schedule.prefix_chunks, latents[:, :, skip:].clone())
+        return Chunk(chunk - self._wanted.prefix_chunks, latents[:, :, skip:].clone())
 
     def _report(self, it: Iteration, state: SamplerState, velocities: list[torch.Tensor]) -> None:
         assert self._progress is not None  # noqa: S101 (asked before)
         event = ProgressEvent(
             iteration=it.index + 1,
             total=len(self._schedule),
-            first_chunk=it.chunks[0] - self._schedule.prefix_chunks,
+            first_chunk=it.chunks[0] - self._wanted.prefix_chunks,
             timesteps=tuple(self._times[g] for g in it.grid),
             latents=torch.cat([state.window[c] for c in it.chunks], dim=2),
             velocity=torch.cat(velocities, dim=2),

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -47,25 +47,33 @@ class SamplerState:
     """Everything a run needs beside its settings to go on.
 
     Attributes:
-        iteration: forward iterations done.
+        iteration: forward iterations done; from `done` on if the window was made smaller.
         window: active chunks' latents by chunk, (1, 16, W, h, w) float32.
         clean: the last finished (or given) chunks as the model is to see them, by chunk.
+        window_size: chunks denoised at a time, if memory asked for fewer than the settings; else None.
+        done: chunks that were there when it did, given ones included.
     """
 
     iteration: int = 0
     window: dict[int, torch.Tensor] = field(default_factory=dict)
     clean: dict[int, torch.Tensor] = field(default_factory=dict)
+    window_size: int | None = None
+    done: int = 0
 
     def copy(self) -> "SamplerState":
         """An independent state; tensors are replaced, never written to, and may be shared."""
-        return SamplerState(self.iteration, dict(self.window), dict(self.clean))
+        return replace(self, window=dict(self.window), clean=dict(self.clean))
+
+    def schedule(self, of_settings: Schedule) -> Schedule:
+        """The schedule it stands in, of the one that the settings ask for."""
+        return of_settings if self.window_size is None else of_settings.narrowed(self.window_size, self.done)
 
     def to(self, device: torch.device) -> "SamplerState":
         """An independent state with its latents on a device, float32."""
         window, clean = (
             {c: x.to(device, torch.float32) for c, x in held.items()} for held in (self.window, self.clean)
         )
-        return SamplerState(self.iteration, window, clean)
+        return replace(self, window=window, clean=clean)
 
     @property
     def nbytes(self) -> int:
@@ -74,12 +82,17 @@ class SamplerState:
 
 
 def check_state(state: SamplerState, schedule: Schedule, shape: tuple[int, ...]) -> None:
-    """Refuses a state that no run of this schedule, with chunks of this shape, (1, 16, W, h, w), can have been in.
+    """Refuses a state that no run of this schedule (that of the settings), with chunks of this shape, (1, 16, W, h, w), can have been in.
 
     Raises:
         MagiError: it names what does not fit.
     """
     remedy = "Give a state of a run with these very settings, or none to begin anew."
+    if state.window_size is not None and (
+        schedule.num_steps % max(1, state.window_size) or not schedule.prefix_chunks <= state.done <= schedule.chunks
+    ):
+        raise MagiError(f"A window of {state.window_size} from chunk {state.done} on is none of this run's. {remedy}")
+    schedule = state.schedule(schedule)
     if not 0 <= state.iteration <= len(schedule):
         raise MagiError(
             f"The state stands after {state.iteration} iterations, but the run has {len(schedule)}. {remedy}"
@@ -103,8 +116,7 @@ def _chunks_at(schedule: Schedule, iteration: int) -> tuple[list[int], list[int]
     given, stages = schedule.prefix_chunks, iteration // schedule.steps_per_stage
     finished = given + max(0, stages - schedule.window + 1)  # the first chunk that is not
     entered = min(schedule.chunks, given + -(-iteration // schedule.steps_per_stage))
-    kept = schedule.replayed_chunks if finished == given else max(1, schedule.replayed_chunks)
-    return list(range(finished, entered)), list(range(max(0, finished - kept), finished))
+    return list(range(finished, entered)), list(range(max(0, finished - schedule.kept_chunks), finished))
 
 
 class Noise:

@@ -6,7 +6,7 @@ enters as noise (paper section 2.3).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -147,6 +147,15 @@ class Schedule:
         for it in islice(self, self.steps_per_stage * 3 * (self.window + max(self.key_ranges))):
             reach = max(reach, *(it.chunks[0] - self.first_key(c, g) for c, g in zip(it.chunks, it.grid, strict=True)))
         return min(reach, self.chunks)
+
+    @property
+    def kept_chunks(self) -> int:
+        """How many finished chunks' latents a run keeps: what fills the cache anew, even with the window made smaller."""
+        return max(1, self.replayed_chunks, *(n - 1 for n in self.key_ranges))
+
+    def narrowed(self, window: int, done: int) -> "Schedule":
+        """The schedule of what is left when `done` chunks are there, given ones included, and the window becomes smaller."""
+        return replace(self, window=window, prefix_chunks=done)
 
     @property
     def replayed_chunks(self) -> int:

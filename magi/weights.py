@@ -109,6 +109,11 @@ class BlockSource(Protocol):
         """Layers that stay on the device."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Generator[BlockWeights, None, None]:

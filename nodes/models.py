@@ -57,7 +57,7 @@ class MagiTransformer(Held):
 
     def read(self, room: float) -> Any:
         """The transformer, streamed if the room asks for it."""
-        from ..magi.model import load_transformer
+        from ..magi.load import load_transformer
 
         placement = self._for(room)
         transformer = load_transformer(

@@ -29,7 +29,7 @@ from magi.cli import main as magi_main
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi.embedded import embedded_files
 from magi.generate import make_sampler
-from magi.model import build_transformer
+from magi.load import build_transformer
 from magi.prompt import Caption
 from magi.run_files import tensor_digest
 from magi.run_keeper import Keeper
