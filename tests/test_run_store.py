@@ -34,7 +34,7 @@ def model(tiny_config, tiny_model):
 def go(model, tiny_caption):
     """(store, seconds=0, stop=None) -> digests of the chunks of a run that is kept there; `stop(event)` may raise."""
 
-    def run(store, seconds=0.0, stop=None):
+    def run(store, seconds=0.0, stop=None, model=model):
         keeper = Keeper(store, model, seconds)
 
         def progress(event):
@@ -209,6 +209,18 @@ def test_another_version_of_torch_is_a_note(go, stopped, whole, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "1.0")
     with pytest.warns(UserWarning, match=r"on cpu with torch .* goes on on cpu with torch 1\.0.*last bits"):
         assert go(opened(stopped)) == whole
+
+
+@pytest.mark.gpu
+def test_on_a_card_it_goes_on_to_the_same_bits(go, tiny_config, tiny_model, tmp_path):
+    config = tiny_config(distill=True, num_frames=72, num_steps=4)
+    card = tiny_model(config, device="cuda", dtype=torch.bfloat16)
+    whole = go(opened(tmp_path / "whole.run"), model=card)
+    with pytest.raises(Stop):
+        go(opened(tmp_path / "clip.run"), stop=stop_at(6), model=card)
+    again = opened(tmp_path / "clip.run")
+    assert {x.device.type for x in again.saved.state.window.values()} == {"cpu"}
+    assert go(again, model=card) == whole
 
 
 # -- what does not belong -------------------------------------------------------------------------------------------------
