@@ -237,3 +237,15 @@ def test_weights_that_came_from_no_file_are_kept_too():
         vae._on_host[name] = torch.full(p.shape, 0.5)
     vae.park()
     assert all((p == 0.5).all() for p in vae.parameters())
+
+
+def test_room_is_left_for_weights_that_are_to_come_back(folder, free, monkeypatch):
+    monkeypatch.setattr(vae_module, "makes_scores", lambda *_: True)
+    vae = load_vae(folder, "meta", torch.float32)
+    room = int(tile_bytes(vae.config, Tiling(), torch.float32, scores=True) / 0.9) + 1
+    free(room)
+    assert vae._fitting(Tiling()) == Tiling()
+    vae.park()
+    assert vae._fitting(Tiling()).size < 256
+    free(room + vae.nbytes)
+    assert vae._fitting(Tiling()) == Tiling()
