@@ -36,6 +36,7 @@ def make_sampler(
     state: SamplerState | None = None,
     progress: Progress | None = None,
     heartbeat: Callable[[float], None] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Sampler:
     """Checks everything and builds a run; nothing heavy happens until it is iterated.
 
@@ -56,6 +57,7 @@ def make_sampler(
         state: continues a run: a copy of another sampler's with the same model and arguments, from any device.
         progress: called after every forward iteration; what it raises ends the run.
         heartbeat: called many times within an iteration with the fraction of it that is done; likewise.
+        report: told, in a sentence, what is done otherwise because memory ran out; None: a warning.
 
     Raises:
         MagiError: at once, before any computing, for anything that does not fit together.
@@ -83,7 +85,9 @@ def make_sampler(
         state = state.to(model.device)
     null = null_caption(model.outer.null_caption.cpu(), special_tokens, negative_tokens)
     drawn = Noise(run.chunk_shape, seed, noise)
-    return Sampler(model, run.config, run.schedule, drawn, run.captions, null, prefix, state, progress, heartbeat)
+    return Sampler(
+        model, run.config, run.schedule, drawn, run.captions, null, prefix, state, progress, heartbeat, report
+    )
 
 
 @dataclass(frozen=True)

@@ -124,4 +124,3 @@ def _placement(config: MagiConfig, sizes: WeightSizes, device: torch.device, opt
         return place(config, sizes, free_memory(device), options, free_host=lockable_memory(device))
     except MagiError:
         return smallest(config, sizes, options)
-

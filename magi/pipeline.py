@@ -1,10 +1,11 @@
 """Prompt, picture or video in, frames out: the parts tied together, each loaded when its turn comes."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 
@@ -14,10 +15,10 @@ from .device import pick_device
 from .embedded import embedded_files
 from .errors import MagiError
 from .generate import make_sampler
-from .load import load_transformer
+from .loaded_models import LoadedModels
 from .media.frames import from_model, to_model
-from .model import Transformer
 from .model_files import ModelFiles, check_transformer, load_special_tokens
+from .placement import MemoryOptions, Placement
 from .prompt import Caption, caption_per_chunk
 from .recognise import recognise
 from .request import Media, Plan, Request, make_plan
@@ -31,7 +32,7 @@ from .stage import Stage, StageProgress, counted
 from .text.embedding_cache import EmbeddingCache
 from .text.prompt_encoding import encode_prompts
 from .text.text_encoder import encoder_fingerprint
-from .vae import VideoVAE, load_vae
+from .vae import load_vae
 from .weights import Precision
 
 __all__ = ["Clip", "MagiPipeline", "Media", "Plan", "Request", "Stage", "StageProgress"]
@@ -146,14 +147,25 @@ class MagiPipeline:
         return cls.from_files(**vars(files), **options)
 
     def plan(self, request: Request, store: RunStore | None = None) -> Plan:
-        """Checks a request, reads its image or video, and finds room for it; not where `store` holds a run to go on with, which has it.
+        """Checks a request, finds room for it and reads its image or video, unless `store` holds a run, with that, to go on with.
 
         Raises:
             MagiError: anything about it that cannot work.
         """
         saved = store.inputs() if store else None
         plan = make_plan(request, self.config, self._special_tokens, (saved or {}).get(_PREFIX))
-        return self._models.placed(plan, may_narrow=request.window_size is None)
+        placement, wanted = self._placement(plan), plan.config.runtime.window_size
+        if placement.window != wanted:
+            warn(
+                f"There is too little memory for a window of {wanted} chunks at this size: {placement.window} are denoised at "
+                "a time, which changes the video.",
+                stacklevel=2,
+            )
+        return replace(plan, config=plan.config.with_runtime(window_size=placement.window), placement=placement)
+
+    def _placement(self, plan: Plan) -> Placement:
+        given = plan.given // plan.config.runtime.chunk_width
+        return self._models.place(plan.config, given, may_narrow=plan.request.window_size is None)
 
     def settings(self, plan: Plan) -> dict[str, Any]:
         """Everything that decides how a plan's video becomes, by readable names, for `RunStore.open`. Loads no weights."""
@@ -250,7 +262,7 @@ class MagiPipeline:
         # A clip's frames come before what is made. The sampler leaves them out, but keeps a lone latent, as an image's.
         skip = 1 if plan.request.video is not None and given is not None and given.shape[2] == 1 else 0
         latents = (chunk.latents[:, :, skip if chunk.index == 0 else 0 :] for chunk in chunks)
-        for video in self.vae.decode_chunks(latents, progress=counted(progress, "decode")):
+        for video in self._models.vae.decode_chunks(latents, progress=counted(progress, "decode")):
             frames = from_model(video).cpu()
             yield Clip(first, frames)
             first += len(frames)
@@ -281,7 +293,7 @@ class MagiPipeline:
         caption_per_chunk(captions, plan.chunks, model, None, (), False)
         prefix = plan.latents
         if plan.prefix is not None:
-            prefix = self.vae.encode(to_model(plan.prefix), progress=counted(progress, "prefix"))
+            prefix = self._models.vae.encode(to_model(plan.prefix), progress=counted(progress, "prefix"))
         if store is not None:
             held = {f"{_CAPTION}.{i}": e.clone() for i, e in enumerate(embeds)}
             store.keep_inputs(held if prefix is None else {**held, _PREFIX: prefix})
@@ -297,8 +309,8 @@ class MagiPipeline:
         save_seconds: float,
     ) -> Iterator[Chunk]:
         """The chunks; what the store has of them is not made again."""
-        request = plan.request
-        transformer = self.load(counted(progress, "load"))
+        request, placement = plan.request, plan.placement or self._placement(plan)
+        transformer = self._models.transformer(placement, counted(progress, "load"))
         keeper = None if store is None else Keeper(store, transformer, save_seconds)
         done = [0, 1]  # iterations done and in all, for the heartbeat between them
 
@@ -330,13 +342,8 @@ class MagiPipeline:
             heartbeat=heartbeat,
         )
         done[:] = sampler.state.iteration, sampler.total
-        return keeper.chunks(sampler) if keeper else iter(sampler)
+        return self._models.alternately(keeper.chunks(sampler) if keeper else iter(sampler))
 
     @cached_property
     def _special_tokens(self) -> SpecialTokens | None:
         return load_special_tokens(self.files)
-
-    @property
-    def vae(self) -> VideoVAE:
-        """The VAE, loaded on first use."""
-        return self._models.vae

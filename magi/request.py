@@ -11,6 +11,7 @@ from .config import SPATIAL_DOWNSAMPLE, MagiConfig, RuntimeConfig
 from .errors import MagiError
 from .media.frames import check_mode, complete_size, fit, size_for
 from .media.video_reader import probe, read_image, read_video
+from .placement import Placement
 from .prompt import Caption, caption_per_chunk, null_caption
 from .schedule import Schedule
 from .special_tokens import SpecialTokens
@@ -74,6 +75,8 @@ class Plan:
         latents: of the given frames, where they are known already: (1, 16, Tp, h, w) scaled, or None.
         chunks: chunks that will be generated.
         frames: frames that will come out.
+        given: latent frames of the image or video.
+        placement: what lies where; None: it is decided when the transformer is loaded.
     """
 
     request: Request
@@ -82,6 +85,8 @@ class Plan:
     latents: torch.Tensor | None
     chunks: int
     frames: int
+    given: int
+    placement: Placement | None = None
 
     @property
     def seconds(self) -> float:
@@ -172,7 +177,7 @@ def make_plan(
             f"There are {len(request.prompt)} prompts for {length.made} chunks of a second each. "
             "Give one, or up to one a chunk."
         )
-    return Plan(request, config, prefix, latents, length.made, length.frames)
+    return Plan(request, config, prefix, latents, length.made, length.frames, given)
 
 
 def _check_special_tokens(request: Request, config: MagiConfig, special: SpecialTokens | None) -> None:

@@ -37,6 +37,7 @@ class Sampler:
         state: SamplerState | None = None,
         progress: Progress | None = None,
         heartbeat: Callable[[float], None] | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> None:
         """`captions` are those of the generated chunks, `prefix` is (1, 16, Tp, h, w); `generate` checks and builds all this."""
         self._model = model
@@ -46,6 +47,7 @@ class Sampler:
         self._prefix = prefix
         self._progress = progress
         self._heartbeat = heartbeat
+        self._report_shortage = report or (lambda text: warn(text, stacklevel=4))
         self._times = [float(t) for t in time_grid(schedule.num_steps, config.engine.shortcut_mode)]
         self._captions = captions
         self._encoded: dict[int, EncodedCaption] = {}
@@ -104,7 +106,7 @@ class Sampler:
         if self._cache is not None and self._model.cache_device == "host":
             self._cache.move_to_host()
         empty_cache(device)
-        warn(f"{device} ran out of memory. From the last finished step on {change}.", stacklevel=2)
+        self._report_shortage(f"{device} ran out of memory. From the last finished step on {change}.")
 
     def _narrow(self) -> str | None:
         """A smaller window: its chunks begin anew, after the last finished one."""

@@ -79,8 +79,8 @@ class Magi1ModelLoader(io.ComfyNode):
         cls, model: str, precision: str, variant: str, attention: str = "auto", memory: Any = None
     ) -> io.NodeOutput:
         """Reads headers."""
-        from ..magi.memory import MemoryOptions
         from ..magi.model_files import check_transformer
+        from ..magi.placement import MemoryOptions
         from ..magi.special_tokens import SpecialTokens
         from .managed import Managed
         from .models import MagiTransformer, Model
@@ -139,7 +139,7 @@ class Magi1MemoryOptions(io.ComfyNode):
     @classmethod
     def execute(cls, budget_gb: float, streaming: str, pinned_memory: str, cache: str) -> io.NodeOutput:
         """Hands them on."""
-        from ..magi.memory import MemoryOptions
+        from ..magi.placement import MemoryOptions
 
         budget = round(budget_gb * 1e9) or None
         return io.NodeOutput(MemoryOptions(budget, _SWITCH[streaming], _SWITCH[pinned_memory], cache))

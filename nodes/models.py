@@ -11,7 +11,7 @@ from .managed import Held, Managed
 
 if TYPE_CHECKING:
     from ..magi.config import MagiConfig
-    from ..magi.memory import MemoryOptions, Placement
+    from ..magi.placement import MemoryOptions, Placement
     from ..magi.special_tokens import SpecialTokens
 
 
@@ -26,62 +26,64 @@ class MagiTransformer(Held):
         from ..magi.memory import weight_sizes
 
         super().__init__()
-        self._path, self._config = path, config
-        self._precision, self._attention, self._options = precision, attention, options
+        self.path, self._config = path, config
+        self.precision, self.attention, self._options = precision, attention, options
         with Checkpoint(path) as checkpoint:
             self._sizes = weight_sizes(checkpoint.tensors, config.model, host.device(), precision)
-        self._run, self._given_chunks = config, 0
-        self._loaded: Placement | None = None
+        self._run, self._given_chunks, self._may_narrow = config, 0, False
         self.placement: Placement | None = None  # of the run that is to come
 
-    def plan(self, run: "MagiConfig", given_chunks: int) -> "Placement":
+    def plan(self, run: "MagiConfig", given_chunks: int, may_narrow: bool = False) -> "Placement":
         """What goes where in a run, if all that is evictable makes room for it.
+
+        Args:
+            run: with its size, length and window.
+            given_chunks: whole chunks of a given video.
+            may_narrow: a smaller window may be taken where nothing else helps.
 
         Raises:
             MagiError: the run cannot fit.
         """
-        self._run, self._given_chunks = run, given_chunks
+        self._run, self._given_chunks, self._may_narrow = run, given_chunks, may_narrow
         self.placement = self._place(host.usable_memory())
         return self.placement
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights that are on the device at a time."""
-        placement = self._loaded or self.placement
-        return placement.weight_bytes if placement else self._sizes.total
+        if self.content is not None:
+            return int(self.content.nbytes)
+        return self.placement.weight_bytes if self.placement else self._sizes.total
 
     def fits(self, room: float) -> bool:
-        """Whether weights that were placed for another run suit this one."""
-        wanted = self._for(room)
-        return self._loaded is not None and wanted.streaming == self._loaded.streaming
+        """Whether what is loaded may stay: too many layers can be dropped, a few too few are no reason to read all again."""
+        could = len(self._for(room).on_device)
+        return len(self.content.blocks.on_device) >= could - max(2, len(self.content.blocks) // 8)
 
     def read(self, room: float) -> Any:
-        """The transformer, streamed if the room asks for it."""
+        """The transformer, as many of its layers on the device as the room allows."""
         from ..magi.load import load_transformer
 
-        placement = self._for(room)
-        transformer = load_transformer(
-            self._path,
+        return load_transformer(
+            self.path,
             self._config,
             host.device(),
-            offload=placement.streaming,
             progress=self.progress,
-            precision=self._precision,
-            attention=self._attention,
-            pinned=placement.pinned,
+            precision=self.precision,
+            attention=self.attention,
+            placement=self._for(room),
         )
-        self._loaded = placement
-        return transformer
 
     def load(self, room: float) -> None:
-        """Also has the keys kept where this run wants them, which needs no reading."""
+        """Also has what this run wants and needs no reading: fewer layers on the device, keys elsewhere, other token blocks."""
         super().load(room)
-        self.content.cache_device = self._for(room).cache
+        wanted, model = self._for(room), self.content
+        staying = sorted(model.blocks.on_device)
+        if len(staying) > len(wanted.on_device):
+            from ..magi.placement import spread
 
-    def drop(self) -> None:
-        """Lets go of the weights."""
-        super().drop()
-        self._loaded = None
+            model.blocks.keep_on_device([staying[i] for i in spread(len(staying), len(wanted.on_device))])
+        model.cache_device, model.token_block = wanted.cache, wanted.token_block
 
     def _for(self, room: float) -> "Placement":
         """The placement with `room` bytes for weights besides what is spared for the work; the planned one where that is too little."""
@@ -97,9 +99,18 @@ class MagiTransformer(Held):
             return planned
 
     def _place(self, free: int | None) -> "Placement":
-        from ..magi.memory import place
+        from ..magi.host_memory import lockable_memory
+        from ..magi.placement import place, smaller_windows
 
-        return place(self._run, self._sizes, free, self._options, self._given_chunks)
+        return place(
+            self._run,
+            self._sizes,
+            free,
+            self._options,
+            self._given_chunks,
+            free_host=lockable_memory(host.device()),
+            windows=smaller_windows(self._run) if self._may_narrow else (),
+        )
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,14 @@ def open_run(
     from ..magi.run_store import RunStore
 
     held, special = model.transformer, model.special_tokens
-    with Checkpoint(held._path) as checkpoint:
+    with Checkpoint(held.path) as checkpoint:
         fingerprint = checkpoint.fingerprint()
     settings = {
         **config_settings(run.config),
         "seed": seed,
         "model": fingerprint,
-        "precision": held._precision,
-        "attention": held._attention,
+        "precision": held.precision,
+        "attention": held.attention,
         "captions": tensor_digest(*run.captions),
         "negative_tokens": None if not negative or special is None else tensor_digest(special.negative()),
         "given_latents": None if prefix is None else tensor_digest(prefix),

@@ -162,14 +162,20 @@ class Magi1Sampler(io.ComfyNode):
             "num_frames": length.num_frames,
         }
         run = prepare(config, **settings)
-        placement = model.transformer.plan(run.config, given // config.runtime.chunk_width)
+        placement = model.transformer.plan(run.config, given // config.runtime.chunk_width, may_narrow=not window)
         logging.info(f"MAGI-1 {model.name}: {placement.describe()}.")
+        narrow = placement.window != config.runtime.window_size
+        if narrow:
+            config = config.with_runtime(window_size=placement.window)
+            run = prepare(config, **settings)
         view = _View(cls.hidden.unique_id, run, length)
+        if narrow:
+            view.note(f"There is only memory for a window of {placement.window}: the video differs from one with more.")
         store = runs.open_run(model, run, seed, prefix, negative_tokens, view.note) if resume else None
         finished = []
         with host.device_work(
             f"at {view.size} with a window of {config.runtime.window_size}",
-            "Try a smaller size, fp8 storage, or MAGI-1 Memory Options with streaming on and the cache on the host.",
+            "Try a smaller size, or another model.",
         ):
             if store and store.saved:
                 view.resumed(store.saved)
@@ -193,7 +199,9 @@ def _chunks(
     from ..magi.run_keeper import Keeper
 
     if store is None:
-        return iter(make_sampler(loaded, config, progress=view.sampled, heartbeat=view.heartbeat, **settings))
+        return iter(
+            make_sampler(loaded, config, progress=view.sampled, heartbeat=view.heartbeat, report=view.note, **settings)
+        )
     keeper = Keeper(store, loaded)
 
     def sampled(event: "ProgressEvent") -> None:
@@ -205,7 +213,9 @@ def _chunks(
         view.heartbeat(fraction)
 
     return keeper.chunks(
-        make_sampler(loaded, config, state=keeper.state, progress=sampled, heartbeat=heartbeat, **settings)
+        make_sampler(
+            loaded, config, state=keeper.state, progress=sampled, heartbeat=heartbeat, report=view.note, **settings
+        )
     )
 
 
