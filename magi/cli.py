@@ -16,6 +16,7 @@ COMMANDS = {
     "inspect": ("commands.inspect", "say what a weight file is and what it needs"),
     "bench": ("commands.bench", "measure a model's speed and memory on this machine, with random weights"),
     "synth": ("commands.synth", "write a checkpoint of random weights with a released model's layout"),
+    "plan": ("commands.plan", "say what of a run would lie where, what it takes and what it costs; nothing is loaded"),
     "download": ("download", "fetch the official files"),
 }
 

@@ -8,7 +8,8 @@ from tqdm import tqdm
 from ..bench import BenchResult, BenchSettings, run_bench
 from ..config import PRESETS
 from ..media.frames import size_for
-from .generate import DTYPES, add_device_arguments, parse_size
+from .generate import DTYPES, add_device_arguments
+from .sizes import parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -15,11 +14,13 @@ from ..media.frames import AREAS
 from ..media.video_writer import VideoWriter
 from ..model_files import find_files
 from ..pipeline import MagiPipeline, Plan, Request
+from ..placement import MemoryOptions
 from ..run_keeper import SAVE_SECONDS
 from ..run_store import RunStore
 from ..special_tokens import STYLES
 from ..text.embedding_cache import EmbeddingCache
 from .progress import Bars
+from .sizes import parse_bytes, parse_size
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -60,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--offload",
         choices=("auto", "on", "off"),
         default="auto",
-        help="read the layers from the file as they are needed (default: if they do not fit)",
+        help="fetch layers as they are needed instead of keeping them on the device (default: those that do not fit)",
     )
+    run.add_argument("--memory", metavar="SIZE", help="graphics memory to use, e.g. 8GB (default: what is free)")
     run.add_argument("--text-device", default="cpu", help="where the text encoder runs (default: %(default)s)")
     run.add_argument("--text-dtype", choices=DTYPES, default="auto", help="of the text encoder (default: fp32)")
     run.add_argument(
@@ -249,18 +251,6 @@ def request_from(args: argparse.Namespace) -> Request:
     )
 
 
-def parse_size(text: str) -> tuple[int, int] | str:
-    """(height, width) of "1280x720", or the name of an area such as "480p"."""
-    if text in AREAS:
-        return text
-    match = re.fullmatch(r"(\d+)[x×*](\d+)", text.strip().lower())
-    if not match:
-        raise MagiError(
-            f"The size {text!r} is not understood. Write it as WIDTHxHEIGHT, e.g. 1280x720, or one of {', '.join(AREAS)}."
-        )
-    return int(match[2]), int(match[1])
-
-
 def _pipeline(args: argparse.Namespace) -> MagiPipeline:
     options = {
         "device": args.device,
@@ -268,6 +258,7 @@ def _pipeline(args: argparse.Namespace) -> MagiPipeline:
         "precision": "fp8" if args.fp8_storage else "auto",
         "attention": args.attention,
         "offload": {"auto": None, "on": True, "off": False}[args.offload],
+        "memory": MemoryOptions(budget=None if args.memory is None else parse_bytes(args.memory)),
         "text_device": args.text_device,
         "text_dtype": DTYPES[args.text_dtype],
         "cache": EmbeddingCache(args.cache / "text"),

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -13,8 +12,7 @@ from ..checkpoint_writer import write_checkpoint
 from ..config import PRESETS, MagiConfig
 from ..errors import MagiError
 from ..synthetic import RandomTensors
-
-_UNITS = {"MB": 10**6, "GB": 10**9}
+from .sizes import parse_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
             # "model" is where a file says what it is: see `recognise`.
             metadata={"format": "pt", "model": args.preset, "weights": f"random, seed {args.seed}"},
             beside={"config.json": json.dumps(config.to_dict(), indent=2).encode()},
-            shard_bytes=None if args.shard_size is None else _bytes(args.shard_size),
+            shard_bytes=None if args.shard_size is None else parse_bytes(args.shard_size),
             overwrite=args.overwrite,
             progress=written,
         )
@@ -71,11 +69,3 @@ def _config(preset: str, layers: int | None) -> MagiConfig:
     if not least <= layers <= config.model.num_layers:
         raise MagiError(f"{preset} cannot have {layers} layers. Choose {least} to {config.model.num_layers}.")
     return config.with_layers(layers)
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG]B)", text.strip().upper())
-    nbytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if not nbytes:
-        raise MagiError(f"The shard size {text!r} is not understood. Write it as 5GB or 500MB.")
-    return nbytes

@@ -1,0 +1,29 @@
+"""Sizes as they are typed: of pictures and of memory."""
+
+import re
+
+from ..errors import MagiError
+from ..media.frames import AREAS
+
+_UNITS = {"MB": 10**6, "GB": 10**9}
+
+
+def parse_size(text: str) -> tuple[int, int] | str:
+    """(height, width) of "1280x720", or the name of an area such as "480p"."""
+    if text in AREAS:
+        return text
+    match = re.fullmatch(r"(\d+)[x×*](\d+)", text.strip().lower())
+    if not match:
+        raise MagiError(
+            f"The size {text!r} is not understood. Write it as WIDTHxHEIGHT, e.g. 1280x720, or one of {', '.join(AREAS)}."
+        )
+    return int(match[2]), int(match[1])
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "5GB" or "500MB"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG]B)", text.strip().upper())
+    nbytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if not nbytes:
+        raise MagiError(f"The size {text!r} is not understood. Write it as 5GB or 500MB.")
+    return nbytes
