@@ -66,7 +66,7 @@ class LazyBus:
 
     def reached(self, mark):
         with self._lock:
-            self._step()
+            self._step(most=4)
             return self._is_reached(mark)
 
     def compute(self, work):
@@ -90,9 +90,9 @@ class LazyBus:
     def _is_reached(self, mark):
         return mark is None or self._done[mark[0]] >= mark[1]
 
-    def _step(self, must=False):
-        """Carries out a few things, or at least one, of those that may be next."""
-        for _ in range(1 if must else self._random.randrange(4)):
+    def _step(self, most=1, must=False):
+        """Carries out at most so many of the things that may be next, mostly none so that work piles up; or just one."""
+        for _ in range(1 if must else self._random.choice((0, 0, 0, most))):
             ready = [name for name, queue in self._queues.items() if queue and self._is_reached(queue[0][0])]
             if not ready:
                 assert not must, "what is waited for does not come"

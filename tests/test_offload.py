@@ -277,16 +277,20 @@ def test_size_of_the_arena(sizes, slots, nbytes):
 @pytest.mark.parametrize("layers", range(1, LAYERS))
 def test_an_iteration_may_be_left_early(layers, place, reader):
     read = reader()
-    bus = LazyBus(layers)
-    blocks = StreamedBlocks(read, *PLACES[place], 2, bus=bus, pin=Pins())
-    for _ in range(3):
-        arriving = iter(blocks)
-        for _ in range(layers):
-            block = next(arriving)
-            bus.compute(lambda block=block: raw(block))
-        arriving.close()
-        assert not threads()
-    assert same(iterate(blocks, bus), wanted(read))
+    reference = wanted(read)
+    for seed in range(3):
+        bus = LazyBus(seed)
+        blocks = StreamedBlocks(read, *PLACES[place], 2, bus=bus, pin=Pins())
+        found = []
+        for _ in range(3):
+            arriving = iter(blocks)
+            for _ in range(layers):
+                block = next(arriving)
+                bus.compute(lambda block=block, found=found: found.append(raw(block)))
+            arriving.close()
+            assert not threads()
+        assert same(iterate(blocks, bus), reference)
+        assert same(found, 3 * reference[:layers]), "also what was given to the device before it was left"
 
 
 def test_an_error_that_is_still_being_handled_does_not_keep_the_next_iteration_from_working(reader):
