@@ -8,23 +8,29 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .checkpoint import Checkpoint
 from .config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig
-from .device import pick_device, synchronize
+from .device import free_memory, pick_device, synchronize
 from .errors import MagiError
 from .flops import chunk_tokens, forward_flops
 from .generate import make_sampler
+from .host_memory import lockable_memory
 from .load import build_transformer
 from .media.frames import check_size
+from .memory import weight_sizes
 from .model import Transformer
 from .passes import Pass
+from .placement import MemoryOptions, place
 from .prompt import Caption
 from .sampler_state import ProgressEvent, SamplerState
 from .schedule import check_steps
 from .synthetic import RandomTensors
+from .weights import TensorSource, check_tensors
 
 _CAPTION_TOKENS = 120
 # Operators whose time counts as matrix products and attention.
@@ -42,7 +48,9 @@ class BenchSettings:
         chunks: active chunks in an iteration, at most the window; None: the window, but 1 on a CPU.
         iterations: how many to time; None: 3, but 1 on a CPU.
         warmup: iterations before them; None: 1, but 0 on a CPU.
-        offload: keep the weights on the host.
+        offload: True fetches every layer in turn, False keeps all on the device; None: what memory allows.
+        budget: bytes of device memory for everything, enforced where the device can; None: what is free.
+        model: a file or folder instead of random weights: then layers may also come from there.
         profile: also measure which share of the time goes into matrix products and attention.
     """
 
@@ -53,12 +61,17 @@ class BenchSettings:
     iterations: int | None = None
     warmup: int | None = None
     offload: bool | None = None
+    budget: int | None = None
+    model: Path | None = None
     profile: bool = False
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What was measured. Times in seconds, memory in bytes; peak memory is the device's, or the process's on a CPU."""
+    """What was measured. Times in seconds, memory in bytes; peak memory is the device's, or the process's on a CPU.
+
+    `fetch_seconds` is what bringing all fetched layers to the device takes with nothing else to do; beside the work it should vanish.
+    """
 
     device: str
     torch_version: str
@@ -73,6 +86,12 @@ class BenchResult:
     weight_bytes: int
     load_seconds: float
     peak_memory: int | None
+    predicted_peak: int | None = None
+    layers_on_device: int = 0
+    layers_on_host: int = 0
+    layers: int = 0
+    fetched_bytes: int = 0
+    fetch_seconds: float = 0.0
     heavy_share: float | None = None
     heavy_operators: dict[str, float] = field(default_factory=dict)
 
@@ -121,10 +140,28 @@ def run_bench(
         )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    source = RandomTensors(settings.config.model, settings.config.engine.fp8_quant)
+        if settings.budget is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, settings.budget / total), device)
+    source = _source(settings)
+    # Random weights would be made anew at every use if they did not wait in memory.
+    options = MemoryOptions(settings.budget, settings.offload, pinned=None if settings.model else True)
+    sizes = weight_sizes(source.tensors, settings.config.model, device, dtype=settings.dtype)
+    free = None if on_cpu else free_memory(device)
+    # The timed part of a video: as many chunks as are ever in the window, and one that is finished.
+    placement = place(
+        settings.config.with_runtime(num_frames=24 * 2 * runtime.window_size),
+        sizes,
+        free,
+        options,
+        free_host=lockable_memory(device),
+    )
     started = time.perf_counter()
-    model = build_transformer(source, settings.config, device, settings.dtype, settings.offload, load_progress)
+    model = build_transformer(
+        source, settings.config, device, settings.dtype, progress=load_progress, placement=placement
+    )
     load_seconds = time.perf_counter() - started
+    fetch_seconds = _fetch_all(model) if placement.streaming and not on_cpu else 0.0
     recorded: list[tuple[float, int]] = []
     _record_work(model, recorded)
     times = [0.0]
@@ -177,9 +214,34 @@ def run_bench(
         tflops_per_second=flops / typical / 1e12,
         weight_bytes=sum(info.nbytes for info in source.tensors.values()),
         load_seconds=load_seconds,
+        predicted_peak=None if on_cpu else placement.device_bytes,
+        layers_on_device=len(placement.on_device),
+        layers_on_host=len(placement.on_host),
+        layers=placement.layers,
+        fetched_bytes=sum(size for i, size in enumerate(sizes.packed) if i not in placement.on_device),
+        fetch_seconds=fetch_seconds,
         peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_process_memory(),
     )
     return replace(result, **_shares(profiler, device)) if profiler else result
+
+
+def _source(settings: BenchSettings) -> TensorSource:
+    if settings.model is None:
+        return RandomTensors(settings.config.model, settings.config.engine.fp8_quant)
+    checkpoint = Checkpoint(settings.model)
+    check_tensors(checkpoint, settings.config.model, repr(str(checkpoint.path)))
+    return checkpoint
+
+
+def _fetch_all(model: Transformer) -> float:
+    """Seconds to bring every layer to the device that does not stay there, the second time."""
+    for _ in range(2):
+        synchronize(model.device)
+        started = time.perf_counter()
+        for _ in model.blocks:
+            pass
+        synchronize(model.device)
+    return time.perf_counter() - started
 
 
 def peak_process_memory() -> int | None:

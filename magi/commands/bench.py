@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -9,12 +10,18 @@ from ..bench import BenchResult, BenchSettings, run_bench
 from ..config import PRESETS
 from ..media.frames import size_for
 from .generate import DTYPES, add_device_arguments
-from .sizes import parse_size
+from .sizes import parse_bytes, parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `bench` understands."""
     parser.add_argument("--preset", choices=PRESETS, default="4.5B_distill", help="model (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="a file or folder of that model; see `synth` (default: random weights)",
+    )
     parser.add_argument("--size", help="WIDTHxHEIGHT (default: the model's)")
     parser.add_argument("--steps", type=int, help="denoising steps a chunk (default: the model's)")
     parser.add_argument("--window", type=int, help="chunks denoised at a time (default: the model's)")
@@ -27,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="compute type (default: bf16)")
     parser.add_argument(
         "--offload", action="store_true", help="keep the weights on the host and fetch each layer in turn"
+    )
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="graphics memory that may be used, e.g. 8GB; more is refused (CUDA)"
     )
     parser.add_argument(
         "--profile", action="store_true", help="show what share of the time is matrix products and attention"
@@ -52,9 +62,11 @@ def main(args: argparse.Namespace) -> int:
         args.iterations,
         args.warmup,
         args.offload or None,
+        None if args.memory is None else parse_bytes(args.memory),
+        args.model,
         args.profile,
     )
-    with tqdm(desc="making weights", leave=False) as load, tqdm(desc="iterations", leave=False, bar_format=_BAR) as bar:
+    with tqdm(desc="loading", leave=False) as load, tqdm(desc="iterations", leave=False, bar_format=_BAR) as bar:
 
         def loaded(done: int, total: int) -> None:
             load.total, load.n = total, done
@@ -85,6 +97,14 @@ def _table(preset: str, r: BenchResult) -> str:
         "load": f"{r.load_seconds:.1f} s",
         "peak memory": "unknown" if r.peak_memory is None else f"{r.peak_memory / 1e9:.2f} GB",
     }
+    if r.predicted_peak is not None:
+        rows["predicted"] = f"{r.predicted_peak / 1e9:.2f} GB"
+    if r.layers_on_device < r.layers:
+        elsewhere = r.layers - r.layers_on_device - r.layers_on_host
+        rows["layers"] = (
+            f"{r.layers_on_device} on the device, {r.layers_on_host} in memory, {elsewhere} in the file; "
+            f"{r.fetched_bytes / 1e9:.2f} GB fetched a step, {r.fetch_seconds:.3f} s alone"
+        )
     if r.heavy_share is not None:
         rows["heavy share"] = f"{r.heavy_share:.1%} of the operators' time is matrix products and attention"
         rows |= {f"  {name}": f"{share:.1%}" for name, share in r.heavy_operators.items()}
