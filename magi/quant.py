@@ -18,8 +18,6 @@ CONVERTED = 1 << 25  # numbers of a matrix that stand in another form at a time
 _EXPONENT = 0x7F800000  # of a float32: alone, it is the power of two below
 _SMALLEST_STEP = 2.0**-9  # spacing of the subnormal numbers
 _SIGN_AND_E4M3 = 0xBF80 - 0x10000  # bits of an int16: the sign, four of a float16's exponent, three of its mantissa
-    0x87F0 - 0x10000
-)  # bits of an int16: the sign, and where a bf16 has its last exponent and first mantissa bits
 FLOAT8 = getattr(torch, "float8_e4m3fn", None)
 
 
