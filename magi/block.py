@@ -5,7 +5,7 @@ other tokens but those, and so runs token block by token block, writing over the
 and hidden states is thus a block's, not a chunk's.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,7 @@ class Stream:
 # Streams whose self-attention is one computation: the same hidden states, position and keys. In the first layer the text and
 # the previous pass of guidance share it; after that a group holds one stream.
 Group = Sequence[Stream]
+_Share = tuple[int, int, int]  # chunk, first chunk seen, identity of the latents
 
 
 def shared_groups(passes: Sequence[Sequence[Stream]]) -> list[list[Group]]:
@@ -42,9 +43,9 @@ def shared_groups(passes: Sequence[Sequence[Stream]]) -> list[list[Group]]:
 
     There hidden states depend on a chunk's latents alone, and so do its keys, whatever the pass.
     """
-    merged: list[dict[tuple[int, int, int], list[Stream]]] = []
+    merged: list[dict[_Share, list[Stream]]] = []
     for streams in passes:
-        found = {_share(s): s for s in streams}
+        found = {_share_of(s): s for s in streams}
         home = next((m for m in merged if m.keys() & found.keys() and _agree(m, found)), None)
         if home is None:
             merged.append({key: [s] for key, s in found.items()})
@@ -54,13 +55,24 @@ def shared_groups(passes: Sequence[Sequence[Stream]]) -> list[list[Group]]:
     return [[groups[key] for key in sorted(groups)] for groups in merged]
 
 
-def _share(s: Stream) -> tuple[int, int, int]:
+def _share_of(s: Stream) -> _Share:
     return s.input.chunk, s.input.first_key, id(s.input.latents)
 
 
-def _agree(merged: Mapping[tuple[int, int, int], object], found: Mapping[tuple[int, int, int], object]) -> bool:
-    """Whether no chunk stands in both with other latents or another range: its keys can be in the buffer only once."""
-    return len({chunk for chunk, _, _ in (*merged, *found)}) == len(merged.keys() | found.keys())
+def _agree(merged: Mapping[_Share, object], found: Mapping[_Share, object]) -> bool:
+    """Whether together they see what each sees alone: a chunk's keys can be in the buffer only once.
+
+    None may stand in both with other latents or another range, nor be held by the one and taken from the cache by the other.
+    """
+    both = merged.keys() | found.keys()
+    return len({chunk for chunk, _, _ in both}) == len(both) and (
+        _cached(both) == _cached(merged.keys()) | _cached(found.keys())
+    )
+
+
+def _cached(keys: Collection[_Share]) -> set[int]:
+    """Chunks that are seen but not held."""
+    return {seen for chunk, first, _ in keys for seen in range(first, chunk)} - {chunk for chunk, _, _ in keys}
 
 
 def separate_groups(passes: Sequence[Sequence[Stream]]) -> list[list[Group]]:

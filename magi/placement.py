@@ -203,7 +203,7 @@ class _Choice:
         """On the device, if `count` layers stay."""
         kept = set(spread(len(self.weights.blocks), count))
         fetched = [size for i, size in enumerate(self.weights.packed) if i not in kept]
-        return self.weights.outer + sum(self.weights.blocks[i] for i in kept) + arena_bytes(fetched, self.slots)
+        return self.weights.outer + sum(self.weights.packed[i] for i in kept) + arena_bytes(fetched, self.slots)
 
     def place(self, count: int) -> Placement:
         """The placement in which `count` layers stay."""
