@@ -48,8 +48,12 @@ def test_no_more_loads_than_slots_however_small_they_are(slots):
     arriving = Feed(bus, 100 * UNIT, slots).send(lambda session: (load(n, (10,)) for n in range(8)))
     for turn in range(8):
         next(arriving)
+        coming, end = min(8, turn + slots), time.monotonic() + 5
+        while len(bus.uploads) < coming:
+            assert time.monotonic() < end, "they do not come"
+            time.sleep(0.001)
         time.sleep(0.01)
-        assert len(bus.uploads) == min(8, turn + slots)
+        assert len(bus.uploads) == coming
         arriving.release()
     arriving.close()
 

@@ -229,14 +229,14 @@ def test_bringing_begins_before_a_layer_that_is_there_already_is_done(reader):
 def test_uneven_layers_take_no_more_than_the_arena(slots, reader):
     bus = LazyBus()
     blocks = StreamedBlocks(reader(fp8=True), (), range(LAYERS), slots, bus=bus, pin=Pins())
-    most = 0
     for turn, _ in enumerate(blocks):
+        if turn == 2:
+            until(lambda: len(bus.uploads) == 2 + slots)  # even ones among themselves
         time.sleep(0.01)
         alive = sorted((u.start, u.start + u.nbytes) for u in bus.uploads[turn:])
         assert all(a[1] <= b[0] for a, b in pairwise(alive)), "they do not overlap"
         assert alive[-1][1] <= blocks.nbytes
-        most = max(most, len(alive))
-    assert most == slots
+        assert len(alive) <= slots
 
 
 def test_the_file_is_read_ahead_of_the_copies(reader):
