@@ -11,6 +11,7 @@ _EXPORTS = {
     "MagiConfig": "config",
     "MagiError": "errors",
     "MagiPipeline": "pipeline",
+    "MemoryOptions": "placement",
     "SamplerState": "sampler_state",
     "SpecialTokens": "special_tokens",
     "TextEncoder": "text.text_encoder",

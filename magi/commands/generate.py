@@ -175,6 +175,8 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
     )
     if args.resume:
         print(_taken_over(store, plan), file=sys.stderr)
+    if plan.placement is not None and pipeline.device.type != "cpu":
+        print(f"memory: {plan.placement.describe()}", file=sys.stderr)
     started = time.monotonic()
     try:
         with writer, Bars() as bars:

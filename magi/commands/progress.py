@@ -28,7 +28,11 @@ class Bars:
             self._bars.pop(name).close()
         if stage.name not in self._bars:
             self._bars[stage.name] = tqdm(
-                desc=_TITLES[stage.name], total=stage.total, bar_format=_FORMAT, leave=stage.name != "decode"
+                desc=_TITLES[stage.name],
+                total=stage.total,
+                initial=stage.done,  # where a run that is gone on with stands: the time left is that of the rest
+                bar_format=_FORMAT,
+                leave=stage.name != "decode",
             )
         bar = self._bars[stage.name]
         bar.total = stage.total
