@@ -19,7 +19,7 @@ from .device import free_memory, pick_device, synchronize
 from .errors import MagiError
 from .flops import chunk_tokens, forward_flops
 from .generate import make_sampler
-from .host_memory import lockable_memory
+from .host_memory import memory_beside
 from .load import build_transformer
 from .media.frames import check_size
 from .memory import weight_sizes
@@ -154,7 +154,7 @@ def run_bench(
         sizes,
         free,
         options,
-        free_host=lockable_memory(device),
+        free_host=memory_beside(device),
     )
     started = time.perf_counter()
     model = build_transformer(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import MagiConfig
+from .errors import MagiError
 from .flops import chunk_flops
 from .memory import chunk_tokens, schedule_of
 
@@ -19,11 +20,19 @@ class Machine:
         tflops: 10^12 operations a second that are reached in practice.
         bus: bytes a second from host memory to the device.
         disk: bytes a second from a file, through memory, to the device.
+
+    Raises:
+        MagiError: one of them is no speed.
     """
 
     tflops: float = 40.0
     bus: float = 12e9
     disk: float = 2.5e9
+
+    def __post_init__(self) -> None:
+        for name, speed in vars(self).items():
+            if not 0 < speed < float("inf"):
+                raise MagiError(f"A speed of {speed:g} ({name}) forecasts nothing. Give one above 0.")
 
 
 def iteration_flops(config: MagiConfig, given_chunks: int = 0) -> float:

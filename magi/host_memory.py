@@ -106,9 +106,9 @@ def free_host_memory() -> int | None:
     return free if free is None else min(free, *limits, free)
 
 
-def lockable_memory(device: torch.device) -> int | None:
-    """Free host memory in which weights can wait for a device; None for devices that read the file just as fast."""
-    return free_host_memory() if device.type == "cuda" else None
+def memory_beside(device: torch.device) -> int | None:
+    """Free host memory for what a device works with; None for devices that would read weights from the file just as fast."""
+    return free_host_memory() if device.type in ("cuda", "cpu") else None
 
 
 def _available() -> int | None:

@@ -12,7 +12,7 @@ from .checkpoint import Checkpoint
 from .config import MagiConfig
 from .device import empty_cache, free_memory, pick_device
 from .errors import MagiError
-from .host_memory import lockable_memory
+from .host_memory import memory_beside
 from .memory import WeightSizes, weight_sizes
 from .model import Transformer
 from .offload import StreamedBlocks
@@ -121,6 +121,6 @@ def build_transformer(
 def _placement(config: MagiConfig, sizes: WeightSizes, device: torch.device, options: MemoryOptions) -> Placement:
     """By the memory that is free now; what takes least of it where the config's own size does not fit: another one may be meant."""
     try:
-        return place(config, sizes, free_memory(device), options, free_host=lockable_memory(device))
+        return place(config, sizes, free_memory(device), options, free_host=memory_beside(device))
     except MagiError:
         return smallest(config, sizes, options)

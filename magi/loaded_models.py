@@ -9,7 +9,7 @@ from .checkpoint import Checkpoint
 from .config import MagiConfig
 from .device import empty_cache, free_memory
 from .errors import MagiError
-from .host_memory import lockable_memory
+from .host_memory import memory_beside
 from .load import load_transformer
 from .memory import weight_sizes
 from .model import Transformer
@@ -64,7 +64,7 @@ class LoadedModels:
 
         def placed(free: int | None, companion: int) -> Placement:
             windows = smaller_windows(run) if may_narrow else ()
-            host = lockable_memory(self._device)
+            host = memory_beside(self._device)
             return place(
                 run, sizes, free, self._memory, given_chunks, free_host=host, windows=windows, companion=companion
             )

@@ -128,7 +128,7 @@ def place(
         config: the model, and the size, steps, window and frames of the run.
         weights: of the model, see `weight_sizes`.
         free: bytes free on the device before anything is loaded; None where memory is the host's own: a budget means
-            nothing there, and nothing is moved that `options` does not ask for.
+            nothing there, nothing is moved that `options` does not ask for, and only the token block depends on what is free.
         options: what is fixed by hand.
         given_chunks: whole chunks of a given video.
         free_host: bytes free in host memory; None: unknown, then fetched layers come from the file.
@@ -141,7 +141,10 @@ def place(
     """
     options, machine = options or MemoryOptions(), machine or Machine()
     if free is None:
-        choice = _choices(config, weights, options, given_chunks, None, companion, machine)[0]
+        choices = _choices(config, weights, options, given_chunks, None, companion, machine)
+        first = [c for c in choices if c.cache == choices[0].cache and c.slots == choices[0].slots]
+        room = math.inf if free_host is None else (1 - _HOST_RESERVE) * free_host
+        choice = next((c for c in first if c.working_bytes <= room), first[-1])
         return choice.place(choice.counts[0])
     room = free if options.budget is None else options.budget
     for window in (config.runtime.window_size, *windows):

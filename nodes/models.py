@@ -99,7 +99,7 @@ class MagiTransformer(Held):
             return planned
 
     def _place(self, free: int | None) -> "Placement":
-        from ..magi.host_memory import lockable_memory
+        from ..magi.host_memory import memory_beside
         from ..magi.placement import place, smaller_windows
 
         return place(
@@ -108,7 +108,7 @@ class MagiTransformer(Held):
             free,
             self._options,
             self._given_chunks,
-            free_host=lockable_memory(host.device()),
+            free_host=memory_beside(host.device()),
             windows=smaller_windows(self._run) if self._may_narrow else (),
         )
 

@@ -11,15 +11,12 @@ from ..device import free_memory, pick_device
 from ..forecast import Machine
 from ..host_memory import free_host_memory
 from ..mapped_file import TensorInfo
-from ..media.frames import size_for
 from ..memory import Kernels, WeightSizes, key_bytes, weight_sizes
 from ..placement import MemoryOptions, Placement, place, smaller_windows
 from ..recognise import resolve_config
-from ..request import plan_length
+from ..request import Request, make_plan
 from ..synthetic import RandomTensors
 from .sizes import parse_bytes, parse_size
-
-_WIDE = 16 / 9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,15 +116,19 @@ def _model(args: argparse.Namespace) -> tuple[MagiConfig, dict[str, TensorInfo]]
 
 
 def _run(config: MagiConfig, args: argparse.Namespace) -> MagiConfig:
-    runtime = config.runtime
-    height, width = runtime.video_size_h, runtime.video_size_w
-    if args.size:
-        size = parse_size(args.size)
-        height, width = size_for(size, _WIDE) if isinstance(size, str) else size
-    length = plan_length(runtime, max(1, round(args.seconds * runtime.fps)), 0, shown=False)
-    return config.with_runtime(
-        num_frames=length.num_frames, video_size_h=height, video_size_w=width, window_size=args.window
+    size = parse_size(args.size) if args.size else (None, None)
+    area, (height, width) = (size, (None, None)) if isinstance(size, str) else (None, size)
+    request = Request(
+        "",
+        seconds=args.seconds,
+        height=height,
+        width=width,
+        area=area,
+        window_size=args.window,
+        style_tokens=(),
+        duration_tokens=False,
     )
+    return make_plan(request, config, None).config
 
 
 def _table(
@@ -135,7 +136,7 @@ def _table(
 ) -> str:
     runtime, staying = config.runtime, len(p.on_device)
     fetched = p.layers - staying
-    resident = sum(sizes.blocks[i] for i in p.on_device)
+    resident = sum(sizes.packed[i] for i in p.on_device)
     keys = p.layers * key_bytes(config, 0, sizes.itemsize)
     in_file = fetched - len(p.on_host)
     rows = [
