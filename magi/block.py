@@ -32,6 +32,17 @@ class Stream:
     angles: tuple[torch.Tensor, torch.Tensor]  # cosine and sine, (S, n) float32
 
 
+@dataclass(frozen=True)
+class LayerSettings:
+    """What all layers have in common. `rows` is `layer_rows`, or a compiled form of it."""
+
+    shape: ModelConfig
+    dtype: torch.dtype
+    attention: str
+    token_block: int
+    rows: Callable[..., list[torch.Tensor]]
+
+
 # Streams whose self-attention is one computation: the same hidden states, position and keys. In the first layer the text and
 # the previous pass of guidance share it; after that a group holds one stream.
 Group = Sequence[Stream]
@@ -83,16 +94,6 @@ def separate_groups(passes: Sequence[Sequence[Stream]]) -> list[list[Group]]:
 def parts(groups: Sequence[Group], token_block: int) -> int:
     """How often `run_layer` calls `alive` for these groups."""
     return sum(1 + len(group) * -(-len(group[0].hidden) // token_block) for group in groups)
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """What all layers have in common."""
-
-    shape: ModelConfig
-    dtype: torch.dtype
-    attention: str
-    token_block: int
 
 
 def run_layer(
@@ -148,38 +149,73 @@ def _run_group(
     text_keys: Mapping[int, torch.Tensor],
     alive: Callable[[], None],
 ) -> None:
-    shape, eps = settings.shape, settings.shape.layernorm_epsilon
     gates = [torch.tanh(linear(F.silu(s.condition), weights.gates)).chunk(2, dim=-1) for s in group]
+    texts = [text_keys[id(s.input.caption)] for s in group]
     for rows in token_blocks(len(group[0].hidden), settings.token_block):
-        own, cross = _queries(settings, weights, group[0], rows)
-        own = attend(own, keys[0], keys[1], settings.attention)
-        for s, (attn_gate, mlp_gate) in zip(group, gates, strict=True):
-            hidden, text = s.hidden[rows], text_keys[id(s.input.caption)]
-            # Results without a name: one would keep them in memory while the next are made.
-            hidden = gated_residual(
-                hidden,
-                output_projection(_interleaved(own, attend(cross, text[0], text[1], settings.attention)), weights.proj),
-                attn_gate,
-                weights.attn_post_norm,
-                eps,
-            )
-            s.hidden[rows] = gated_residual(
-                hidden,
-                mlp(layer_norm(hidden, weights.mlp_norm, eps), weights.fc1, weights.fc2, shape.gated_linear_unit),
+        cos, sin = (angle[rows] for angle in group[0].angles)
+        after = settings.rows(settings, weights, [s.hidden[rows] for s in group], cos, sin, keys, texts, gates)
+        for s, hidden in zip(group, after, strict=True):
+            s.hidden[rows] = hidden
+            alive()
+
+
+def layer_rows(
+    settings: LayerSettings,
+    weights: BlockWeights,
+    hidden: Sequence[torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    texts: Sequence[torch.Tensor],
+    gates: Sequence[Sequence[torch.Tensor]],
+) -> list[torch.Tensor]:
+    """All of a layer but the keys, for a block of tokens of streams that share their self-attention: what `torch.compile` is given.
+
+    Args:
+        settings: of all layers.
+        weights: of this one.
+        hidden: hidden states of each stream, (rows, D).
+        cos: (rows, n) float32, of the tokens' places.
+        sin: likewise.
+        keys: keys and values that are seen, (2, G, tokens, d).
+        texts: keys and values of each stream's caption, (2, G, tokens, d).
+        gates: of attention and MLP for each stream, (1, D).
+
+    Returns:
+        The hidden states after the layer.
+    """
+    eps, gated = settings.shape.layernorm_epsilon, settings.shape.gated_linear_unit
+    own, cross = _queries(settings, weights, hidden[0], cos, sin)
+    own = attend(own, keys[0], keys[1], settings.attention)
+    result = []
+    for x, text, (attn_gate, mlp_gate) in zip(hidden, texts, gates, strict=True):
+        # Results without a name: one would keep them in memory while the next are made.
+        x = gated_residual(
+            x,
+            output_projection(_interleaved(own, attend(cross, text[0], text[1], settings.attention)), weights.proj),
+            attn_gate,
+            weights.attn_post_norm,
+            eps,
+        )
+        result.append(
+            gated_residual(
+                x,
+                mlp(layer_norm(x, weights.mlp_norm, eps), weights.fc1, weights.fc2, gated),
                 mlp_gate,
                 weights.mlp_post_norm,
                 eps,
             )
-            alive()
+        )
+    return result
 
 
 def _queries(
-    settings: LayerSettings, weights: BlockWeights, s: Stream, rows: slice
+    settings: LayerSettings, weights: BlockWeights, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of self and cross attention, (heads, rows, d) each."""
     shape = settings.shape
-    normed = layer_norm(s.hidden[rows], weights.qkv_norm, shape.layernorm_epsilon)
-    own = _rotated(settings, linear(normed, weights.q), weights.q_norm, s.angles, rows)
+    normed = layer_norm(hidden, weights.qkv_norm, shape.layernorm_epsilon)
+    own = _rotated(settings, linear(normed, weights.q), weights.q_norm, cos, sin)
     cross = rearrange(linear(normed, weights.q_x), "s (n d) -> n s d", d=shape.kv_channels)
     return own, layer_norm(cross, weights.q_norm_x, shape.layernorm_epsilon)
 
@@ -194,22 +230,18 @@ def _write_keys(settings: LayerSettings, weights: BlockWeights, s: Stream, out: 
     shape = settings.shape
     for rows in token_blocks(len(s.hidden), settings.token_block):
         normed = layer_norm(s.hidden[rows], weights.qkv_norm, shape.layernorm_epsilon)
-        out[0, :, rows] = _rotated(settings, linear(normed, weights.k), weights.k_norm, s.angles, rows)
+        cos, sin = (angle[rows] for angle in s.angles)
+        out[0, :, rows] = _rotated(settings, linear(normed, weights.k), weights.k_norm, cos, sin)
         out[1, :, rows] = rearrange(linear(normed, weights.v), "s (g d) -> g s d", d=shape.kv_channels)
 
 
 def _rotated(
-    settings: LayerSettings,
-    x: torch.Tensor,
-    norm: Norm,
-    angles: tuple[torch.Tensor, torch.Tensor],
-    rows: slice,
+    settings: LayerSettings, x: torch.Tensor, norm: Norm, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """Per-head norm and rotation in float32: (rows, n * d) -> (n, rows, d) in the compute dtype."""
     x = rearrange(x, "s (n d) -> s n d", d=settings.shape.kv_channels)
     x = layer_norm(x, norm, settings.shape.layernorm_epsilon)
-    cos, sin = angles
-    return rotate(x, cos[rows], sin[rows]).to(settings.dtype).transpose(0, 1)
+    return rotate(x, cos, sin).to(settings.dtype).transpose(0, 1)
 
 
 def _text_keys(settings: LayerSettings, weights: BlockWeights, caption: EncodedCaption) -> torch.Tensor:

@@ -35,6 +35,7 @@ def load_transformer(
     attention: str = "auto",
     memory: MemoryOptions | None = None,
     placement: Placement | None = None,
+    compiled: bool = False,
 ) -> Transformer:
     """A transformer from an official folder or a single file.
 
@@ -51,6 +52,7 @@ def load_transformer(
         attention: one of `attention.attention_choices`.
         memory: what of the placement is fixed by hand.
         placement: what lies where, if that is decided already; `offload` and `memory` then mean nothing.
+        compiled: have torch.compile make the layers' kernels, in the first iteration; it needs what torch.compile needs.
 
     Raises:
         MagiError: the file is unreadable or something else, its tensors do not fit the config, base and distilled are
@@ -70,6 +72,7 @@ def load_transformer(
         attention=attention,
         memory=memory,
         placement=placement,
+        compiled=compiled,
     )
 
 
@@ -85,6 +88,7 @@ def build_transformer(
     attention: str = "auto",
     memory: MemoryOptions | None = None,
     placement: Placement | None = None,
+    compiled: bool = False,
 ) -> Transformer:
     """A transformer from named tensors that are known to fit `config`; arguments as for `load_transformer`."""
     where = pick_device(device)
@@ -104,7 +108,9 @@ def build_transformer(
     while True:
         try:
             blocks = StreamedBlocks(reader, staying, placement.on_host, placement.slots, progress)
-            return Transformer(config, outer, blocks, where, low, attention, placement.cache, placement.token_block)
+            return Transformer(
+                config, outer, blocks, where, low, attention, placement.cache, placement.token_block, compiled
+            )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or not staying:
                 raise

@@ -17,6 +17,7 @@ from .block import (
     Group,
     LayerSettings,
     Stream,
+    layer_rows,
     parts,
     run_layer,
     separate_groups,
@@ -50,6 +51,7 @@ class Transformer:
         attention: str = "auto",
         cache_device: CacheDevice = "device",
         token_block: int = TOKEN_BLOCK,
+        compiled: bool = False,
     ):
         """Ties weights together; `load_transformer` is the usual way to one.
 
@@ -62,6 +64,7 @@ class Transformer:
             attention: one of `attention.attention_choices`.
             cache_device: where new caches keep their keys, "device" or "host".
             token_block: tokens that are taken through a layer at a time; it decides the last bits of what comes out.
+            compiled: have torch.compile make the layers' kernels.
         """
         self.config = config
         self.outer = outer
@@ -71,6 +74,7 @@ class Transformer:
         self.attention = attention
         self.cache_device = cache_device
         self.token_block = token_block
+        self._rows = torch.compile(layer_rows, dynamic=True) if compiled else layer_rows
 
     def shrink(self) -> str | None:
         """Takes less of the device from now on, as it ran out of memory: what costs least time first.
@@ -78,17 +82,20 @@ class Transformer:
         Returns:
             What is done differently, for the user; None if nothing is left to do.
         """
+        if self.token_block > _EFFICIENT_BLOCK:
+            return self._halve_token_block()
         staying = sorted(self.blocks.on_device)
-        if self.token_block > _EFFICIENT_BLOCK or (not staying and self.cache_device == "host"):
-            if self.token_block <= _SMALLEST_BLOCK:
-                return None
-            self.token_block = max(_SMALLEST_BLOCK, self.token_block // 2)
-            return f"{self.token_block} tokens are taken at a time"
-        if staying:
-            self.blocks.keep_on_device(staying[1::2])
-            return f"{len(staying[1::2])} of {len(self.blocks)} layers stay on the device"
-        self.cache_device = "host"
-        return "the keys of finished chunks are kept on the host"
+        self.blocks.keep_on_device(staying[1::2])
+        if (left := len(self.blocks.on_device)) < len(staying):  # on a CPU some cannot leave
+            return f"{left} of {len(self.blocks)} layers stay on the device"
+        if self.cache_device == "device":
+            self.cache_device = "host"
+            return "the keys of finished chunks are kept on the host"
+        return self._halve_token_block() if self.token_block > _SMALLEST_BLOCK else None
+
+    def _halve_token_block(self) -> str:
+        self.token_block = max(_SMALLEST_BLOCK, self.token_block // 2)
+        return f"{self.token_block} tokens are taken at a time"
 
     @property
     def shape(self) -> ModelConfig:
@@ -142,7 +149,7 @@ class Transformer:
         streams = [[self._embed(c, p.conditional, step_size, angles) for c in p.chunks] for p in passes]
         first, later = shared_groups(streams), separate_groups(streams)
         scratch = self._key_scratch([*first, *later])
-        settings = LayerSettings(self.shape, self.dtype, self.attention, self.token_block)
+        settings = LayerSettings(self.shape, self.dtype, self.attention, self.token_block, self._rows)
         with closing(iter(self.blocks)) as blocks, closing(cache.stream(_earlier(streams))) as keys:
             for layer, (weights, cached) in enumerate(zip(blocks, keys, strict=True)):
                 passes_here = later if layer else first

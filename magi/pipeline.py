@@ -18,6 +18,7 @@ from .generate import make_sampler
 from .loaded_models import LoadedModels
 from .media.frames import from_model, to_model
 from .model_files import ModelFiles, check_transformer, load_special_tokens
+from .out_of_memory import is_out_of_memory
 from .placement import MemoryOptions, Placement
 from .prompt import Caption, caption_per_chunk
 from .recognise import recognise
@@ -244,7 +245,9 @@ class MagiPipeline:
         """
         try:
             yield from self._run(plan, progress, store, save_seconds)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise MagiError(
                 f"{self.device} ran out of memory at {plan.config.runtime.video_size_w}x{plan.config.runtime.video_size_h} "
                 f"with a window of {plan.config.runtime.window_size}. Try a smaller size, or offloading."

@@ -70,18 +70,20 @@ class Sampler:
         return self.state.nbytes + (self._cache.nbytes if self._cache else 0)
 
     def __iter__(self) -> Iterator[Chunk]:
+        short = False
         while self.state.iteration < len(self._schedule):
             try:
+                if short:  # not in the handler, which would keep alive what the iteration had made
+                    self._take_less()
                 chunk = self._next()
+                short = False
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                short = True
             else:
                 if chunk is not None:
                     yield chunk
-                continue
-            # Outside of the handler, which would keep alive what the iteration had made.
-            self._take_less()
 
     @torch.inference_mode()
     def _next(self) -> Chunk | None:
@@ -94,7 +96,7 @@ class Sampler:
 
     def _take_less(self) -> None:
         """Makes do with less memory from the last finished iteration on. Raises MagiError if there is no way left."""
-        device = self._model.device
+        device, cache_device = self._model.device, self._model.cache_device
         empty_cache(device)
         change = self._model.shrink() or self._narrow()
         if change is None:
@@ -103,7 +105,7 @@ class Sampler:
                 f"{device} ran out of memory at {width}x{height}, with all that can be on the host there and a window of 1. "
                 "Try a smaller size."
             )
-        if self._cache is not None and self._model.cache_device == "host":
+        if self._cache is not None and self._model.cache_device != cache_device:
             self._cache.move_to_host()
         empty_cache(device)
         self._report_shortage(f"{device} ran out of memory. From the last finished step on {change}.")

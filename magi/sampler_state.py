@@ -88,8 +88,10 @@ def check_state(state: SamplerState, schedule: Schedule, shape: tuple[int, ...])
         MagiError: it names what does not fit.
     """
     remedy = "Give a state of a run with these very settings, or none to begin anew."
-    if state.window_size is not None and (
-        schedule.num_steps % max(1, state.window_size) or not schedule.prefix_chunks <= state.done <= schedule.chunks
+    if state.window_size is not None and not (
+        0 < state.window_size < schedule.window
+        and schedule.num_steps % state.window_size == 0
+        and schedule.prefix_chunks <= state.done < schedule.chunks
     ):
         raise MagiError(f"A window of {state.window_size} from chunk {state.done} on is none of this run's. {remedy}")
     schedule = state.schedule(schedule)

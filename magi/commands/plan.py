@@ -137,7 +137,7 @@ def _table(
     runtime, staying = config.runtime, len(p.on_device)
     fetched = p.layers - staying
     resident = sum(sizes.packed[i] for i in p.on_device)
-    keys = p.layers * key_bytes(config, 0, sizes.itemsize)
+    keys = p.layers * key_bytes(config.with_runtime(window_size=p.window), 0, sizes.itemsize)
     in_file = fetched - len(p.on_host)
     rows = [
         ("model", f"{name}, {_gb(p.total_weight_bytes)} of weights in {p.layers} layers"),
