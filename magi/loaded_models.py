@@ -11,7 +11,7 @@ from .device import empty_cache, free_memory
 from .errors import MagiError
 from .host_memory import memory_beside
 from .load import load_transformer
-from .memory import weight_sizes
+from .memory import TOKEN_BLOCK, weight_sizes
 from .model import Transformer
 from .model_files import ModelFiles
 from .placement import MemoryOptions, Placement, place, smaller_windows
@@ -78,15 +78,18 @@ class LoadedModels:
         vae, tile = self._vae_needs()
         with suppress(MagiError):
             roomy = placed(free - vae, tile)
-            if not roomy.streaming and roomy.cache == "device" and roomy.window == run.runtime.window_size:
+            best = ("device", self._memory.token_block or TOKEN_BLOCK, run.runtime.window_size)
+            if not roomy.streaming and (roomy.cache, roomy.token_block, roomy.window) == best:
                 return roomy
         self._parks = True
         return placed(free, vae + tile)
 
     def transformer(self, placement: Placement, progress: Callable[[int, int], None] | None = None) -> Transformer:
-        """The transformer, placed so; read anew only if other layers are to stay on the device than do."""
-        if self._transformer is not None and self._placement is not None:
-            if (self._placement.on_device, self._placement.on_host) == (placement.on_device, placement.on_host):
+        """The transformer, placed so; read anew only if other layers are to stay on the device than do, or fewer pass through."""
+        loaded = self._placement
+        if self._transformer is not None and loaded is not None:
+            roomy = placement.streaming and loaded.slots > placement.slots
+            if (loaded.on_device, loaded.on_host) == (placement.on_device, placement.on_host) and not roomy:
                 self._transformer.cache_device = placement.cache
                 self._transformer.token_block = placement.token_block
                 return self._transformer

@@ -147,7 +147,7 @@ def _convert_and_multiply(
 def by_rows(weight: torch.Tensor, product: Callable[[slice], torch.Tensor]) -> torch.Tensor:
     """A product with a matrix (out, in) that needs it in another form than it is kept in, a part of its rows at a time.
 
-    `product(rows)` gives (n, rows); a matrix that is small, or need not be converted, is taken whole.
+    `product(rows)` gives (..., rows); a matrix that is small, or need not be converted, is taken whole.
     """
     outputs, width = weight.shape
     step = max(1, CONVERTED // width)
@@ -156,8 +156,8 @@ def by_rows(weight: torch.Tensor, product: Callable[[slice], torch.Tensor]) -> t
     out = None
     for start in range(0, outputs, step):
         part = product(slice(start, start + step))
-        out = part.new_empty(part.shape[0], outputs) if out is None else out
-        out[:, start : start + step] = part
+        out = part.new_empty(*part.shape[:-1], outputs) if out is None else out
+        out[..., start : start + step] = part
     assert out is not None  # noqa: S101 (there is a first part)
     return out
 

@@ -115,10 +115,13 @@ def device_work(what: str, remedy: str) -> Iterator[None]:
         MagiError: the device ran out of memory doing `what`; it names the `remedy`.
     """
     from ..magi.errors import MagiError
+    from ..magi.out_of_memory import is_out_of_memory
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise MagiError(f"{device()} ran out of memory {what}. {remedy}") from error
     finally:
         release()

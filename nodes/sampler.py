@@ -250,6 +250,7 @@ class _View:
         self._length = f"{length.frames / runtime.fps:g} s = {length.frames} frames"
         self._progress = Progress(node_id, load=0.04, sample=0.96)
         self._clock, self._previewed = Clock(), 0.0
+        self._schedule = run.schedule
         self._iteration, self._total = 0, len(run.schedule)
         self._where = self._note = ""
         self.taken_over = 0  # chunks that were made before this run
@@ -272,6 +273,7 @@ class _View:
     def resumed(self, saved: "Saved") -> None:
         """A run that was begun before goes on."""
         self.taken_over, self._iteration = saved.finished, saved.state.iteration
+        self._total = len(saved.state.schedule(self._schedule))
         self._where = f"continuing at chunk {min(saved.finished + 1, self._chunks)} of {self._chunks}"
         logging.info(f"MAGI-1: {self._where}, after {saved.state.iteration} of {self._total} steps.")
         self._progress.say(f"{self._length}: {self._where}", at_once=True)
@@ -283,7 +285,7 @@ class _View:
 
     def sampled(self, event: "ProgressEvent") -> None:
         """A step has been made: shows the oldest chunk that is being denoised, as it is expected to become."""
-        self._iteration = event.iteration
+        self._iteration, self._total = event.iteration, event.total
         self._where = f"chunk {max(0, event.first_chunk) + 1} of {self._chunks}"
         picture = None
         if time.monotonic() - self._previewed >= _PREVIEW_SECONDS:
@@ -292,7 +294,7 @@ class _View:
             width = event.latents.shape[2] // len(event.timesteps)
             expected = event.latents[:, :, :width] + (1 - t) * event.velocity[:, :, :width]
             picture = self._rough(expected)
-        self._show(event.iteration / self._total, picture)
+        self._show(self._iteration / self._total, picture)
 
     def heartbeat(self, fraction: float) -> None:
         """Part of a step has been made."""

@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from magi import bench
 from magi.bench import BenchResult, BenchSettings, run_bench
+from magi.checkpoint_writer import write_checkpoint
 from magi.cli import main
+from magi.config import MagiConfig
 from magi.errors import MagiError
 from magi.flops import chunk_tokens, forward_flops
 from magi.passes import ChunkInput, Pass
@@ -265,3 +267,24 @@ def test_a_layer_of_a_real_model_as_json(capsys):
 def test_a_bad_size(argument, message, capsys):
     assert main(["bench", "--size", argument, "--device", "cpu"]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("preset", ["4.5B_base", "24B_distill_quant"])
+def test_the_plans_peak_is_what_a_card_takes(preset, offload):
+    config = MagiConfig.preset(preset).with_layers(6).with_runtime(video_size_h=480, video_size_w=832)
+    result = run_bench(BenchSettings(config, "cuda", iterations=2, offload=offload))
+    assert result.predicted_peak == pytest.approx(result.peak_memory, rel=0.1)
+    assert result.layers_on_device == (0 if offload else 6)
+
+
+def test_a_real_file_can_be_measured(settings, tiny_config, tmp_path):
+    config = tiny_config(True, shape=LONG)
+    write_checkpoint(RandomTensors(config.model, dtype=torch.float32), tmp_path / "model.safetensors")
+    result = run_bench(settings(config=config, dtype=torch.float32, model=tmp_path / "model.safetensors", offload=True))
+    assert (result.layers_on_device, result.layers) == (0, 2)
+    assert result.fetched_bytes > 0
+    assert len(result.seconds) == 1
+    with pytest.raises(MagiError, match="does not hold the transformer its config describes"):
+        run_bench(settings(config=tiny_config(True), model=tmp_path / "model.safetensors"))

@@ -7,7 +7,9 @@ from magi.errors import MagiError
 from magi.generate import generate_latents
 from magi.layers import Linear, mlp, output_projection, timestep_embedding
 from magi.load import load_transformer
+from magi.placement import MemoryOptions
 from magi.quant import Fp8Weight, StoredFp8
+from magi.weights import tensors_in
 
 
 @pytest.fixture
@@ -142,6 +144,21 @@ def test_layers_that_stay_in_the_file_are_the_same(file):
     assert len(kept.blocks) == len(fetched.blocks) == 3
     for a, b in zip(kept.blocks, fetched.blocks, strict=True):
         assert torch.equal(a.fc1.weight, b.fc1.weight)
+
+
+def test_what_is_fixed_by_hand_holds(file):
+    options = MemoryOptions(streaming=True, cache="host", token_block=7)
+    model = load_transformer(file(), device="cpu", memory=options)
+    assert (model.token_block, model.cache_device, set(model.blocks.on_device)) == (7, "host", set())
+    model = load_transformer(file(), device="cpu", memory=options, offload=False)
+    assert (model.token_block, model.cache_device, set(model.blocks.on_device)) == (7, "host", {0, 1, 2})
+
+
+def test_weights_on_the_device_are_counted(file):
+    kept, fetched = (load_transformer(file(), device="cpu", offload=offload) for offload in (False, True))
+    layers = sum(t.nbytes for block in kept.blocks for t in tensors_in(block))
+    assert kept.nbytes - fetched.nbytes == pytest.approx(layers, rel=0.05), "parts of a layer may lie a little apart"
+    assert fetched.nbytes == sum(t.nbytes for t in tensors_in(fetched.outer))
 
 
 def test_a_device_that_is_not_there(file):

@@ -173,18 +173,23 @@ def test_no_model_stays_unseen_when_another_cannot_be_read(comfy, monkeypatch, p
 
 @pytest.mark.filterwarnings("ignore:The text encoder does not fit")
 @pytest.mark.parametrize(
-    ("module", "function"),
+    ("module", "function", "error"),
     [
-        ("magi.model", "Transformer.forward"),
-        ("magi.text.t5_model", "place"),
-        ("magi.vae", "VideoVAE.decode_stream"),
-        ("magi.vae", "VideoVAE.encode"),
+        (
+            "magi.model",
+            "Transformer.forward",
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        ),
+        ("magi.load", "load_transformer", RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB)")),
+        ("magi.text.t5_model", "place", torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")),
+        ("magi.vae", "VideoVAE.decode_stream", RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB)")),
+        ("magi.vae", "VideoVAE.encode", MemoryError()),
     ],
-    ids=["transformer", "text encoder", "decoding", "encoding"],
+    ids=["transformer", "loading", "text encoder", "decoding", "encoding"],
 )
-def test_out_of_memory_says_what_to_do(comfy, monkeypatch, module, function):
+def test_out_of_memory_says_what_to_do(comfy, monkeypatch, module, function, error):
     def full(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        raise error
 
     *owner, name = function.split(".")
     target = comfy.module(module)
@@ -194,6 +199,16 @@ def test_out_of_memory_says_what_to_do(comfy, monkeypatch, module, function):
     assert caught.value.kind == "MagiError"
     assert "memory" in caught.value.message
     assert any(word in caught.value.message.lower() for word in ("try", "use", "choose"))
+
+
+def test_other_failures_are_not_taken_for_a_shortage(comfy, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(comfy.module("magi.vae").VideoVAE, "decode_stream", broken)
+    with pytest.raises(NodeError, match="illegal memory access") as caught:
+        comfy.run(text_to_video(comfy))
+    assert caught.value.kind == "RuntimeError"
 
 
 def test_a_clip_that_memory_cannot_hold_is_refused_before_it_is_decoded(comfy, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from magi import embedded, pipeline, quant
+from magi import embedded, loaded_models, pipeline, quant
 from magi.config import PRESETS
 from magi.embedded import embedded_files
 from magi.errors import MagiError
@@ -222,8 +222,8 @@ def count_calls(monkeypatch, module, name) -> list:
 
 def test_the_transformer_and_vae_are_loaded_once_and_not_before_they_are_needed(files, monkeypatch):
     pipe = load(files)
-    transformers = count_calls(monkeypatch, pipeline, "load_transformer")
-    vaes = count_calls(monkeypatch, pipeline, "load_vae")
+    transformers = count_calls(monkeypatch, loaded_models, "load_transformer")
+    vaes = count_calls(monkeypatch, loaded_models, "load_vae")
     pipe.plan(Request(**SMALL, image=PHOTO))
     assert (transformers, vaes) == ([], [])
     made(pipe, seconds=1)
@@ -300,7 +300,7 @@ def test_an_exception_from_progress_stops_at_once(stage, files, pipe):
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    real = pipeline.load_vae
+    real = loaded_models.load_vae
 
     def header_only(path, device=None, dtype=torch.float32):
         assert device == "meta", "the VAE is loaded"
@@ -309,8 +309,9 @@ def nothing_is_loaded(monkeypatch):
     def loaded(*_, **__):
         pytest.fail("a model is loaded")
 
-    monkeypatch.setattr(pipeline, "load_vae", header_only)
-    monkeypatch.setattr(pipeline, "load_transformer", loaded)
+    for module in (pipeline, loaded_models):
+        monkeypatch.setattr(module, "load_vae", header_only)
+    monkeypatch.setattr(loaded_models, "load_transformer", loaded)
     monkeypatch.setattr(prompt_encoding.TextEncoder, "load", loaded)
 
 
@@ -482,7 +483,7 @@ def test_files_in_each_others_place(part, taken_from, message, files, nothing_is
 def test_a_bad_text_encoder_is_found_before_the_others_are_loaded(change, message, files, tmp_path, monkeypatch):
     pipe = load(changed(files, tmp_path, "text_encoder", change))
     for name in ("load_vae", "load_transformer"):
-        monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("a model is loaded"))
+        monkeypatch.setattr(loaded_models, name, lambda *_, **__: pytest.fail("a model is loaded"))
     with pytest.raises(MagiError, match=message):
         made(pipe, image=PHOTO)
 
@@ -490,7 +491,7 @@ def test_a_bad_text_encoder_is_found_before_the_others_are_loaded(change, messag
 def test_the_text_encoder_of_another_model(files, tiny_config, monkeypatch):
     pipe = MagiPipeline(dataclasses.replace(files, special_tokens=None), tiny_config(), device="cpu")
     for name in ("load_vae", "load_transformer"):
-        monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("a model is loaded"))
+        monkeypatch.setattr(loaded_models, name, lambda *_, **__: pytest.fail("a model is loaded"))
     with pytest.raises(MagiError, match=r"64 channels, the model takes 12.*text encoder that belongs"):
         made(pipe, image=PHOTO, style_tokens=(), duration_tokens=False)
 
@@ -613,11 +614,39 @@ def test_negative_tokens_on_distilled_weights_are_remarked_upon(pipe):
         pipe.plan(Request(**SMALL, negative_tokens=True))
 
 
-def test_running_out_of_device_memory_says_what_to_do(files, monkeypatch):
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        ("model.Transformer.forward", torch.OutOfMemoryError("CUDA out of memory."), "window of 1. Try a smaller size"),
+        (
+            "vae.VideoVAE.decode_chunks",
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "window of 4. Try a smaller size",
+        ),
+        ("vae.VideoVAE.decode_chunks", RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "smaller size"),
+        ("loaded_models.load_transformer", MemoryError(), "smaller size, or offloading"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:cpu ran out of memory")
+def test_running_out_of_memory_says_what_to_do(function, error, message, files, monkeypatch):
     def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GB")
+        raise error
 
     small = load(files)
-    monkeypatch.setattr(small.load().__class__, "forward", full)
-    with pytest.raises(MagiError, match=r"cpu ran out of memory at 48x32 with a window of 4.*smaller size"):
+    monkeypatch.setattr(f"magi.{function}", full)
+    with pytest.raises(MagiError, match=f"cpu ran out of memory at 48x32.*{message}"):
         made(small)
+
+
+@pytest.mark.parametrize("function", ["model.Transformer.forward", "vae.VideoVAE.decode_chunks"])
+def test_other_failures_are_not_taken_for_a_shortage(function, files, monkeypatch):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def broken(*_, **__):
+        raise error
+
+    small = load(files)
+    monkeypatch.setattr(f"magi.{function}", broken)
+    with pytest.raises(RuntimeError) as caught:
+        made(small)
+    assert caught.value is error

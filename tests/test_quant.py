@@ -111,7 +111,7 @@ def test_products_of_16_bit_numbers_are_not_rounded(randn):
     torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "official", "bytes", "stored"])
+@pytest.mark.parametrize("kind", ["bf16", "official", "bytes", "stored", "stored, low"])
 def test_a_large_matrix_is_converted_part_by_part(kind, randn, monkeypatch):
     x, weight = randn(5, 16).bfloat16(), randn(100, 16, seed=1)
     largest = []
@@ -121,6 +121,8 @@ def test_a_large_matrix_is_converted_part_by_part(kind, randn, monkeypatch):
             return multiply_exact(x, weight.bfloat16())
         if kind == "stored":
             return output_projection(x, StoredFp8.quantise(weight, "cpu"))
+        if kind == "stored, low":
+            return linear(x, StoredFp8.quantise(weight, "cpu"))
         kept = weight.to(torch.float8_e4m3fn)
         return multiply_exact(x, kept.view(torch.uint8) if kind == "bytes" else kept)
 
@@ -128,8 +130,31 @@ def test_a_large_matrix_is_converted_part_by_part(kind, randn, monkeypatch):
     multiply = F.linear
     monkeypatch.setattr(F, "linear", lambda x, part: largest.append(part.numel()) or multiply(x, part))
     monkeypatch.setattr(quant, "CONVERTED", 33 * 16)  # the last part is smaller
-    torch.testing.assert_close(product(), whole, rtol=1e-6, atol=1e-6)
+    made = product()
+    assert made.dtype == whole.dtype
+    torch.testing.assert_close(made, whole, rtol=1e-6, atol=1e-6)
     assert largest == [528, 528, 528, 16]
+
+
+def test_a_matrix_is_taken_whole_if_it_is_small_or_needs_no_conversion(randn, monkeypatch):
+    x, weight = randn(5, 16), randn(100, 16, seed=1)
+    taken = []
+    multiply = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, part, *bias: taken.append(len(part)) or multiply(x, part, *bias))
+    linear(x, StoredFp8.quantise(weight, "cpu"))
+    monkeypatch.setattr(quant, "CONVERTED", 1)
+    multiply_exact(x, weight)
+    assert taken == [100, 100]
+
+
+@pytest.mark.parametrize("step", [1, 15, 16, 1599])
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16)])
+def test_any_part_and_any_shape(shape, step, randn, monkeypatch):
+    """Even a row that is longer than what may be converted at a time."""
+    x, stored = randn(*shape), StoredFp8.quantise(randn(100, 16, seed=1), "cpu")
+    whole = F.linear(x, stored.dense(torch.float32))
+    monkeypatch.setattr(quant, "CONVERTED", step)
+    torch.testing.assert_close(linear(x, stored), whole, rtol=1e-5, atol=1e-5)
 
 
 # -- float8 for its size alone ---------------------------------------------------------------------------------------

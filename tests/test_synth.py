@@ -16,8 +16,8 @@ from magi.checkpoint_writer import write_checkpoint
 from magi.cli import main
 from magi.config import PRESETS, MagiConfig, ModelConfig
 from magi.errors import MagiError
+from magi.load import load_transformer
 from magi.mapped_file import TensorInfo
-from magi.model import load_transformer
 from magi.recognise import recognise, resolve_config
 from magi.synthetic import RandomTensors
 from magi.weights import tensor_shapes
