@@ -19,7 +19,6 @@ from .device import free_memory, pick_device, synchronize
 from .errors import MagiError
 from .flops import chunk_tokens, forward_flops
 from .generate import make_sampler
-from .host_memory import memory_beside
 from .load import build_transformer
 from .media.frames import check_size
 from .memory import weight_sizes
@@ -29,6 +28,7 @@ from .placement import MemoryOptions, place
 from .prompt import Caption
 from .sampler_state import ProgressEvent, SamplerState
 from .schedule import check_steps
+from .streaming.host_memory import memory_beside
 from .synthetic import RandomTensors
 from .weights import TensorSource, check_tensors
 

@@ -4,11 +4,11 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 
-from .ahead import Session
-from .bus import Bus, open_bus
-from .feed import Feed, Load
-from .host_memory import LockedMemory, Pin
-from .packing import aligned
+from .streaming.ahead import Session
+from .streaming.bus import Bus, open_bus
+from .streaming.feed import Feed, Load
+from .streaming.host_memory import LockedMemory, Pin
+from .streaming.packing import aligned
 
 _LAYERS_AT_A_TIME = 2  # on their way from the host: the one in use and the next
 

@@ -12,14 +12,14 @@ from .checkpoint import Checkpoint
 from .config import MagiConfig
 from .device import empty_cache, free_memory, pick_device
 from .errors import MagiError
-from .host_memory import memory_beside
 from .memory import WeightSizes, weight_sizes
 from .model import Transformer
-from .offload import StreamedBlocks
 from .out_of_memory import is_out_of_memory
 from .placement import MemoryOptions, Placement, place, smallest
 from .quant import require_float8
 from .recognise import resolve_config
+from .streaming.host_memory import memory_beside
+from .streaming.offload import StreamedBlocks
 from .weights import Precision, TensorSource, WeightReader, check_tensors, compute_dtype, has_fp8
 
 

@@ -9,13 +9,13 @@ from .checkpoint import Checkpoint
 from .config import MagiConfig
 from .device import empty_cache, free_memory
 from .errors import MagiError
-from .host_memory import memory_beside
 from .load import load_transformer
 from .memory import TOKEN_BLOCK, weight_sizes
 from .model import Transformer
 from .model_files import ModelFiles
 from .placement import MemoryOptions, Placement, place, smaller_windows
 from .sampler_state import Chunk
+from .streaming.host_memory import memory_beside
 from .tiling import Tiling
 from .vae import VideoVAE, load_vae
 from .vae_memory import makes_scores, tile_bytes

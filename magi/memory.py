@@ -10,9 +10,9 @@ from .config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig, ModelConfig
 from .device import pick_device
 from .guidance import chunk_count
 from .mapped_file import TensorInfo
-from .packing import HeaderShapes, packed_bytes
 from .quant import CONVERTED, Fp8Weight, StoredFp8, keeps_sums, multiplies_float8
 from .schedule import Iteration, Schedule, time_grid
+from .streaming.packing import HeaderShapes, packed_bytes
 from .weights import BlockWeights, WeightReader, compute_dtype, has_fp8, tensors_in
 
 CacheDevice = Literal["device", "host"]

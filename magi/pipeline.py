@@ -23,11 +23,11 @@ from .placement import MemoryOptions, Placement
 from .prompt import Caption, caption_per_chunk
 from .recognise import recognise
 from .request import Media, Plan, Request, make_plan
-from .run_files import tensor_digest
-from .run_keeper import SAVE_SECONDS, Keeper
-from .run_settings import UNKNOWN, request_settings
-from .run_store import RunStore
 from .sampler_state import Chunk, ProgressEvent
+from .saved.run_files import tensor_digest
+from .saved.run_keeper import SAVE_SECONDS, Keeper
+from .saved.run_settings import UNKNOWN, request_settings
+from .saved.run_store import RunStore
 from .special_tokens import SpecialTokens
 from .stage import Stage, StageProgress, counted
 from .text.embedding_cache import EmbeddingCache

@@ -9,7 +9,7 @@ from .config import MagiConfig
 from .errors import MagiError
 from .forecast import Machine, iteration_flops, iteration_seconds
 from .memory import TOKEN_BLOCK, CacheDevice, WeightSizes, key_bytes, working_bytes
-from .offload import arena_bytes
+from .streaming.offload import arena_bytes
 
 TOKEN_BLOCKS = (TOKEN_BLOCK, 2048, 1024, 512, 256)
 _SLOTS = (3, 2)

@@ -113,7 +113,7 @@ class Magi1VAEDecode(io.ComfyNode):
 def _room_for(count: int, height: int, width: int) -> torch.Tensor:
     """An empty IMAGE batch. Raises MagiError where the host has no memory for it: it may not be refused before it is filled."""
     from ..magi.errors import MagiError
-    from ..magi.host_memory import free_host_memory
+    from ..magi.streaming.host_memory import free_host_memory
 
     needed, free = 12 * count * height * width, free_host_memory()
     if free is not None and needed > free:

@@ -99,8 +99,8 @@ class MagiTransformer(Held):
             return planned
 
     def _place(self, free: int | None) -> "Placement":
-        from ..magi.host_memory import memory_beside
         from ..magi.placement import place, smaller_windows
+        from ..magi.streaming.host_memory import memory_beside
 
         return place(
             self._run,

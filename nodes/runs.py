@@ -11,7 +11,7 @@ from . import host
 
 if TYPE_CHECKING:
     from ..magi.generate import Run
-    from ..magi.run_store import RunStore
+    from ..magi.saved.run_store import RunStore
     from .models import Model
 
 _MOST = 5  # unfinished runs that are kept
@@ -32,9 +32,9 @@ def open_run(
     """
     from ..magi.checkpoint import Checkpoint
     from ..magi.errors import MagiError
-    from ..magi.run_files import tensor_digest
-    from ..magi.run_settings import config_settings, run_key
-    from ..magi.run_store import RunStore
+    from ..magi.saved.run_files import tensor_digest
+    from ..magi.saved.run_settings import config_settings, run_key
+    from ..magi.saved.run_store import RunStore
 
     held, special = model.transformer, model.special_tokens
     with Checkpoint(held.path) as checkpoint:
@@ -64,7 +64,7 @@ def open_run(
 
 def _make_room(folder: Path) -> None:
     """Removes the oldest runs but a few, never the one in `folder`."""
-    from ..magi.run_store import RunStore
+    from ..magi.saved.run_store import RunStore
 
     try:
         others = [run for run in folder.parent.iterdir() if run.is_dir() and run != folder]

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..magi.config import MagiConfig
     from ..magi.generate import Run
     from ..magi.request import Length
-    from ..magi.run_store import RunStore, Saved
     from ..magi.sampler_state import Chunk, ProgressEvent
+    from ..magi.saved.run_store import RunStore, Saved
     from ..magi.vae import VideoVAE
     from .models import Model
 
@@ -196,7 +196,7 @@ def _chunks(
 ) -> "Iterator[Chunk]":
     """The chunks, first those that the store has. The sampler goes with this, and with it its keys on the device."""
     from ..magi.generate import make_sampler
-    from ..magi.run_keeper import Keeper
+    from ..magi.saved.run_keeper import Keeper
 
     if store is None:
         return iter(

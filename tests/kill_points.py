@@ -24,23 +24,23 @@ if __name__ == "__main__":
 
 import torch
 
-from magi import run_store
 from magi.cli import main as magi_main
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi.embedded import embedded_files
 from magi.generate import make_sampler
 from magi.load import build_transformer
 from magi.prompt import Caption
-from magi.run_files import tensor_digest
-from magi.run_keeper import Keeper
-from magi.run_store import RunStore
+from magi.saved import run_store
+from magi.saved.run_files import tensor_digest
+from magi.saved.run_keeper import Keeper
+from magi.saved.run_store import RunStore
 from magi.synthetic import RandomTensors
 
 MAGI = Path(run_store.__file__).parent
 CAN_FORK = sys.platform == "linux"
 TRACED = {
     str(MAGI / name)
-    for name in ("run_store.py", "run_files.py", "run_keeper.py", "sampler.py", "media/video_writer.py")
+    for name in ("saved/run_store.py", "saved/run_files.py", "saved/run_keeper.py", "sampler.py", "media/video_writer.py")
 }
 SHAPE = ModelConfig(2, 64, 96, 8, num_query_groups=4, kv_channels=8, caption_channels=12, caption_max_length=60)
 CONFIG = MagiConfig(

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from magi.ahead import Ahead, ClosedError, Session
+from magi.streaming.ahead import Ahead, ClosedError, Session
 
 
 @pytest.fixture

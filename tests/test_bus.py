@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from magi.bus import PlainBus, StreamBus, open_bus
+from magi.streaming.bus import PlainBus, StreamBus, open_bus
 
 
 class Streams:

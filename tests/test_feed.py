@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from magi.feed import Feed, Load
+from magi.streaming.feed import Feed, Load
 from tests.lazy_bus import LazyBus
 
 UNIT = 256

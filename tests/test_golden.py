@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import magi
 from magi import load, model
 from magi.kv_cache import KVCache
-from magi.offload import StreamedBlocks
 from magi.placement import MemoryOptions
+from magi.streaming.offload import StreamedBlocks
 from tests.lazy_bus import LazyBus
 
 CASES = json.loads((Path(__file__).parent / "golden" / "manifest.json").read_text(encoding="utf-8"))["cases"]

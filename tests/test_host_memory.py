@@ -4,8 +4,8 @@ import types
 import pytest
 import torch
 
-from magi import host_memory
-from magi.host_memory import LockedMemory, PinningError, free_host_memory, page_lock
+from magi.streaming import host_memory
+from magi.streaming.host_memory import LockedMemory, PinningError, free_host_memory, page_lock
 
 
 class Driver:

@@ -11,11 +11,11 @@ from magi.kv_cache import KVCache
 from magi.load import build_transformer
 from magi.mapped_file import DTYPES
 from magi.memory import Kernels, key_bytes, weight_sizes, working_bytes
-from magi.offload import StreamedBlocks
 from magi.placement import MemoryOptions, place, smallest
 from magi.sampler import Sampler
 from magi.sampler_state import Noise, SamplerState
 from magi.schedule import Schedule
+from magi.streaming.offload import StreamedBlocks
 from magi.synthetic import RandomTensors
 from magi.weights import WeightReader, tensors_in
 from tests.conftest import MemorySource

@@ -141,7 +141,7 @@ def test_a_window_that_became_smaller_shows_how_far_it_is(cancel, comfy, steps, 
 
 def test_a_run_whose_comfyui_was_killed_goes_on_from_its_last_chunk(comfy, steps, whole, monkeypatch):
     """Nothing is saved on the way out."""
-    store = comfy.module("magi.run_store").RunStore
+    store = comfy.module("magi.saved.run_store").RunStore
     save = store.save
     monkeypatch.setattr(store, "save", lambda self, state, *rest: state.iteration > 10 or save(self, state, *rest))
     graph = text_to_video(comfy, **SECONDS)

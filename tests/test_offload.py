@@ -8,13 +8,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from magi.bus import PlainBus
 from magi.errors import MagiError
 from magi.generate import generate_latents
 from magi.model import Transformer
-from magi.offload import StreamedBlocks, arena_bytes
-from magi.packing import block_layouts, packed_bytes
 from magi.quant import FLOAT8, Fp8Weight, StoredFp8
+from magi.streaming.bus import PlainBus
+from magi.streaming.offload import StreamedBlocks, arena_bytes
+from magi.streaming.packing import block_layouts, packed_bytes
 from magi.weights import WeightReader, tensors_in
 from tests.conftest import MemorySource
 from tests.lazy_bus import LazyBus
@@ -359,7 +359,7 @@ def test_leaving_does_not_wait_for_a_large_layer(reader):
 
 
 def test_a_large_tensor_is_not_copied_in_one_go(reader, monkeypatch):
-    monkeypatch.setattr("magi.packing._PIECE", 100)
+    monkeypatch.setattr("magi.streaming.packing._PIECE", 100)
     read = reader()
     layout, block, asked = block_layouts(read)[0], read.block(0), []
     data = torch.empty(layout.nbytes, dtype=torch.uint8)
@@ -481,7 +481,7 @@ def test_float8_storage_is_made_once_however_often_layers_are_fetched(device, re
 @pytest.mark.parametrize("weights", [{"fp8": True}, {"store_fp8": True}])
 def test_a_device_without_float8_gets_bytes(weights, reader, monkeypatch):
     reference = wanted(reader(**weights))
-    monkeypatch.setattr("magi.packing.holds_float8", lambda kind: False)
+    monkeypatch.setattr("magi.streaming.packing.holds_float8", lambda kind: False)
     bus, pins = LazyBus(eager=True), Pins()
     for place in PLACES.values():
         blocks = StreamedBlocks(reader(**weights), *place, 2, bus=bus, pin=pins)
@@ -541,7 +541,7 @@ def test_room_that_is_not_there_when_layers_leave_is_asked_for_again(reader, mon
         raise MemoryError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("magi.offload.Feed", full)
+        patch.setattr("magi.streaming.offload.Feed", full)
         with pytest.raises(MemoryError):
             blocks.keep_on_device((0,))
         with pytest.raises(MemoryError):

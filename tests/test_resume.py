@@ -19,7 +19,7 @@ from magi.commands import generate
 from magi.embedded import embedded_files
 from magi.errors import MagiError
 from magi.pipeline import MagiPipeline
-from magi.run_store import RunStore
+from magi.saved.run_store import RunStore
 from tests.kill_points import CAN_FORK
 
 ROOT = Path(embedded.__file__).parent.parent

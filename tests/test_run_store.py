@@ -11,11 +11,11 @@ import torch
 
 from magi.errors import MagiError
 from magi.generate import make_sampler
-from magi.run_files import pack, tensor_digest
-from magi.run_keeper import Keeper
-from magi.run_settings import UNKNOWN, config_settings
-from magi.run_store import RunStore
 from magi.sampler_state import Chunk, SamplerState
+from magi.saved.run_files import pack, tensor_digest
+from magi.saved.run_keeper import Keeper
+from magi.saved.run_settings import UNKNOWN, config_settings
+from magi.saved.run_store import RunStore
 
 SETTINGS = {"seed": 1, "num_steps": 8, "text_scales": (7.5, 0.0), "prompt": ["Kätzchen"], "model": "ab" * 32}
 

@@ -6,9 +6,9 @@ import torch
 from magi.errors import MagiError
 from magi.generate import make_sampler
 from magi.model import Transformer
-from magi.run_keeper import Keeper
-from magi.run_store import RunStore
 from magi.sampler_state import SamplerState, check_state
+from magi.saved.run_keeper import Keeper
+from magi.saved.run_store import RunStore
 from magi.schedule import Schedule
 
 CASES = {

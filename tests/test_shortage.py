@@ -13,8 +13,8 @@ from magi.generate import make_sampler
 from magi.kv_cache import KVCache
 from magi.load import build_transformer
 from magi.model import Transformer
-from magi.offload import Feed, StreamedBlocks
 from magi.placement import MemoryOptions
+from magi.streaming.offload import Feed, StreamedBlocks
 from tests.conftest import MemorySource
 from tests.lazy_bus import LazyBus
 
@@ -260,7 +260,7 @@ def test_there_may_be_no_room_for_layers_to_pass_through(bus, config, start, fai
             raise SAID["CUDA"]()
         return Feed(*args)
 
-    monkeypatch.setattr("magi.offload.Feed", full)
+    monkeypatch.setattr("magi.streaming.offload.Feed", full)
     fail("forward", [4, 5, 6])
     run = start(config())
     assert all(map(torch.equal, latents(run), wanted))
@@ -335,7 +335,7 @@ def test_if_there_is_no_room_for_any_layer_that_is_the_end(bus, config, random_w
     def full(*args):
         raise error
 
-    monkeypatch.setattr("magi.offload.Feed", full)
+    monkeypatch.setattr("magi.streaming.offload.Feed", full)
     source = Full(random_weights(config().model), 1)
     with pytest.raises(RuntimeError) as caught:
         build_transformer(source, config(), device="cpu", offload=False)

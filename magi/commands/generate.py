@@ -15,8 +15,8 @@ from ..media.video_writer import VideoWriter
 from ..model_files import find_files
 from ..pipeline import MagiPipeline, Plan, Request
 from ..placement import MemoryOptions
-from ..run_keeper import SAVE_SECONDS
-from ..run_store import RunStore
+from ..saved.run_keeper import SAVE_SECONDS
+from ..saved.run_store import RunStore
 from ..special_tokens import STYLES
 from ..text.embedding_cache import EmbeddingCache
 from .progress import Bars

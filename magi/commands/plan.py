@@ -9,12 +9,12 @@ from ..checkpoint import Checkpoint
 from ..config import PRESETS, MagiConfig
 from ..device import free_memory, pick_device
 from ..forecast import Machine
-from ..host_memory import free_host_memory
 from ..mapped_file import TensorInfo
 from ..memory import Kernels, WeightSizes, key_bytes, weight_sizes
 from ..placement import MemoryOptions, Placement, place, smaller_windows
 from ..recognise import resolve_config
 from ..request import Request, make_plan
+from ..streaming.host_memory import free_host_memory
 from ..synthetic import RandomTensors
 from .sizes import parse_bytes, parse_size
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..sampler_state import Chunk, SamplerState
 from .run_store import RunStore
-from .sampler_state import Chunk, SamplerState
 
 if TYPE_CHECKING:
-    from .model import Transformer
-    from .sampler import Sampler
+    from ..model import Transformer
+    from ..sampler import Sampler
 
 SAVE_SECONDS = 300.0  # between two states within a chunk
 

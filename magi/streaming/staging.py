@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..mapped_file import TensorInfo
+from ..weights import TensorSource, WeightReader
 from .ahead import Ahead, Session
 from .bus import Bus, Mark
 from .feed import Load
 from .host_memory import LockedMemory, Pin
-from .mapped_file import TensorInfo
 from .packing import Layout
-from .weights import TensorSource, WeightReader
 
 _BUFFERS = 2  # one is filled while the other is copied from
 _POLL = 0.001  # seconds between looks at whether a copy has been made

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .mapped_file import DTYPES, TensorInfo
-from .quant import FLOAT8, holds_float8, require_float8
-from .weights import BlockWeights, WeightReader, map_tensors, tensors_in
+from ..mapped_file import DTYPES, TensorInfo
+from ..quant import FLOAT8, holds_float8, require_float8
+from ..weights import BlockWeights, WeightReader, map_tensors, tensors_in
 
 _ALIGNMENT = 256  # bytes: what matrix kernels like best, and a multiple of every element
 _PIECE = 1 << 24  # numbers copied between two looks at whether to go on

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import torch
 
+from ..quant import StoredFp8
+from ..weights import BlockWeights, WeightReader
 from .ahead import Session
 from .bus import Bus, open_bus
 from .feed import Feed, Load
 from .host_memory import LockedMemory, Pin, PinningError, host_bytes
 from .packing import block_layouts
-from .quant import StoredFp8
 from .staging import Staging
-from .weights import BlockWeights, WeightReader
 
 Progress = Callable[[int, int], None]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .checkpoint import file_fingerprint
-from .config import MagiConfig
-from .request import Media, Plan
+from ..checkpoint import file_fingerprint
+from ..config import MagiConfig
+from ..request import Media, Plan
 from .run_files import tensor_digest
 
 UNKNOWN = "unknown"  # a value that cannot be told now, say because the file is away; it differs from nothing

@@ -15,11 +15,11 @@ from warnings import warn
 
 import torch
 
-from .config import LATENT_CHANNELS
-from .errors import MagiError
+from ..config import LATENT_CHANNELS
+from ..errors import MagiError
+from ..sampler_state import Chunk, SamplerState
 from .run_files import DamagedFileError, pack, unpack, write_whole
 from .run_settings import differences, run_key
-from .sampler_state import Chunk, SamplerState
 
 _FORMAT = 1
 _SETTINGS, _INPUTS, _STATE, _PARTIALS = "run.json", "inputs.safetensors", "state.safetensors", "partials.json"

@@ -1,0 +1,1 @@
+"""Runs kept on disk, to be gone on with."""
