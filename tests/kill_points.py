@@ -36,7 +36,7 @@ from magi.saved.run_keeper import Keeper
 from magi.saved.run_store import RunStore
 from magi.synthetic import RandomTensors
 
-MAGI = Path(run_store.__file__).parent
+MAGI = Path(run_store.__file__).parent.parent
 CAN_FORK = sys.platform == "linux"
 TRACED = {
     str(MAGI / name)
