@@ -37,6 +37,7 @@ from .vae import load_vae
 from .weights import Precision
 
 __all__ = ["Clip", "MagiPipeline", "Media", "Plan", "Request", "Stage", "StageProgress"]
+_CAPTION, _PREFIX = "caption", "prefix"  # in a store's inputs
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,6 @@ class Clip:
 
     first_frame: int
     frames: torch.Tensor
-
-
-_CAPTION, _PREFIX = "caption", "prefix"  # in a store's inputs
 
 
 class MagiPipeline:
