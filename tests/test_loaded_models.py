@@ -132,12 +132,13 @@ def test_a_card_with_room_for_both(card, models, parked, sizes, vae_and_tile):
     assert card.emptied == 1, "it costs time"
 
 
-def test_a_byte_less_and_the_vae_gives_way(card, models, parked, sizes, vae_and_tile):
-    card.free = place(RUN, sizes, 10**12, companion=vae_and_tile[1]).needed_bytes + vae_and_tile[0] - 1
+@pytest.mark.parametrize("run", [RUN, RUN.with_runtime(video_size_h=64, video_size_w=64)], ids=["large", "small"])
+def test_a_byte_less_and_the_vae_gives_way(run, card, models, parked, sizes, vae_and_tile):
+    card.free = place(run, sizes, 10**12, companion=vae_and_tile[1]).needed_bytes + vae_and_tile[0] - 1
     both = models()
-    placed = both.place(RUN, 0, may_narrow=True)
-    assert placed == place(RUN, sizes, card.free, companion=sum(vae_and_tile))
-    assert placed.working_bytes >= sum(vae_and_tile)
+    placed = both.place(run, 0, may_narrow=True)
+    assert placed == place(run, sizes, card.free, companion=sum(vae_and_tile))
+    assert placed.working_bytes >= sum(vae_and_tile), "between two chunks it comes back"
     assert through(both, []) == STAYS, "there is none yet"
     assert both.vae.device_bytes > 0
     assert through(both, parked) == GIVES_WAY

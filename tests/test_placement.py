@@ -1,9 +1,7 @@
 """What lies where, for the released models and cards of any size; nothing of it is ever allocated."""
 
 import math
-import random
 from contextlib import suppress
-from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -291,22 +289,17 @@ def test_host_memory_is_used_up_to_what_the_rest_needs(gigabytes, cache, large):
     assert p.on_host == () or p.host_bytes <= 0.75 * gigabytes * GB
     left = [layer for layer in fetched(p) if layer not in p.on_host]
     assert not left or p.host_bytes + max(sizes.packed) > 0.75 * gigabytes * GB, "another layer has room"
-    gaps = [b - a for a, b in pairwise(fetched(p).index(layer) for layer in p.on_host)]
-    assert not gaps or max(gaps) - min(gaps) <= 1, "those from the file are not in a row"
+    even = spread(len(fetched(p)), len(p.on_host))
+    assert p.on_host == tuple(fetched(p)[i] for i in even), "those from the file are not in a row"
 
 
 def test_more_host_memory_never_slows_down(large):
-    made = [placed(large, 8, free_host=n * GB) for n in (0, 2, 4, 8, 16, 32)]
+    made = [placed(large, 8, free_host=n and n * GB) for n in (None, 0, 2, 4, 8, 16, 32)]
+    assert made[0] == made[1], "what is not known is left alone"
     assert made[0].on_host == ()
     assert made[-1].on_host == tuple(fetched(made[-1]))
     assert all(b.slowdown <= a.slowdown for a, b in pairwise(made))
     assert made[-1].slowdown < made[0].slowdown
-
-
-def test_unknown_host_memory_is_left_alone(large):
-    p = placed(large, 8, free_host=None)
-    assert p.streaming
-    assert p.on_host == ()
 
 
 def test_float8_storage_is_made_once_and_waits(large):
@@ -332,18 +325,6 @@ def test_layers_that_stay_are_spread_evenly(layers):
         for kept in (staying, staying[1::2]):  # and if every other one has to leave
             gaps = [b - a for a, b in pairwise(kept)]
             assert not gaps or max(gaps) - min(gaps) <= 1
-
-
-def test_layers_of_any_sizes(large):
-    """The first and last layers of float8 files are larger."""
-    config, sizes = large
-    dice = random.Random(0)
-    for _ in range(10):
-        packed = tuple(dice.choice((1, 2, 3)) * GB // 10 for _ in sizes.packed)
-        odd = replace(sizes, packed=packed, blocks=packed)
-        p = place(config, odd, round(smallest(config, odd).needed_bytes * dice.uniform(1, 1.6)), free_host=HOST)
-        arena = p.weight_bytes - odd.outer - sum(packed[layer] for layer in p.on_device)
-        assert arena >= max(packed[layer] for layer in fetched(p))
 
 
 # -- for people ------------------------------------------------------------------------------------------------------
