@@ -104,6 +104,23 @@ def test_a_finished_run_has_nothing_more_to_give(run):
     assert list(run(sampler.state.copy())) == []
 
 
+def test_no_more_is_taken_in_anew_than_will_be_looked_at(
+    tiny_config, tiny_model, tiny_caption, tiny_tokens, monkeypatch
+):
+    model = tiny_model(tiny_config(num_frames=168, num_steps=8))
+    options = {"caption": tiny_caption(), "special_tokens": tiny_tokens}
+    states = []
+    run = make_sampler(model, **options, progress=lambda event: states.append(run.state.copy()))
+    assert len(list(run)) == 7
+    forward, calls = Transformer.forward, []
+    monkeypatch.setattr(Transformer, "forward", lambda *args: calls.append(None) or forward(*args))
+    for begun in (True, False):  # a stage shows the chunk before it to the model in its first step
+        state = next(s for s in states if sorted(s.clean) == [0, 1, 2, 3] and s.iteration % 2 == begun)
+        make_sampler(model, **options, state=state).fill_cache()
+        assert len(calls) == begun
+        calls.clear()
+
+
 # -- a window that became smaller on the way -------------------------------------------------------------------------
 
 NARROWED = {  # distilled, given latents, settings

@@ -135,7 +135,7 @@ def test_while_given_chunks_are_taken_in(config, start, fail, randn):
 def test_layers_and_keys_leave_the_device_on_the_way(distill, bus, config, start, fail):
     wanted = latents(start(config(distill)))
     assert not bus.uploads
-    fail("forward", [2, 3, 5, 7, 9, 11])
+    fail("forward", [2, 3, 5, 7, 9, 14])  # the last as the first finished chunk is in the cache
     run = start(config(distill))
     assert all(map(torch.equal, latents(run), wanted))
     assert [text.partition("step on ")[2] for text in run.reports] == [
@@ -196,10 +196,7 @@ def test_what_had_been_made_is_gone_before_the_next_try(config, start, monkeypat
     [RuntimeError("CUDA error: device-side assert triggered"), ValueError("no"), KeyboardInterrupt(), MagiError("x")],
 )
 def test_other_errors_come_out_as_they_are(error, config, start, fail):
-    def raised():
-        return error
-
-    calls = fail("forward", [3], raised)
+    calls = fail("forward", [3], lambda: error)
     run = start(config())
     with pytest.raises(type(error)) as caught:
         list(run)
