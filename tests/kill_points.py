@@ -40,7 +40,13 @@ MAGI = Path(run_store.__file__).parent.parent
 CAN_FORK = sys.platform == "linux"
 TRACED = {
     str(MAGI / name)
-    for name in ("saved/run_store.py", "saved/run_files.py", "saved/run_keeper.py", "sampler.py", "media/video_writer.py")
+    for name in (
+        "saved/run_store.py",
+        "saved/run_files.py",
+        "saved/run_keeper.py",
+        "sampler.py",
+        "media/video_writer.py",
+    )
 }
 SHAPE = ModelConfig(2, 64, 96, 8, num_query_groups=4, kv_channels=8, caption_channels=12, caption_max_length=60)
 CONFIG = MagiConfig(

@@ -77,7 +77,7 @@ SLOW = {  # node, what is slow, how many more calls may begin
     "the text encoder is read": ("text", "magi.text.t5_model", "place", 1),
     "a prompt is encoded": ("text", "transformers.models.t5.modeling_t5", "T5Block.forward", 1),
     "weights are read": ("sampler", "magi.weights", "WeightReader.block", 0),
-    "a step is made": ("sampler", "magi.model", "Transformer._attention", 1),
+    "a step is made": ("sampler", "magi.block", "attend", 1),
     "frames are decoded": ("decode", "magi.vae_model", "Decoder.forward", 1),
     "a picture is encoded": ("start", "magi.vae_model", "Encoder.forward", 1),
     "a clip is encoded": ("start", "magi.vae_model", "Encoder.forward", 1),

@@ -49,15 +49,15 @@ def test_a_model_streams_where_it_does_not_fit_and_stays_where_it_does(comfy, re
     graph["sampler"]["inputs"]["seed"] = 2
     comfy.run(graph)
     assert transformer(comfy).model_size() < size, "ComfyUI is told what streaming takes"
-    assert reads.count("transformer") == 2
+    assert reads.count("transformer") == 1, "layers are dropped, none is read again"
     graph["sampler"]["inputs"]["seed"] = 1
     assert torch.equal(comfy.run(graph)["sampler"][0]["samples"], made["sampler"][0]["samples"])
-    assert reads.count("transformer") == 2
+    assert reads.count("transformer") == 1
     card(64 << 30)
     graph["sampler"]["inputs"]["seed"] = 3
     comfy.run(graph)
     assert transformer(comfy).model_size() == size
-    assert reads.count("transformer") == 3
+    assert reads.count("transformer") == 2
 
 
 def test_streaming_by_choice(comfy, card, deep):

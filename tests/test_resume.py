@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from magi import embedded, pipeline
+from magi import embedded, loaded_models, pipeline
 from magi.cli import main
 from magi.commands import generate
 from magi.embedded import embedded_files
@@ -201,7 +201,7 @@ def test_going_on_needs_no_text_encoder_and_no_picture(magi, interrupt, tmp_path
     ],
 )
 def test_another_request_is_refused_with_what_differs(magi, kept, changed, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "load_transformer", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(loaded_models, "load_transformer", lambda *_, **__: pytest.fail("a model is loaded"))
     Image.new("RGB", (48, 32)).save(tmp_path / "other.png")
     (tmp_path / "changed").mkdir()
     Image.new("RGB", (48, 32)).save(tmp_path / "changed" / "cat.png")
@@ -303,7 +303,7 @@ def test_all_chunks_are_there_and_no_transformer_is_needed(magi, whole, tmp_path
     monkeypatch.setattr(RunStore, "discard", lambda self: None)
     assert magi()[0] == 0
     monkeypatch.setattr(RunStore, "discard", discard)
-    monkeypatch.setattr(pipeline, "load_transformer", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(loaded_models, "load_transformer", lambda *_, **__: pytest.fail("a model is loaded"))
     status, stderr = magi("--resume", "--overwrite")
     assert status == 0
     assert "3 of 3 chunks are finished and taken over\n" in stderr
