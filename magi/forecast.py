@@ -64,7 +64,7 @@ def iteration_seconds(
         bus += keys
         if copy:
             bus = max(bus, ends[-slots] if len(ends) >= slots else 0.0) + copy
-        done = max(done, bus if copy or keys else 0.0) + compute
+        done = max(done, bus) + compute
         if copy:
             ends.append(done)
     return done
