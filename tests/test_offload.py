@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from magi.block import layer_rows
 from magi.errors import MagiError
 from magi.generate import generate_latents
 from magi.model import Transformer
@@ -616,3 +617,28 @@ def test_streamed_is_resident_on_the_gpu(place, weights, reader):
         assert same(found, reference)
         if turn == 1:
             blocks.keep_on_device((1,))
+
+
+def test_compiled_layers_are_the_same_from_wherever_they_come(
+    reader, tiny_config, tiny_caption, tiny_tokens, monkeypatch
+):
+    if not torch._dynamo.is_dynamo_supported():
+        pytest.skip("torch.compile does not work with this Python")
+    compiled = []
+
+    def traced(function, **options):  # by torch's own tracer, without a C++ compiler
+        compiled.append(function)
+        return compile_(function, backend="eager", **options)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    config = tiny_config(True, shape={"num_layers": LAYERS}, num_steps=4, num_frames=24)
+    read = reader(dtype=torch.float32)
+
+    def run(compiled):
+        blocks = StreamedBlocks(read, *PLACES["mixed"], 2, bus=LazyBus(eager=True), pin=Pins())
+        model = Transformer(config, read.outer(), blocks, CPU, read.dtype, compiled=compiled)
+        return next(generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens)).latents
+
+    torch.testing.assert_close(run(True), run(False), rtol=1e-5, atol=1e-5)
+    assert compiled == [layer_rows]
