@@ -13,7 +13,7 @@ from .load import load_transformer
 from .memory import TOKEN_BLOCK, weight_sizes
 from .model import Transformer
 from .model_files import ModelFiles
-from .placement import MemoryOptions, Placement, place, smaller_windows
+from .placement import MemoryOptions, Placement, place
 from .sampler_state import Chunk
 from .streaming.host_memory import memory_beside
 from .tiling import Tiling
@@ -63,10 +63,9 @@ class LoadedModels:
             sizes = weight_sizes(checkpoint.tensors, run.model, self._device, self._precision, self._dtype)
 
         def placed(free: int | None, companion: int) -> Placement:
-            windows = smaller_windows(run) if may_narrow else ()
             host = memory_beside(self._device)
             return place(
-                run, sizes, free, self._memory, given_chunks, free_host=host, windows=windows, companion=companion
+                run, sizes, free, self._memory, given_chunks, free_host=host, may_narrow=may_narrow, companion=companion
             )
 
         empty_cache(self._device)

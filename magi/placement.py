@@ -9,6 +9,7 @@ from .config import MagiConfig
 from .errors import MagiError
 from .forecast import Machine, iteration_flops, iteration_seconds
 from .memory import TOKEN_BLOCK, CacheDevice, WeightSizes, key_bytes, working_bytes
+from .schedule import smaller_windows
 from .streaming.offload import arena_bytes
 
 TOKEN_BLOCKS = (TOKEN_BLOCK, 2048, 1024, 512, 256)
@@ -116,7 +117,7 @@ def place(
     given_chunks: int = 0,
     *,
     free_host: int | None = None,
-    windows: Sequence[int] = (),
+    may_narrow: bool = False,
     companion: int = 0,
     machine: Machine | None = None,
 ) -> Placement:
@@ -132,7 +133,7 @@ def place(
         options: what is fixed by hand.
         given_chunks: whole chunks of a given video.
         free_host: bytes free in host memory; None: unknown, then fetched layers come from the file.
-        windows: smaller windows that may be taken if nothing else helps, in the order to try; see `smaller_windows`.
+        may_narrow: a smaller window may be taken, if nothing else helps.
         companion: bytes that another model, such as the VAE, takes on the device between two iterations.
         machine: what the forecast assumes.
 
@@ -147,7 +148,9 @@ def place(
         choice = next((c for c in first if c.working_bytes <= room), first[-1])
         return choice.place(choice.counts[0])
     room = free if options.budget is None else options.budget
-    for window in (config.runtime.window_size, *windows):
+    runtime = config.runtime
+    windows = smaller_windows(runtime.num_steps, runtime.window_size) if may_narrow else []
+    for window in (runtime.window_size, *windows):
         run = config.with_runtime(window_size=window)
         choices = _choices(run, weights, options, given_chunks, free_host, companion, machine)
         found = [placement for choice in choices for placement in _fitting(choice, room)]
@@ -166,12 +169,6 @@ def smallest(
     """The placement that takes least of the device, within what `options` fix; arguments as for `place`."""
     choices = _choices(config, weights, options or MemoryOptions(), given_chunks, None, companion, Machine())
     return min((c.place(c.counts[-1]) for c in choices), key=lambda p: p.device_bytes)
-
-
-def smaller_windows(config: MagiConfig) -> list[int]:
-    """Windows below the config's that its steps can be split over, the largest first."""
-    runtime = config.runtime
-    return [n for n in reversed(range(1, runtime.window_size)) if runtime.num_steps % n == 0]
 
 
 def spread(layers: int, count: int) -> tuple[int, ...]:
@@ -313,7 +310,7 @@ def _too_little(
         "a smaller token block": options.token_block is not None and least(config, token_block=None) < needed,
         **{
             f"a window of {n}": least(config.with_runtime(window_size=n)) < needed
-            for n in smaller_windows(config)[-1:]
+            for n in smaller_windows(config.runtime.num_steps, config.runtime.window_size)[-1:]
             if n not in windows
         },
         "a larger budget": options.budget is not None,

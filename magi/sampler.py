@@ -19,7 +19,7 @@ from .model import Transformer
 from .out_of_memory import is_out_of_memory
 from .passes import ChunkInput, EncodedCaption, Pass
 from .sampler_state import Chunk, Noise, Progress, ProgressEvent, SamplerState
-from .schedule import Iteration, Schedule, step_size_signal, time_grid
+from .schedule import Iteration, Schedule, smaller_windows, step_size_signal, time_grid
 
 
 class Sampler:
@@ -113,7 +113,7 @@ class Sampler:
     def _narrow(self) -> str | None:
         """A smaller window: its chunks begin anew, after the last finished one."""
         now = self._schedule
-        window = next((n for n in reversed(range(1, now.window)) if now.num_steps % n == 0), None)
+        window = next(iter(smaller_windows(now.num_steps, now.window)), None)
         if window is None:
             return None
         done = max(self.state.clean, default=-1) + 1

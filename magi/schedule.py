@@ -172,6 +172,11 @@ def _clean_key_range(runtime: RuntimeConfig) -> int:
     return runtime.noise2clean_kvrange[-1] if runtime.noise2clean_kvrange else _UNLIMITED_CLEAN_RANGE
 
 
+def smaller_windows(num_steps: int, window: int) -> list[int]:
+    """Windows below `window` that the steps can be split over, the largest first."""
+    return [n for n in reversed(range(1, window)) if num_steps % n == 0]
+
+
 def check_steps(num_steps: int, window: int, key_ranges: Sequence[int]) -> None:
     """Refuses step counts that do not divide evenly. Raises MagiError with the nearest valid counts."""
     if window < 1:

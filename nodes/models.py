@@ -99,7 +99,7 @@ class MagiTransformer(Held):
             return planned
 
     def _place(self, free: int | None) -> "Placement":
-        from ..magi.placement import place, smaller_windows
+        from ..magi.placement import place
         from ..magi.streaming.host_memory import memory_beside
 
         return place(
@@ -109,7 +109,7 @@ class MagiTransformer(Held):
             self._options,
             self._given_chunks,
             free_host=memory_beside(host.device()),
-            windows=smaller_windows(self._run) if self._may_narrow else (),
+            may_narrow=self._may_narrow,
         )
 
 

@@ -10,7 +10,8 @@ from magi.config import MagiConfig
 from magi.errors import MagiError
 from magi.forecast import Machine
 from magi.memory import TOKEN_BLOCK, Kernels, key_bytes, weight_sizes, working_bytes
-from magi.placement import TOKEN_BLOCKS, MemoryOptions, Placement, place, smaller_windows, smallest, spread
+from magi.placement import TOKEN_BLOCKS, MemoryOptions, Placement, place, smallest, spread
+from magi.schedule import smaller_windows
 from magi.synthetic import RandomTensors
 
 GB = 10**9
@@ -37,7 +38,7 @@ def placed(
     run: tuple, gigabytes: float, windows=(), machine=SLOW, free_host: int | None = HOST, **options
 ) -> Placement:
     free = round(gigabytes * GB)
-    return place(*run, free, MemoryOptions(**options), free_host=free_host, windows=windows, machine=machine)
+    return place(*run, free, MemoryOptions(**options), free_host=free_host, may_narrow=bool(windows), machine=machine)
 
 
 def found(run: tuple, sizes, **options) -> list[Placement]:
@@ -162,7 +163,7 @@ def test_a_budget_is_taken_at_its_word(large):
 def test_the_hosts_own_memory_holds_everything(large):
     everything = place(*large, None)
     assert (everything.streaming, everything.cache, everything.token_block) == (False, "device", TOKEN_BLOCK)
-    assert place(*large, None, MemoryOptions(budget=1), free_host=HOST, windows=(2, 1)) == everything
+    assert place(*large, None, MemoryOptions(budget=1), free_host=HOST, may_narrow=True) == everything
     asked = place(*large, None, MemoryOptions(streaming=True, cache="host", token_block=100))
     assert (asked.on_device, asked.on_host, asked.cache, asked.token_block) == ((), (), "host", 100)
 
@@ -240,7 +241,7 @@ def test_what_would_not_help_is_not_proposed(gigabytes, options, remedies, large
 
 def test_a_smaller_window_is_the_last_resort(large):
     config, sizes = large
-    windows = smaller_windows(config)
+    windows = smaller_windows(config.runtime.num_steps, config.runtime.window_size)
     assert windows == [2, 1]
     seen = []
     for gigabytes in (2, 3, 3.2, 3.4, 3.6, 5):

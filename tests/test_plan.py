@@ -63,7 +63,7 @@ def gb(nbytes: int) -> str:
 def test_the_table_says_what_is_placed(memory, ram, plan, quant):
     status, text, _ = plan(*QUANT, "--memory", memory, "--ram", ram)
     config, sizes = quant
-    p = place(config, sizes, int(memory[:-2]) * GB, free_host=int(ram[:-2]) * GB, windows=())
+    p = place(config, sizes, int(memory[:-2]) * GB, free_host=int(ram[:-2]) * GB)
     table, fetched = rows(text), 48 - len(p.on_device)
     staying = sum(sizes.packed[i] for i in p.on_device)
     assert status == 0

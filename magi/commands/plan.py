@@ -11,7 +11,7 @@ from ..device import free_memory, pick_device
 from ..forecast import Machine
 from ..mapped_file import TensorInfo
 from ..memory import Kernels, WeightSizes, key_bytes, weight_sizes
-from ..placement import MemoryOptions, Placement, place, smaller_windows
+from ..placement import MemoryOptions, Placement, place
 from ..recognise import resolve_config
 from ..request import Request, make_plan
 from ..streaming.host_memory import free_host_memory
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
         free,
         MemoryOptions(streaming=streaming, cache=args.cache, token_block=args.token_block),
         free_host=ram,
-        windows=smaller_windows(config) if args.window is None else (),
+        may_narrow=args.window is None,
         machine=machine,
     )
     if args.json:
