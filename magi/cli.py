@@ -17,6 +17,7 @@ COMMANDS = {
     "bench": ("commands.bench", "measure a model's speed and memory on this machine, with random weights"),
     "synth": ("commands.synth", "write a checkpoint of random weights with a released model's layout"),
     "plan": ("commands.plan", "say what of a run would lie where, what it takes and what it costs; nothing is loaded"),
+    "remote": ("commands.remote", "have the 24B model make the video at WaveSpeedAI, for money"),
     "download": ("download", "fetch the official files"),
 }
 

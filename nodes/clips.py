@@ -93,6 +93,19 @@ def images_of(frames: torch.Tensor) -> torch.Tensor:
     return frames.float().div_(255)
 
 
+def check_room(count: int, height: int, width: int, remedy: str) -> None:
+    """Raises MagiError where the host has no memory for so many images: it may not be refused before it is filled."""
+    from ..magi.errors import MagiError
+    from ..magi.streaming.host_memory import free_host_memory
+
+    needed, free = 12 * count * height * width, free_host_memory()
+    if free is not None and needed > free:
+        raise MagiError(
+            f"{count} frames of {width}x{height} take {needed / 1e9:.1f} GB of memory as ComfyUI holds them, and {free / 1e9:.1f} GB are "
+            f"free. {remedy}"
+        )
+
+
 def latent_tail(latent: dict[str, Any], seconds: float) -> dict[str, torch.Tensor]:
     """The end of a LATENT."""
     samples = check_latent(latent)

@@ -111,14 +111,11 @@ class Magi1VAEDecode(io.ComfyNode):
 
 
 def _room_for(count: int, height: int, width: int) -> torch.Tensor:
-    """An empty IMAGE batch. Raises MagiError where the host has no memory for it: it may not be refused before it is filled."""
-    from ..magi.errors import MagiError
-    from ..magi.streaming.host_memory import free_host_memory
-
-    needed, free = 12 * count * height * width, free_host_memory()
-    if free is not None and needed > free:
-        raise MagiError(
-            f"{count} frames of {width}x{height} take {needed / 1e9:.1f} GB of memory as ComfyUI holds them, and {free / 1e9:.1f} GB are "
-            "free. Make a shorter video, save its latents, and go on from them in parts (MAGI-1 Video to Video)."
-        )
+    """An empty IMAGE batch."""
+    clips.check_room(
+        count,
+        height,
+        width,
+        "Make a shorter video, save its latents, and go on from them in parts (MAGI-1 Video to Video).",
+    )
     return torch.empty(count, height, width, 3)

@@ -7,6 +7,7 @@ from .conditioning import Magi1ImageToVideo, Magi1TextToVideo, Magi1VideoToVideo
 from .decode import Magi1VAEDecode
 from .demo import Magi1DemoImage
 from .loaders import Magi1MemoryOptions, Magi1ModelLoader, Magi1TextEncoderLoader, Magi1VAELoader
+from .remote import Magi1Remote
 from .sampler import Magi1Sampler
 from .text import Magi1TextEncode
 
@@ -28,6 +29,7 @@ class Magi1Extension(ComfyExtension):
             Magi1Sampler,
             Magi1VAEDecode,
             Magi1DemoImage,
+            Magi1Remote,
         ]
 
 

@@ -14,6 +14,7 @@ from server import PromptServer
 if TYPE_CHECKING:
     from .managed import Managed
 
+Interrupted = comfy.model_management.InterruptProcessingException  # raised where the user has cancelled
 FOLDER = "magi1"  # below ComfyUI's models/: the tree that `python -m magi download` makes
 _PREVIEW_SIZE = 512
 
@@ -47,6 +48,11 @@ def model_names(kind: str) -> list[str]:
 def cache_folder() -> Path:
     """Where embeddings and the embedded model are kept."""
     return Path(folder_paths.get_user_directory()) / FOLDER
+
+
+def temp_folder() -> Path:
+    """Where files stay until ComfyUI ends."""
+    return Path(folder_paths.get_temp_directory())
 
 
 def t5_tokenizer() -> Path:
@@ -138,6 +144,20 @@ def release() -> None:
 def check_interrupt() -> None:
     """Raises ComfyUI's own exception if the user has cancelled."""
     comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+@contextmanager
+def interrupt_for_all() -> Iterator[None]:
+    """Around reports from a thread: a cancel that is noticed there is left for the node that runs beside it, too.
+
+    Raises:
+        Interrupted
+    """
+    try:
+        yield
+    except Interrupted:
+        comfy.model_management.interrupt_current_processing()
+        raise
 
 
 def show_progress(node_id: str | None, value: int, total: int, picture: torch.Tensor | None = None) -> None:

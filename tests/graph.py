@@ -1,5 +1,6 @@
 """Runs API-format graphs of V3 nodes as ComfyUI does: validation, order, cached outputs, hidden values, cancel."""
 
+import asyncio
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -147,13 +148,18 @@ class GraphRunner:
         self.executed.append(id)
         try:
             self.management.throw_exception_if_processing_interrupted()
-            return cls.PREPARE_CLASS_CLONE(dict.fromkeys(hidden, id)).execute(**inputs).args
+            made = cls.PREPARE_CLASS_CLONE(dict.fromkeys(hidden, id)).execute(**inputs)
+            return (asyncio.run(_awaited(made)) if inspect.isawaitable(made) else made).args
         except self.management.InterruptProcessingException as error:
             raise Interrupted(id) from error
         except Exception as error:
             raise NodeError(id, type(error).__name__, str(error)) from error
         finally:
             self.running = None
+
+
+async def _awaited(made: Any) -> Any:
+    return await made
 
 
 def _fits(received: str, wanted: str) -> bool:

@@ -18,6 +18,7 @@ NAMES = {
     "Magi1Sampler": "MAGI-1 Sampler",
     "Magi1VAEDecode": "MAGI-1 VAE Decode",
     "Magi1DemoImage": "MAGI-1 Demo Image",
+    "Magi1Remote": "MAGI-1 Remote (WaveSpeed)",
 }
 RELEASED = ["4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill_quant", "24B_distill", "24B_base"]
 
@@ -34,6 +35,7 @@ SOCKETS = {
     "Magi1Sampler": {"model": "MAGI1_MODEL", "text": "CONDITIONING", "start": "LATENT", "vae": "VAE"},
     "Magi1VAEDecode": {"samples": "LATENT", "vae": "VAE", "before": "VIDEO,IMAGE"},
     "Magi1DemoImage": {},
+    "Magi1Remote": {"image": "IMAGE"},
 }
 WIDGETS = {
     "Magi1ModelLoader": ["model", "precision", "variant", "attention"],
@@ -53,6 +55,10 @@ WIDGETS = {
     ],
     "Magi1VAEDecode": ["tile_size", "tile_frames"],
     "Magi1DemoImage": [],
+    "Magi1Remote": [
+        *("prompt", "frames", "fps", "resolution", "aspect_ratio", "seed", "safety_checker"),
+        *("api_version", "base_url", "resume_id"),
+    ],
 }
 ADVANCED = {
     "Magi1ModelLoader": {"attention"},
@@ -62,6 +68,7 @@ ADVANCED = {
     "Magi1VideoToVideo": {"fps"},
     "Magi1Sampler": {"previous_guidance", "negative_tokens", "resume"},
     "Magi1VAEDecode": {"tile_size", "tile_frames"},
+    "Magi1Remote": {"api_version", "base_url", "resume_id"},
 }
 OUTPUTS = {
     "Magi1ModelLoader": {"model": "MAGI1_MODEL"},
@@ -75,6 +82,7 @@ OUTPUTS = {
     "Magi1Sampler": {"samples": "LATENT", "frames": "INT"},
     "Magi1VAEDecode": {"frames": "IMAGE", "video": "VIDEO"},
     "Magi1DemoImage": {"image": "IMAGE"},
+    "Magi1Remote": {"video": "VIDEO", "frames": "IMAGE", "task_id": "STRING", "url": "STRING"},
 }
 every_node = pytest.mark.parametrize("name", NAMES)
 

@@ -33,6 +33,10 @@ def get_output_directory():
     return str(Path(base_path, "output"))
 
 
+def get_temp_directory():
+    return str(Path(base_path, "temp"))
+
+
 def get_annotated_filepath(name):
     return str(Path(base_path, "input", name))
 

@@ -1,0 +1,91 @@
+"""Addresses: which may be used, and what of them may be shown."""
+
+import ipaddress
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urlsplit
+
+from ..errors import MagiError
+
+DEFAULT = "https://api.wavespeed.ai"
+_PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True)
+class BaseUrl:
+    """What stands before /api/... in every address of the service; its text is `str(base)`.
+
+    Raises:
+        MagiError: the text is no address that a key may be sent to.
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        text = self.text.strip().rstrip("/")
+        parts = _split(text)
+        advice = f"Give it as {DEFAULT}, without anything behind it."
+        if parts is None or parts.scheme not in _PORTS or not parts.hostname:
+            raise MagiError(f"The base URL {self.text!r} is no address. {advice}")
+        if parts.username or parts.password or parts.query or parts.fragment or "?" in text or "#" in text:
+            raise MagiError(
+                f"The base URL for {parts.hostname} has a user, a password or parameters in it; a workflow would give them away. {advice}"
+            )
+        if "/api/v" in parts.path:
+            raise MagiError(
+                f"The base URL {self.text!r} has the API version in it, which is a setting of its own. {advice}"
+            )
+        if parts.scheme == "http" and not is_loopback(parts.hostname):
+            raise MagiError(f"The base URL {self.text!r} would send your key unencrypted. Use https.")
+        object.__setattr__(self, "text", text)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is this machine."""
+        return is_loopback(urlsplit(self.text).hostname or "")
+
+    def owns(self, url: str) -> bool:
+        """Whether `url` has the same scheme, host and port: the only place that gets the key."""
+        return _origin(url) == _origin(self.text)
+
+
+def is_allowed(url: str) -> bool:
+    """Whether something may be fetched from `url`: by https, or from this machine."""
+    parts = _split(url)
+    if parts is None or not parts.hostname:
+        return False
+    return parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname))
+
+
+def shown(url: str) -> str:
+    """An address for a message: without its parameters, which may be a signature that opens it."""
+    parts = _split(url)
+    return (
+        "an unreadable address" if parts is None else f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None] | None:
+    parts = _split(url)
+    return None if parts is None else (parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme))
+
+
+def _split(url: str) -> SplitResult | None:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # which may be no number
+    except ValueError:
+        return None
+    return parts

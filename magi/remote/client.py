@@ -1,0 +1,253 @@
+"""From a request to a video on this disk: submitted once, followed through crashes and cancels, given up only if nobody wants it."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event, Thread
+
+import torch
+
+from ..errors import MagiError
+from . import polling
+from .api import Api, NotSentError, is_id, unclear
+from .download import Facts, check_folder, fetch
+from .errors import Cancelled, EndedError, GoneError, RefusedError, RemoteError, TemporaryError
+from .polling import Limits
+from .progress import Progress, Watch
+from .records import Entry, Records
+from .request import RemoteRequest, encode_image
+from .transport import Worker, pause
+
+NEW = "new"  # as a resume id: the request is sent although nobody knows what became of an earlier try
+_CONNECTS = 3  # tries to reach the service with a request
+_CANCEL_SECONDS = 1.0  # that a cancel waits for the service's answer
+
+
+@dataclass(frozen=True)
+class RemoteVideo:
+    """A video that has arrived.
+
+    Attributes:
+        path: the file.
+        task_id: its task at the service.
+        url: where it lies there, for about 7 days.
+        facts: what is in it.
+        notes: what a user should know of it, in sentences.
+    """
+
+    path: Path
+    task_id: str
+    url: str
+    facts: Facts
+    notes: tuple[str, ...]
+
+
+class Client:
+    """Makes videos by the service. Every call blocks: run it in a thread where that matters."""
+
+    def __init__(self, api: Api, records: Path, say: Callable[[str], None], limits: Limits | None = None) -> None:
+        """Nothing is sent or written yet.
+
+        Args:
+            api: the account.
+            records: folder in which tasks are noted, so that none is paid for twice.
+            say: is told, in a sentence, what belongs into a log: first of all the task's id.
+            limits: how patient to be.
+        """
+        self.api, self.records, self.say = api, Records(records), say
+        self.limits = limits or Limits()
+
+    def make(
+        self, request: RemoteRequest, folder: Path, progress: Callable[[Progress], None], resume_id: str = ""
+    ) -> RemoteVideo:
+        """The video of a request: of its own task if it has one already, else of a new one.
+
+        Args:
+            request: what to make.
+            folder: where the file goes.
+            progress: called in this thread about ten times a second. If it raises `Cancelled`, an unfinished task is deleted, as far
+                as the service does that. If it raises anything else, the task goes on, and the same request finds it again.
+            resume_id: a task's id: its video is fetched and nothing is submitted. "new": the request is submitted although it is
+                not known what became of an earlier try.
+
+        Raises:
+            MagiError: there is no video. The message says whether there may be one later, and how to get it.
+        """
+        resume_id = resume_id.strip()
+        if resume_id and resume_id != NEW and not is_id(resume_id):
+            raise MagiError(
+                "The resume id is not the id of a task: letters, digits, - and _ only. It stands in the log, in the node's output "
+                "task_id, and on the service's page of your tasks."
+            )
+        check_folder(folder)
+        watch = Watch(progress)
+        entry = self.records.open(request.digest(str(self.api.base), self.api.version), watch.alive)
+        run = _Run(self, entry, request, watch)
+        try:
+            return run.video(folder, resume_id)
+        except (Cancelled, KeyboardInterrupt):
+            run.cancel()
+            raise
+        finally:
+            entry.release()
+
+
+class _Run:
+    """One call of `make`."""
+
+    def __init__(self, client: Client, entry: Entry, request: RemoteRequest, watch: Watch) -> None:
+        self._api, self._limits, self._say = client.api, client.limits, client.say
+        self._entry, self._request, self._watch = entry, request, watch
+        self._unfinished: str | None = None  # the task that a cancel gives up
+
+    def video(self, folder: Path, resume_id: str) -> RemoteVideo:
+        if resume_id == NEW:
+            self._entry.clear()
+            resume_id = ""
+        task_id = (self._resumed(resume_id) if resume_id else self._known()) or self._new()
+        own = self._entry.record is not None and self._entry.record.task_id == task_id
+        self._unfinished = task_id
+        self._watch.phase("wait", f"asking for task {task_id}")
+        try:
+            task = polling.follow(self._api, task_id, self._limits, self._watch)
+        except EndedError:
+            if own:
+                self._entry.clear()
+            raise
+        self._unfinished = None
+        path, url, facts = fetch(self._api, task_id, task.outputs, folder, self._limits, self._watch)
+        if own:
+            self._entry.update(delivered=True)
+        notes = facts.differences(self._request)
+        if task.flagged:
+            notes.append("The service's safety checker has flagged this video.")
+        for note in notes:
+            self._say(f"{note} (Task {task_id})")
+        return RemoteVideo(path, task_id, url, facts, (*self._request.notes(), *notes))
+
+    # -- tasks that there are already ----------------------------------------------------------------------------------
+
+    def _resumed(self, task_id: str) -> str:
+        record = self._entry.record
+        if record is not None and record.task_id is None:  # the user has looked what became of it
+            self._entry.update(task_id=task_id)
+        return task_id
+
+    def _known(self) -> str | None:
+        """The task that this request became before, if it is to be gone on with."""
+        record = self._entry.record
+        if record is None or (
+            record.delivered and self._request.seed is None
+        ):  # without a seed another video is wanted
+            return None
+        if record.task_id is None:
+            raise unclear(f"what came of it, on {record.when}, is not known")
+        if record.cancelled and not self._lives(record.task_id):
+            self._entry.clear()
+            return None
+        self._say(f"Going on with task {record.task_id} of {record.when}: nothing is submitted again.")
+        self._entry.update(cancelled=False)
+        return record.task_id
+
+    def _lives(self, task_id: str) -> bool:
+        """Whether a task that the user cancelled goes on, or has ended well, all the same: then it is paid for."""
+        self._watch.phase("check", f"asking what became of task {task_id}, which was cancelled")
+        try:
+            return not polling.look(self._api, task_id, replace(self._limits, unknown=0), self._watch).ended
+        except GoneError:
+            return False
+        except TemporaryError as error:
+            raise RemoteError(
+                f"The service could not be asked about task {task_id}, which was cancelled before: {error}. Queue again later, or "
+                f"put the word {NEW} into resume_id for a new task."
+            ) from None
+
+    # -- a new task ----------------------------------------------------------------------------------------------------
+
+    def _new(self) -> str:
+        """Submits: the only place that spends money."""
+        request, entry = self._request, self._entry
+        for note in request.notes():
+            self._say(note)
+        image = self._upload(request.image) if isinstance(request.image, torch.Tensor) else request.image
+        self._watch.phase("submit", "submitting")
+        entry.begin(str(self._api.base), self._api.version, request.settings())
+        stop = Event()
+        worker = Worker(lambda: self._submit(request.body(image), stop))
+        try:
+            return worker.result(self._watch.alive)
+        except (RefusedError, NotSentError):
+            entry.clear()
+            raise
+        except MagiError:
+            raise
+        except BaseException as error:  # a cancel, while nobody knows whether the request has arrived
+            stop.set()
+            self._leave(worker.outcome, delete=isinstance(error, Cancelled | KeyboardInterrupt))
+            raise
+
+    def _upload(self, image: torch.Tensor) -> str:
+        self._watch.phase("upload", "uploading the picture")
+        data, kind = encode_image(image)
+        failures = 0
+        while True:
+            try:
+                return Worker(lambda: self._api.upload(data, kind)).result(self._watch.alive)
+            except TemporaryError as error:
+                failures += 1
+                if failures > self._limits.retries or isinstance(error, GoneError):
+                    raise RemoteError(
+                        f"The picture could not be uploaded: {error} Nothing was submitted; queue again."
+                    ) from None
+                pause(self._limits.before_retry(failures, error.wait), self._watch.alive)
+
+    def _submit(self, body: dict, stop: Event) -> str:
+        """In a thread of its own: sends the request and notes the task, also when nobody waits for it any more."""
+        failures = 0
+        while True:
+            try:
+                task_id = self._api.submit(body, stop.is_set)
+                break
+            except NotSentError:
+                failures += 1
+                if failures == _CONNECTS or stop.wait(self._limits.before_retry(failures, None)):
+                    raise
+        self._say(f"Task {task_id} was submitted to {self._api.base}.")
+        self._entry.update(task_id=task_id)
+        return task_id
+
+    # -- the end of it -------------------------------------------------------------------------------------------------
+
+    def cancel(self) -> None:
+        """Gives up the task that is followed. One that is completed is paid for and stays."""
+        if task_id := self._unfinished:
+            self._leave(lambda: task_id, delete=True)
+
+    def _leave(self, task: Callable[[], str], delete: bool) -> None:
+        """Keeps the request to itself until its task is known, and has that deleted. The caller waits a moment only."""
+        entry = self._entry
+
+        def work() -> None:
+            try:
+                task_id = task()
+                if delete:
+                    if entry.record is not None and entry.record.task_id == task_id:
+                        entry.update(cancelled=True)
+                    self._say(
+                        f"Task {task_id} is cancelled. The service may finish and bill it all the same: the same request looks for it first."
+                    )
+                    self._api.delete(task_id)
+            except (RefusedError, NotSentError):
+                entry.clear()
+            finally:
+                entry.release()
+
+        def quiet() -> None:
+            with suppress(Exception):  # it was worth a try; the record says the rest
+                work()
+
+        entry.hold()
+        thread = Thread(target=quiet, name="magi-remote-cancel", daemon=True)
+        thread.start()
+        thread.join(_CANCEL_SECONDS)

@@ -1,0 +1,206 @@
+"""Brings a finished video here: streamed, bounded, and under its name only when it is one."""
+
+import tempfile
+import uuid
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, BinaryIO
+
+from ..errors import MagiError
+from ..media.video_decoder import VideoFile, open_clip
+from .address import shown
+from .api import Api
+from .errors import GoneError, RemoteError, TemporaryError
+from .polling import Limits, look
+from .progress import Watch
+from .request import RemoteRequest
+from .transport import Lost, Worker, pause, retry_after
+
+if TYPE_CHECKING:
+    import requests
+
+_BLOCK = 1 << 16
+_PIXELS = {"480p": 480, "720p": 720}  # of the shorter side
+_NEAR = 0.1  # by which a size may differ from its name; encoders round
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is in a video file, by decoding all of it."""
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames, {self.fps:g} a second, {self.width}x{self.height}"
+
+    def differences(self, asked: RemoteRequest) -> list[str]:
+        """What is not as it was asked for, in sentences."""
+        found = []
+        if self.frames != asked.num_frames:
+            found.append(f"The video has {self.frames} frames instead of {asked.num_frames}.")
+        if abs(self.fps - asked.fps) > 0.1:
+            found.append(f"The video has {self.fps:g} frames a second instead of {asked.fps}.")
+        short, side = min(self.width, self.height), _PIXELS[asked.resolution]
+        if abs(short / side - 1) > _NEAR and abs(self.width * self.height / (side * side * 16 / 9) - 1) > 2 * _NEAR:
+            found.append(f"The video is {self.width}x{self.height} instead of {asked.resolution}.")
+        if asked.aspect_ratio != "auto":
+            wide, high = map(int, asked.aspect_ratio.split(":"))
+            if abs(self.width / self.height * high / wide - 1) > _NEAR:
+                found.append(f"The video is {self.width}x{self.height} instead of {asked.aspect_ratio}.")
+        return found
+
+
+def check_folder(folder: Path) -> None:
+    """Raises MagiError unless a video can be written to `folder`, which is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def fetch(
+    api: Api, task_id: str, outputs: tuple[str, ...], folder: Path, limits: Limits, watch: Watch
+) -> tuple[Path, str, Facts]:
+    """Downloads a task's video into `folder`: (the file, its address, what is in it).
+
+    An address that has run out is asked for once more.
+
+    Raises:
+        RemoteError: it cannot be had; the task is still there.
+    """
+    kept = f"The video is kept by the service for about 7 days as task {task_id}: queue again, and it is fetched without a new task."
+    url, asked_again, failures = outputs[0], False, 0
+    while True:
+        watch.phase("download", "downloading")
+        try:
+            path = _download(api, task_id, url, folder, limits, watch)
+            watch.phase("read", "reading the video")
+            try:
+                return path, url, inspect(path, watch)
+            except MagiError as error:
+                path.unlink(missing_ok=True)
+                raise RemoteError(f"What lies at {shown(url)} is no whole video ({error}) {kept}") from None
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+        except GoneError as error:
+            if asked_again:
+                raise RemoteError(f"The video could not be downloaded: {error}. {kept}") from None
+            asked_again = True
+            try:
+                task = look(api, task_id, limits, watch)
+            except RemoteError as trouble:
+                raise RemoteError(f"The video could not be downloaded: {error}; and {trouble}. {kept}") from None
+            url = next(iter(task.outputs), url)
+        except TemporaryError as error:
+            failures += 1
+            if failures > limits.retries:
+                raise RemoteError(f"The video could not be downloaded: {error}. {kept}") from None
+            pause(limits.before_retry(failures, error.wait), watch.alive)
+
+
+def _download(api: Api, task_id: str, url: str, folder: Path, limits: Limits, watch: Watch) -> Path:
+    """One try. Raises GoneError for an address that has run out, TemporaryError for what may pass."""
+    whole = folder / f"magi1_{task_id}_{uuid.uuid4().hex[:8]}.mp4"
+    part = whole.with_suffix(".mp4.part")
+    done, stop = [0.0], Event()
+
+    def work() -> None:
+        try:
+            with part.open("xb") as file:
+                _receive(api, url, file, limits, stop, done)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        finally:
+            if stop.is_set():  # nobody waits for it any more
+                _remove(part)
+
+    try:
+        Worker(work).result(lambda: watch.alive(done[0] or None))
+        part.replace(whole)
+    except Lost as lost:
+        raise TemporaryError(str(lost)) from None
+    finally:
+        stop.set()
+        _remove(part)
+    return whole
+
+
+def _receive(api: Api, url: str, file: BinaryIO, limits: Limits, stop: Event, done: list[float]) -> None:
+    """Writes what lies at `url`. Whatever of OSError comes out of here is the disk's."""
+    with api.transport.opened(url) as response:
+        length = _check_answer(response, url, limits)
+        for block in response.iter_content(_BLOCK):
+            if stop.is_set():
+                return
+            try:
+                file.write(block)
+                file.flush()  # so that a full disk is noticed here
+            except OSError as error:
+                raise _unwritable(Path(file.name).parent, error) from error
+            done[0] = file.tell() / length if length else 0.0
+            if file.tell() > limits.video:
+                raise _too_large(url, limits)
+    if length and file.tell() != length:
+        raise TemporaryError(f"{file.tell():,} of {length:,} bytes came")
+
+
+def _check_answer(response: "requests.Response", url: str, limits: Limits) -> int:
+    """The number of bytes that will come, 0 where it is not said."""
+    status, headers = response.status_code, response.headers
+    kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if status in (401, 403, 404, 410):
+        raise GoneError(f"{shown(url)} answers {status}")
+    if status != 200:
+        raise TemporaryError(f"{shown(url)} answers {status}", retry_after(headers.get("Retry-After")))
+    if kind.startswith("text/") or kind == "application/json":
+        raise GoneError(f"{shown(url)} gives {kind} instead of a video")
+    told = headers.get("Content-Length", "")
+    length = int(told) if told.isdigit() else 0
+    if length > limits.video:
+        raise _too_large(url, limits)
+    return length
+
+
+def _too_large(url: str, limits: Limits) -> RemoteError:
+    return RemoteError(
+        f"What lies at {shown(url)} is larger than {limits.video:,} bytes, which no video of this model is."
+    )
+
+
+def inspect(path: Path, watch: Watch) -> Facts:
+    """Decodes a whole video.
+
+    Raises:
+        MagiError: it is none, or damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of colours, which nobody looks at here
+        clip = open_clip(path)
+        count = 0
+        for _ in clip.frames():
+            count += 1
+            watch.alive(count / clip.frame_count if clip.frame_count else None)
+    if clip.errors or not isinstance(clip, VideoFile) or (clip.frame_count or count) > count + 1:
+        raise MagiError(f"it is damaged: {count} of {clip.frame_count} frames can be read.")
+    return Facts(count, float(clip.fps or 0), clip.width, clip.height)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # Windows: a thread that was left behind still has it open, and removes it
+        path.unlink(missing_ok=True)
+
+
+def _unwritable(folder: Path, error: OSError) -> MagiError:
+    reason = error.strerror or str(error)
+    return MagiError(
+        f"The video cannot be written to {str(folder)!r} ({reason}). Make room there, or choose another folder."
+    )

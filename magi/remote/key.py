@@ -1,0 +1,115 @@
+"""The API key: where it is found, and that it is seen nowhere."""
+
+import os
+from pathlib import Path
+
+from ..errors import MagiError
+from .address import DEFAULT, BaseUrl
+
+VARIABLE = "WAVESPEED_API_KEY"
+ADDRESS_VARIABLE = "WAVESPEED_BASE_URL"
+PAGE = "https://wavespeed.ai/accesskey"
+_SHORTEST = 8  # less is no key, and hiding it would spoil ordinary texts
+
+
+class ApiKey:
+    """A key that shows in no repr, cannot be pickled, and takes itself out of texts that come from elsewhere."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        """Raises MagiError where `value` cannot be a key; the message does not show it."""
+        value = value.strip()
+        if len(value) < _SHORTEST or not value.isascii() or not value.isprintable() or " " in value:
+            raise MagiError(
+                "The WaveSpeed API key is damaged: it is too short, or has spaces or unusual characters in it. "
+                f"Copy it again from {PAGE}."
+            )
+        self._value = value
+
+    def __repr__(self) -> str:
+        return "ApiKey(hidden)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("an API key is not stored")
+
+    @property
+    def header(self) -> str:
+        """The value of the Authorization header."""
+        return f"Bearer {self._value}"
+
+    def is_in(self, text: str) -> bool:
+        """Whether a text holds the key."""
+        return self._value in text
+
+    def hide(self, text: str) -> str:
+        """The text without the key."""
+        return text.replace(self._value, "***")
+
+
+def find_key(file: Path, base: BaseUrl, chosen_here: bool = False) -> ApiKey | None:
+    """The key from the environment, else from `file`; None where it is not needed.
+
+    A base URL comes with a workflow, and a workflow from anybody. So the key goes to another address than WaveSpeed's only where its owner has
+    said so: by WAVESPEED_BASE_URL, or in the file's second line. A server on this machine gets it too, and needs none.
+
+    Args:
+        file: the key in its first line; it need not exist.
+        base: where the key is to go.
+        chosen_here: whether the key's owner has given `base` himself, as on a command line.
+
+    Raises:
+        MagiError: there is no key, it is damaged, or not meant for `base`.
+    """
+    if value := os.environ.get(VARIABLE, "").strip():
+        allowed, remedy = os.environ.get(ADDRESS_VARIABLE, ""), f"set {ADDRESS_VARIABLE}={base}"
+    else:
+        lines = [*_lines(file), "", ""]
+        value, allowed, remedy = lines[0], lines[1], f"write {base} into the second line of {str(file)!r}"
+    if not value:
+        if base.is_local:
+            return None
+        raise MagiError(
+            f"There is no WaveSpeed API key. Make one at {PAGE}, then set the environment variable {VARIABLE} before the start, or put it into "
+            f"the file {str(file)!r} (`python -m magi remote --save-key` does). It does not belong into a node or a workflow."
+        )
+    trusted = chosen_here or base.is_local or str(base) == DEFAULT or (allowed and BaseUrl(allowed) == base)
+    if not trusted:
+        raise MagiError(
+            f"Your API key would be sent to {base}, which is not WaveSpeed. If it is an address you trust with it, {remedy}; "
+            f"else set the base URL to {DEFAULT}."
+        )
+    return ApiKey(value)
+
+
+def save_key(file: Path, text: str) -> None:
+    """Writes a key into a file that only its owner can read.
+
+    Raises:
+        MagiError: the text is no key, or the file cannot be written.
+    """
+    ApiKey(text)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # an older one may be readable for others
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as opened:
+            opened.write(text.strip() + "\n")
+    except OSError as error:
+        raise MagiError(
+            f"The key cannot be written to {str(file)!r} ({error.strerror}). Choose another file."
+        ) from error
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        if os.name != "nt" and file.stat().st_mode & 0o077:
+            file.chmod(0o600)
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text file"
+        raise MagiError(
+            f"The file {str(file)!r} with the WaveSpeed API key cannot be read ({reason}). It is a text file with the key in its first line."
+        ) from None
+    return lines

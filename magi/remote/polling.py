@@ -1,0 +1,116 @@
+"""Waits for a task, patiently and without hurry."""
+
+import time
+from dataclasses import dataclass
+
+from .answers import TASKS_PAGE, Task, failure
+from .api import Api
+from .errors import GoneError, RemoteError, TemporaryError
+from .progress import Watch
+from .transport import Worker, pause
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds, bytes and numbers of tries. Tests make them smaller.
+
+    Attributes:
+        poll_first: between the first two looks at a task.
+        poll_most: between any two.
+        retries: of what may be tried again.
+        unknown: retries where the service does not know a task: it may have just been made.
+        retry_first: seconds before the first retry; each later one waits twice as long.
+        retry_most: seconds before any retry that the service does not set.
+        running: seconds that a task may run, not counting those in the queue.
+        queued: seconds that a task may wait in the queue.
+        video: bytes of the largest video.
+    """
+
+    poll_first: float = 2.0
+    poll_most: float = 10.0
+    retries: int = 6
+    unknown: int = 3
+    retry_first: float = 1.0
+    retry_most: float = 30.0
+    running: float = 45 * 60.0
+    queued: float = 24 * 3600.0
+    video: int = 1 << 30
+
+    def before_retry(self, failures: int, asked: float | None) -> float:
+        """Seconds to wait after so many failures in a row."""
+        return max(min(self.retry_first * 2 ** (failures - 1), self.retry_most), asked or 0.0)
+
+    def next_poll(self, interval: float) -> float:
+        """The interval after `interval`."""
+        return min(interval * 1.3, self.poll_most)
+
+
+def look(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
+    """How a task stands. Passing troubles are waited out.
+
+    Raises:
+        RefusedError: the key is not accepted.
+        GoneError: the service does not know the task.
+        TemporaryError: the troubles do not pass.
+    """
+    failures = 0
+    while True:
+        try:
+            task = Worker(lambda: api.result(task_id)).result(watch.alive)
+            # Completed without a video: it may not be written down yet.
+            if not task.completed or task.outputs or task.ended:
+                return task
+            what = "an address from which nothing may be fetched" if task.refused_outputs else "no video"
+            error = TemporaryError(f"it says that the task is completed, and gives {what}")
+        except TemporaryError as found:
+            error = found
+        failures += 1
+        if failures > (limits.unknown if isinstance(error, GoneError) else limits.retries):
+            raise error
+        pause(limits.before_retry(failures, error.wait), watch.alive)
+
+
+def follow(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
+    """The completed task.
+
+    Raises:
+        EndedError: it has ended without a video.
+        RemoteError: it runs far too long, or cannot be asked for any more; it may still end well.
+    """
+    kept = (
+        f"Task {task_id} is not lost: queue again and it is gone on with, without a new one (or look at {TASKS_PAGE})."
+    )
+    spent = {True: 0.0, False: 0.0}  # seconds in the queue; running
+    interval, last, said = limits.poll_first, time.monotonic(), None
+    while True:
+        try:
+            task = look(api, task_id, limits, watch)
+        except GoneError as error:
+            raise RemoteError(
+                f"The service does not know task {task_id}, or no longer: {error} Check the id and the account. To have it made anew, and "
+                "billed anew, put the word new into resume_id."
+            ) from None
+        except TemporaryError as error:
+            raise RemoteError(f"The service could not be asked how the task stands: {error}. {kept}") from None
+        except RemoteError as error:
+            raise RemoteError(f"{error} {kept}") from None
+        if task.ended:
+            raise failure(task, api.transport.hide(task.error))
+        if task.completed:
+            return task
+        now = time.monotonic()
+        spent[task.queued] += now - last
+        last = now
+        for queued, most in ((True, limits.queued), (False, limits.running)):
+            if spent[queued] > most:
+                raise RemoteError(
+                    f"The task has {'waited in the queue' if queued else 'run'} for {most / 60:.0f} minutes. {kept}"
+                )
+        if task.status != said:
+            said, interval = task.status, limits.poll_first
+            name = (
+                "waiting in the service's queue" if task.queued else f"the service is at work ({said or 'no status'})"
+            )
+            watch.phase("wait", f"{name}, task {task_id}")
+        pause(interval, watch.alive)
+        interval = limits.next_poll(interval)

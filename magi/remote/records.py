@@ -1,0 +1,170 @@
+"""Tasks on disk: what was asked and which task it became, so that nothing is paid for twice, whatever ends this process.
+
+One small JSON file a request, named by the request's digest. It is there before the request is sent, and gets the task's id at once when that is known.
+It is removed only when the service has said that there is no video to be had. It never holds a key.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import MagiError
+from ..saved.run_files import write_whole
+
+KEPT_SECONDS = 7 * 24 * 3600.0  # as long as the service keeps videos
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a request that was sent, or was about to be.
+
+    Attributes:
+        sent_at: seconds since 1970.
+        base_url: where to.
+        api_version: in which form.
+        settings: the request, for people to read.
+        task_id: None: it was sent, and no answer has come.
+        cancelled: the user wanted no video any more.
+        delivered: the video has been handed over.
+    """
+
+    sent_at: float
+    base_url: str
+    api_version: str
+    settings: dict[str, Any]
+    task_id: str | None = None
+    cancelled: bool = False
+    delivered: bool = False
+
+    @property
+    def when(self) -> str:
+        """Local time, for messages."""
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.sent_at))
+
+
+class Records:
+    """The folder of records. Nothing is touched before `open`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, digest: str, waiting: Callable[[], None]) -> "Entry":
+        """The place of one request, for this process alone until it is released.
+
+        `waiting` is called about ten times a second while another run of the same request has it; it may raise.
+
+        Raises:
+            MagiError: the folder cannot be written, so that nothing may be sent.
+        """
+        path = self.folder / f"{digest}.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._tidy_up()
+            lock = _locked(path.with_suffix(".lock"), waiting)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        try:
+            return Entry(path, lock)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+
+    def _tidy_up(self) -> None:
+        for path in self.folder.iterdir():
+            with suppress(OSError):  # another run does the same
+                if time.time() - path.stat().st_mtime > 2 * KEPT_SECONDS:
+                    path.unlink()
+
+
+class Entry:
+    """One request's record, locked. Whoever uses it calls `hold` once more, and `release` once for each hold."""
+
+    def __init__(self, path: Path, lock: FileLock | None) -> None:
+        self.path = path
+        record = _read(path)
+        self.record = None if record is None or time.time() - record.sent_at > KEPT_SECONDS else record
+        self._lock, self._holders, self._mutex = lock, 1, Lock()
+
+    def hold(self) -> None:
+        """Another user: a thread that goes on alone."""
+        with self._mutex:
+            self._holders += 1
+
+    def release(self) -> None:
+        """One user less; the last one frees the request for other runs."""
+        with self._mutex:
+            self._holders -= 1
+            if self._holders == 0 and self._lock is not None:
+                self._lock.release()
+
+    def begin(self, base_url: str, api_version: str, settings: dict[str, Any]) -> None:
+        """Notes that the request is about to be sent.
+
+        Raises:
+            MagiError: it cannot be noted, so it may not be sent.
+        """
+        try:
+            self._write(Record(time.time(), base_url, api_version, settings))
+        except OSError as error:
+            raise _unwritable(self.path.parent, error) from error
+
+    def update(self, **changes: Any) -> None:
+        """Changes the record. What cannot be written is only known to this process then: a video is not given up for that."""
+        if self.record is not None:
+            changed = replace(self.record, **changes)
+            self.record = changed
+            with suppress(OSError):
+                self._write(changed)
+
+    def clear(self) -> None:
+        """Removes the record: the same request may be sent again."""
+        self.record = None
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+    def _write(self, record: Record) -> None:
+        write_whole(self.path, json.dumps(asdict(record), indent=1).encode())
+        self.record = record
+
+
+def _read(path: Path) -> Record | None:
+    """The record in a file. Raises MagiError where it is damaged: what it knew may have been paid for."""
+    try:
+        return Record(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise MagiError(
+            f"The note of an earlier try of this request, {str(path)!r}, cannot be read. Look at https://wavespeed.ai/predictions whether there is a task; "
+            "then remove the file."
+        ) from error
+
+
+def _locked(path: Path, waiting: Callable[[], None]) -> FileLock | None:
+    """The lock of a file, which the system takes back when this process dies; None where the drive knows no locks."""
+    lock = FileLock(path, thread_local=False)
+    while True:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            time.sleep(0.1)
+        except NotImplementedError:
+            return None
+        else:
+            return lock
+
+
+def _unwritable(folder: Path, error: OSError) -> MagiError:
+    return MagiError(
+        f"The task could not be noted in {str(folder)!r} ({error.strerror or error}), so nothing was sent: after a crash it would be lost. "
+        "Make room there, or make the folder writable."
+    )

@@ -1,0 +1,222 @@
+"""The same model as a paid service, for those without a card."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy_api.latest import InputImpl, io
+
+from . import clips, host, schema
+from .background import in_thread
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..magi.remote.api import Api
+    from ..magi.remote.client import RemoteVideo
+
+KEY_FILE = "wavespeed_api_key.txt"  # in the user folder, below magi1
+_FRAMES, _FPS = (96, 192), (5, 30)
+_MOST_SEED = 2**31 - 1
+_ADDRESS = "https://api.wavespeed.ai"
+_LARGEST = {"480p": (480, 854), "720p": (720, 1280)}
+
+
+class Magi1Remote(io.ComfyNode):
+    """Has WaveSpeedAI make the video."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Inputs and outputs."""
+        return schema.schema(
+            node_id="Magi1Remote",
+            display_name="MAGI-1 Remote (WaveSpeed)",
+            aliases=["api", "cloud", "wavespeed", "24B"],
+            description="Has MAGI-1 24B make the video at WaveSpeedAI, for money: nothing runs on this machine. It needs an API key, which is never part of a workflow: see the help.",
+            inputs=[
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="What to show. In English: the model knows little else.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The picture that the video begins with; of a batch, the first. It is uploaded to WaveSpeedAI.",
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=96,
+                    min=_FRAMES[0],
+                    max=_FRAMES[1],
+                    tooltip="WaveSpeedAI's pages contradict each other: 96 to 192, 81 to 100, at most 64. What comes is compared with what was asked for. More than 81 cost more.",
+                ),
+                io.Int.Input(
+                    "fps", default=24, min=_FPS[0], max=_FPS[1], tooltip="Frames a second. MAGI-1 was made for 24."
+                ),
+                io.Combo.Input("resolution", options=["480p", "720p"], default="720p", tooltip="480p costs half."),
+                io.Combo.Input(
+                    "aspect_ratio",
+                    options=["auto", "16:9", "9:16", "1:1"],
+                    default="auto",
+                    tooltip="auto: the picture's. Without a picture, choose one.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=-1,
+                    max=_MOST_SEED,
+                    control_after_generate=False,
+                    tooltip="Another number, another video, another bill: so it does not change by itself. -1: every run makes another one.",
+                ),
+                io.Boolean.Input(
+                    "safety_checker",
+                    default=True,
+                    tooltip="WaveSpeedAI looks for what it does not want to show, and may withhold the video.",
+                ),
+                schema.advanced(
+                    io.Combo.Input(
+                        "api_version",
+                        options=["v2", "v3"],
+                        default="v2",
+                        tooltip="v2 takes all settings here; v3 is newer, and its page lists only prompt, image and seed.",
+                    )
+                ),
+                schema.advanced(
+                    io.String.Input(
+                        "base_url",
+                        default=_ADDRESS,
+                        tooltip="For a gateway, or the test server on this machine. Your key goes to another address only if you have allowed that: see the help.",
+                    )
+                ),
+                schema.advanced(
+                    io.String.Input(
+                        "resume_id",
+                        default="",
+                        tooltip="A task's id: its video is fetched, nothing is submitted. new: submits although it is not known what became of an earlier try.",
+                    )
+                ),
+            ],
+            outputs=[
+                io.Video.Output(display_name="video"),
+                io.Image.Output(display_name="frames"),
+                io.String.Output(
+                    display_name="task_id", tooltip="By this the video can be fetched again, for about 7 days."
+                ),
+                io.String.Output(
+                    display_name="url",
+                    tooltip="Where it lies at WaveSpeedAI, for about 7 days. Whoever has it can open it.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, prompt: str | None = None, base_url: str | None = None, resume_id: str | None = None
+    ) -> bool | str:
+        """Refuses what cannot work before any node runs: above all a missing key."""
+        from ..magi.errors import MagiError
+
+        try:
+            if prompt is not None and not prompt.strip():
+                return 'The prompt is blank. Say what to show, for example "A lighthouse in a storm".'
+            if base_url is not None:
+                _api(base_url, "v2", prompt, resume_id)
+        except MagiError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, seed: int | None = None, **_: Any) -> Any:
+        """Without a seed every run makes another video."""
+        return time.time_ns() if seed == -1 else None
+
+    @classmethod
+    async def execute(
+        cls,
+        prompt: str,
+        frames: int,
+        fps: int,
+        resolution: str,
+        aspect_ratio: str,
+        seed: int,
+        safety_checker: bool,
+        api_version: str = "v2",
+        base_url: str = _ADDRESS,
+        resume_id: str = "",
+        image: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        """Makes the request in a thread and waits for it."""
+        from ..magi.remote.client import Client
+        from ..magi.remote.errors import Cancelled
+        from ..magi.remote.request import RemoteRequest
+
+        clips.check_room(frames, *_LARGEST[resolution], "Ask for fewer frames, or 480p.")
+        request = RemoteRequest(
+            prompt,
+            None if image is None else clips.frames_of(image[:1])[0],
+            frames,
+            fps,
+            resolution,
+            aspect_ratio,
+            None if seed == -1 else seed,
+            safety_checker,
+        )
+        client = Client(_api(base_url, api_version, prompt, resume_id), host.cache_folder() / "remote", _say)
+        progress = Progress(cls.hidden.unique_id, make=0.95, frames=0.05)
+
+        def work(left: Callable[[], bool]) -> "tuple[RemoteVideo, torch.Tensor]":
+            def at(phase: str, part: float, text: str) -> None:
+                if left():
+                    raise _LeftError
+                try:
+                    with host.interrupt_for_all():
+                        progress.at(phase, part)
+                except host.Interrupted:
+                    raise Cancelled from None
+                progress.say(text)
+
+            made = client.make(request, host.temp_folder(), lambda p: at("make", p.part, p.text), resume_id)
+            return made, _frames(made, lambda part: at("frames", part, f"taking the frames, {part:.0%}"))
+
+        try:
+            made, images = await in_thread(work)
+        except Cancelled:
+            raise host.Interrupted from None
+        progress.say(" ".join([f"{made.facts}, task {made.task_id}.", *made.notes]), at_once=True)
+        return io.NodeOutput(InputImpl.VideoFromFile(str(made.path)), images, made.task_id, made.url)
+
+
+class _LeftError(Exception):
+    """ComfyUI has ended the graph. The task goes on, and the same request finds it again."""
+
+
+def _api(base_url: str, version: str, *widgets: str | None) -> "Api":
+    """The account. Raises MagiError where there is no key for it, or where the key stands in a widget."""
+    from ..magi.errors import MagiError
+    from ..magi.remote.address import BaseUrl
+    from ..magi.remote.api import Api
+    from ..magi.remote.key import find_key
+
+    base = BaseUrl(base_url)
+    key = find_key(host.cache_folder() / KEY_FILE, base)
+    if key is not None and any(key.is_in(text) for text in (base_url, *widgets) if text):
+        raise MagiError(
+            "Your API key stands in a field of this node, and so in every workflow and video that you save. Remove it there."
+        )
+    return Api(base, version, key)
+
+
+def _frames(made: "RemoteVideo", progress: Callable[[float], None]) -> torch.Tensor:
+    """The video as an IMAGE batch."""
+    from ..magi.media.video_reader import read_video
+
+    count = made.facts.frames
+    return clips.images_of(read_video(made.path, made.facts.fps, progress=lambda done, _: progress(done / count)))
+
+
+def _say(sentence: str) -> None:
+    logging.info(f"MAGI-1 Remote: {sentence}")
