@@ -89,7 +89,9 @@ class Api:
         if reply.status < 300 and 400 <= status < 500 and status not in (408, 499):
             raise RefusedError(refusal(status, said, reply.wait, code))
         named = f"the service answered {reply.status}" + (f" with {status}" if status != reply.status else "")
-        raise unclear(f"{named}{f': {said}' if said else ', without the id of a task'}")
+        raise unclear(
+            f"{named}{', without the id of a task' if reply.status < 300 else ''}{f': {said}' if said else ''}"
+        )
 
     def result(self, task_id: str) -> Task:
         """How a task stands.

@@ -82,8 +82,8 @@ def fetch(
         watch.phase("download", "downloading")
         try:
             path = _download(api, task_id, url, folder, limits, watch)
-            watch.phase("read", "reading the video")
             try:
+                watch.phase("read", "reading the video")
                 return path, url, inspect(path, watch)
             except MagiError as error:
                 path.unlink(missing_ok=True)

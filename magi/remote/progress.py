@@ -27,6 +27,7 @@ class Watch:
     _doing: str = "looking for an earlier try of this request"
     _began: float = field(default_factory=time.monotonic)
     _done: float | None = None
+    _part: float = 0.0
 
     def phase(self, name: str, doing: str) -> None:
         """Another phase, or another thing done in it: its clock begins anew."""
@@ -41,4 +42,5 @@ class Watch:
         start, end = _STARTS[self._phase], _STARTS[names[min(names.index(self._phase) + 1, len(names) - 1)]]
         within = 1 - math.exp(-seconds / _TYPICAL_SECONDS) if self._done is None else min(self._done, 1.0)
         known = f"{seconds:.0f} s" if self._done is None else f"{self._done:.0%}"
-        self.report(Progress(start + (end - start) * within, f"{self._doing}, {known}"))
+        self._part = max(self._part, start + (end - start) * within)  # what is tried again does not go back
+        self.report(Progress(self._part, f"{self._doing}, {known}"))
