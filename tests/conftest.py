@@ -16,9 +16,11 @@ from magi.load import build_transformer
 from magi.mapped_file import TensorInfo
 from magi.model import Transformer
 from magi.prompt import Caption
+from magi.remote.fake_server import FakeServer
 from magi.special_tokens import SpecialTokens
 from magi.weights import tensor_shapes
 from tests.comfy_host import Comfy, open_comfy
+from tests.remote_service import KEY, Service
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -187,6 +189,23 @@ def embedded_home(tmp_path_factory) -> Path:
 def comfy(tmp_path, embedded_home) -> Iterator[Comfy]:
     """The pack in ComfyUI's stand-in, or in the real one at COMFYUI_PATH; nothing in its folders but the embedded model."""
     yield from open_comfy(tmp_path / "comfy", embedded_home)
+
+
+@pytest.fixture(scope="session")
+def remote_videos() -> dict[str, bytes]:
+    """Videos that fake servers have made already: a second each."""
+    return {}
+
+
+@pytest.fixture
+def service(tmp_path, remote_videos) -> Iterator[Service]:
+    """A client and a server that speaks as the paid service does; checked in the end."""
+    server = FakeServer(key=KEY, statuses=("processing",))
+    server.videos = remote_videos
+    with server:
+        found = Service(server, tmp_path)
+        yield found
+        found.check()
 
 
 @pytest.fixture

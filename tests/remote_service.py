@@ -6,16 +6,18 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from magi.errors import MagiError
 from magi.remote.address import BaseUrl
 from magi.remote.api import Api
 from magi.remote.client import Client, RemoteVideo
 from magi.remote.errors import Cancelled
-from magi.remote.fake_server import Answer, FakeServer, Request
+from magi.remote.fake_server import Answer, FakeServer, Request, result
 from magi.remote.key import ApiKey
 from magi.remote.polling import Limits
 from magi.remote.progress import Progress
@@ -26,6 +28,23 @@ QUICK = Limits(
     poll_first=0.02, poll_most=0.05, retries=3, unknown=2, retry_first=0.01, retry_most=0.05, running=1.5, queued=5.0
 )
 TIMEOUTS = (1.0, 1.0)
+
+# What a server, or a gateway before it, may answer instead of what it should.
+PAGE = Answer(200, b"<html>Bad gateway</html>", {"Content-Type": "text/html"})
+PAGE_502 = Answer(502, b"<html>Bad gateway</html>", {"Content-Type": "text/html"})
+CUT_JSON = Answer(200, b'{"code": 200, "data": {"id": "abc')
+DROPPED = Answer(keep=0)
+PICTURE = torch.full((64, 64, 3), 90, dtype=torch.uint8)
+
+
+def quick(**changes) -> Limits:
+    """The tests' limits, but for some."""
+    return replace(QUICK, **changes)
+
+
+def look(status: object, **more) -> Answer:
+    """The answer to a look at a task."""
+    return Answer(content=result({"id": "x", "status": status, "outputs": [], **more}))
 
 
 class Service:

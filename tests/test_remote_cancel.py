@@ -1,0 +1,156 @@
+"""A cancel stops within two seconds in every phase, and gives up what is not finished."""
+
+import time
+
+import pytest
+
+from magi.errors import MagiError
+from magi.remote.errors import UnclearError
+from magi.remote.fake_server import Answer, FakeServer
+from tests.remote_service import PICTURE, look, quick, wait_for
+
+SLOW = 8.0  # seconds that a server takes where a cancel is to find the client waiting
+PATIENT = {"timeouts": (1.0, 20.0)}
+
+
+def phase(word: str, seconds: float = 0.0):
+    """A condition: the phase is on, for so long."""
+    began: list[float] = []
+
+    def holds(at) -> bool:
+        if word in at.text:
+            began.append(time.monotonic())
+        return bool(began) and began[-1] - began[0] >= seconds
+
+    return holds
+
+
+def test_cancel_while_uploading(service):
+    service.server.script["upload"].append(lambda usual: Answer(content=usual.content, wait=SLOW))
+    assert service.cancels(phase("uploading", 0.3), image=PICTURE, **PATIENT) < 2
+    assert service.submits == 0
+
+
+def test_cancel_while_submitting(service):
+    """The answer comes after the user has gone: the task is noted, and given up."""
+    service.server.script["submit"].append(lambda usual: Answer(content=usual.content, wait=2.0))
+    assert service.cancels(phase("submitting", 0.3), **PATIENT) < 2
+    wait_for(lambda: service.server.count("delete") == 1)
+    wait_for(lambda: service.records and service.records[0]["cancelled"])
+    assert service.records[0]["task_id"] == service.task
+    wait_for(lambda: not service.threads)
+
+
+def test_cancel_while_submitting_what_never_is_answered(service):
+    service.server.script["submit"].append(lambda usual: Answer(keep=0, wait=2.0))
+    assert service.cancels(phase("submitting", 0.3), **PATIENT) < 2
+    wait_for(lambda: not service.threads)
+    service.fails("a task may have been made", UnclearError)
+
+
+def test_cancel_before_anybody_was_reached(service):
+    """A connection that is still being made: nothing is sent after the user has gone."""
+    with FakeServer() as other:
+        gone = other.url
+    service.server.url, url = gone, service.server.url
+    assert service.cancels(phase("submitting", 0.2), limits=quick(retry_first=5.0, retry_most=5.0)) < 2
+    service.server.url = url
+    wait_for(lambda: not service.threads)
+    assert service.records == []
+    service.make()
+
+
+@pytest.mark.parametrize("wait", [0.0, SLOW], ids=["between two looks", "in a look"])
+def test_cancel_while_waiting(service, wait):
+    service.server.statuses = ("processing",) * 1000
+    if wait:
+        service.server.script["poll"].extend([look("processing"), Answer(wait=wait)])
+    assert service.cancels(phase("at work", 0.3), limits=quick(poll_first=0.1, poll_most=5.0), **PATIENT) < 2
+    wait_for(lambda: service.server.count("delete") == 1)
+    time.sleep(0.1)
+    assert service.server.count("delete") == 1
+    assert service.records[0]["cancelled"]
+
+
+def test_cancel_while_a_retry_waits(service):
+    service.server.script["poll"].extend([Answer(429, b"", {"Retry-After": "60"})])
+    assert service.cancels(phase("asking for task", 0.3)) < 2
+
+
+def test_cancel_while_downloading_keeps_what_is_paid(service):
+    def slow(usual):
+        return Answer(content=usual.content, headers=usual.headers, pause=0.5)
+
+    service.server.script["download"].append(slow)
+    assert service.cancels(phase("downloading", 0.6), **PATIENT) < 2
+    assert service.server.count("delete") == 0, "a completed task is paid for"
+    wait_for(lambda: service.videos == [])
+    assert service.make().task_id == service.task
+
+
+def test_cancel_while_downloading_from_a_silent_server(service):
+    service.server.script["download"].append(lambda usual: Answer(content=usual.content, wait=SLOW))
+    assert service.cancels(phase("downloading", 0.3), **PATIENT) < 2
+
+
+def test_cancel_while_reading(service):
+    assert service.cancels(phase("reading")) < 2
+    assert service.videos == []
+
+
+def test_a_service_that_does_not_answer_to_a_cancel(service):
+    service.server.statuses = ("processing",) * 1000
+    service.server.script["delete"].append(lambda usual: Answer(wait=SLOW))
+    assert service.cancels(phase("at work"), **PATIENT) < 2
+
+
+def test_a_cancelled_request_is_made_anew(service):
+    service.server.statuses = ("processing",) * 1000
+    service.cancels(phase("at work"))
+    wait_for(lambda: service.server.count("delete") == 1)
+    service.server.statuses = ()
+    service.most_submits = 2
+    assert service.make().task_id == list(service.server.tasks)[1]
+
+
+def test_a_cancel_that_came_too_late_is_not_paid_for_twice(service):
+    service.server.statuses = ("processing",) * 1000
+    service.server.script["delete"].append(Answer(500, b""))
+    service.cancels(phase("at work"))
+    wait_for(lambda: not service.threads)
+    service.server.tasks[service.task].statuses.clear()
+    assert service.make().task_id == service.task
+    assert service.submits == 1
+
+
+def test_a_cancelled_task_that_cannot_be_asked_about(service):
+    service.server.statuses = ("processing",) * 1000
+    service.cancels(phase("at work"))
+    wait_for(lambda: not service.threads)
+    service.server.script["poll"].extend([Answer(500, b"")] * 4)
+    service.fails("could not be asked about task")
+    assert service.submits == 1
+
+
+def test_an_end_that_is_no_cancel_leaves_the_task(service):
+    """ComfyUI ends the graph because another node failed."""
+    service.server.statuses = ("processing",) * 1000
+
+    def seen(at) -> None:
+        if "at work" in at.text:
+            raise RuntimeError("somebody else's")
+
+    with pytest.raises(RuntimeError):
+        service.make(seen=seen)
+    wait_for(lambda: not service.threads)
+    assert service.server.count("delete") == 0
+    service.server.tasks[service.task].statuses.clear()
+    assert service.make().task_id == service.task
+
+
+def test_nothing_is_left_behind(service):
+    service.make()
+    wait_for(lambda: not service.threads)
+    assert len(service.videos) == 1
+    with pytest.raises(MagiError):
+        service.make(prompt=" ")

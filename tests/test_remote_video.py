@@ -1,0 +1,163 @@
+"""How a finished video can fail to arrive, and where the key does not go."""
+
+import pytest
+
+from magi.remote.errors import RefusedError
+from magi.remote.fake_server import Answer, result
+from magi.remote.fake_video import make_video
+from tests.remote_service import DROPPED, PAGE, look, quick, stranger
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_an_address_that_has_run_out_is_asked_for_anew(service, status):
+    service.server.script["download"].append(Answer(status, b"expired", {"Content-Type": "text/plain"}))
+    before = service.server.count("poll")
+    assert service.make().facts.frames == 96
+    assert service.server.count("poll") == before + 3
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_an_address_that_is_gone_for_good(service, status):
+    service.server.script["download"].extend([Answer(status, b"gone")] * 2)
+    text = service.fails("could not be downloaded")
+    assert service.task in text
+    assert "sig=" not in text, "a signature opens the video"
+    assert service.make().task_id == service.task
+
+
+def test_a_page_in_the_place_of_a_video(service):
+    service.server.script["download"].append(PAGE)
+    assert service.make().facts.frames == 96
+    service.server.script["download"].extend([PAGE, PAGE])
+    service.fails("text/html instead of a video")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda usual: Answer(content=usual.content, headers=usual.headers, keep=5000),
+        DROPPED,
+        Answer(503, b"busy"),
+        Answer(429, b"", {"Retry-After": "0"}),
+    ],
+    ids=["cut short", "dropped", "503", "429"],
+)
+def test_a_download_is_tried_again(service, answer):
+    service.server.script["download"].extend([answer, answer])
+    assert service.make().facts.frames == 96
+    assert len(service.videos) == 1
+
+
+def test_a_download_that_never_works(service):
+    service.server.script["download"].extend([lambda usual: Answer(content=usual.content, keep=5000)] * 4)
+    text = service.fails("could not be downloaded")
+    assert service.task in text
+    assert service.videos == []
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_far_too_much(service, told):
+    def endless(usual):
+        kind = {"Content-Type": "video/mp4"}
+        return Answer(content=b"\0" * 300_000, headers=kind if told else kind | {"Content-Length": ""}, pause=0.001)
+
+    service.server.script["download"].append(endless)
+    service.fails("larger than 100,000 bytes", limits=quick(video=100_000))
+    assert service.videos == []
+
+
+@pytest.mark.parametrize("content", [b"not a video at all" * 50, b""])
+def test_what_is_no_video(service, content):
+    service.server.script["download"].append(Answer(content=content, headers={"Content-Type": "video/mp4"}))
+    text = service.fails("no whole video")
+    assert service.task in text
+    assert service.videos == []
+
+
+def test_a_damaged_video(service):
+    def damaged(usual):
+        return Answer(content=usual.content[: len(usual.content) // 2], headers={"Content-Type": "video/mp4"})
+
+    service.server.script["download"].append(damaged)
+    service.fails("no whole video")
+    assert service.make().facts.frames == 96
+
+
+def test_another_video_than_was_asked_for(service):
+    small = make_video(30, 12, "480p", "1:1")
+    service.server.script["download"].append(Answer(content=small, headers={"Content-Type": "video/mp4"}))
+    made = service.make()
+    told = " ".join(made.notes)
+    assert "30 frames instead of 96" in told
+    assert "12 frames a second instead of 24" in told
+    assert "480x480 instead of 16:9" in told
+    assert all(note.rstrip(".") in " ".join(service.said) for note in made.notes)
+
+
+def test_a_newer_api_that_ignores_settings(service):
+    notes = service.make(version="v3", num_frames=120, fps=30).notes
+    assert any("instead of 120" in note for note in notes)
+    assert any("instead of 30" in note for note in notes)
+
+
+def test_a_newer_api_that_rejects_settings(service):
+    service.server.v3 = "rejects"
+    assert "v2" in service.fails("unknown field", RefusedError, version="v3")
+
+
+def test_a_signed_address_is_asked_for_byte_by_byte(service):
+    service.make()
+    (asked,) = [r.target for r in service.server.requests if r.target.startswith("/outputs/")]
+    assert asked == f"/outputs/{service.task}.mp4?sig=a%2fb~c%2d%c3%a9&e=1"
+
+
+def test_the_key_does_not_follow_a_redirect_of_the_video(service):
+    whole = make_video(96, 24, "480p", "16:9")
+    with stranger(Answer(content=whole, headers={"Content-Type": "video/mp4"})) as (url, asked):
+        target = f"{url}/outputs/a%2fb.mp4?x=%c3"
+        service.server.script["download"].append(Answer(302, b"", {"Location": target}))
+        assert service.make().facts.frames == 96
+        assert [r.target for r in asked] == ["/outputs/a%2fb.mp4?x=%c3"]
+
+
+def test_the_key_does_not_follow_a_redirect_of_a_look(service):
+    with stranger() as (url, asked):
+        answer = look("completed", outputs=[f"{service.server.url}/outputs/x.mp4"])
+        service.server.script["poll"].append(Answer(302, b"", {"Location": f"{url}/api/v2/predictions/x/result"}))
+        service.make()
+        assert answer
+        assert len(asked) == 1
+
+
+def test_the_key_is_not_sent_where_a_task_says_it_can_be_asked(service):
+    with stranger() as (url, asked):
+        elsewhere = {"get": f"{url}/api/v2/predictions/x/result"}
+        service.server.script["submit"].append(
+            lambda usual: Answer(content=result(usual.content["data"] | {"urls": elsewhere}))
+        )
+        service.make()
+        assert asked == []
+
+
+def test_the_key_is_not_sent_with_a_download(service):
+    with stranger(Answer(content=make_video(96, 24, "480p", "16:9"), headers={"Content-Type": "video/mp4"})) as (
+        url,
+        asked,
+    ):
+        service.server.script["poll"].append(look("completed", outputs=[f"{url}/outputs/v.mp4"]))
+        service.make()
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize("target", ["http://example.org/v.mp4", "file:///etc/passwd", "ftp://example.org/v"])
+def test_redirects_to_where_nothing_may_be_fetched(service, target):
+    service.server.script["download"].extend([Answer(302, b"", {"Location": target})] * 4)
+    service.fails("nothing may be fetched")
+
+
+def test_redirects_in_circles(service):
+    def back(usual):
+        return Answer(302, b"", {"Location": "/outputs/again.mp4"})
+
+    service.server.script["download"].extend([back] * 40)
+    service.fails("circles")
