@@ -95,7 +95,7 @@ class Magi1Remote(io.ComfyNode):
                     io.String.Input(
                         "resume_id",
                         default="",
-                        tooltip="A task's id: its video is fetched, nothing is submitted. new: submits although it is not known what became of an earlier try.",
+                        tooltip="A task's id: its video is fetched, nothing is submitted. Or, after an unclear try, the word that the message names, to submit again.",
                     )
                 ),
             ],

@@ -53,6 +53,16 @@ def test_an_id_that_the_service_does_not_know(service):
     assert service.submits == 0
 
 
+def test_a_task_that_the_service_has_lost(service):
+    service.server.script["poll"].extend([Answer(500, b"")] * 4)
+    service.fails("is not lost")
+    service.server.tasks.clear()
+    word = service.fails("does not know").split("put ")[-1].split()[0]
+    service.most_submits = 2
+    assert service.make(resume_id=word).facts.frames == 96
+    assert service.submits == 2
+
+
 def test_a_record_lives_as_long_as_the_service_keeps_videos(service, monkeypatch):
     service.make()
     now = time.time()

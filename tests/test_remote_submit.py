@@ -85,9 +85,24 @@ def test_the_task_of_an_unclear_submission_is_fetched_by_its_id(service):
 def test_an_unclear_submission_is_sent_again_if_the_user_says_so(service):
     service.server.script["submit"].append(DROPPED)
     service.fails("a task may have been made", UnclearError)
+    word = service.fails("a task may have been made", UnclearError).split("put ")[-1].split()[0]
+    assert re.fullmatch(r"new-\d{5}", word)
+    service.fails("a task may have been made", UnclearError, resume_id="new-00000" if word != "new-00000" else "new-1")
+    assert service.submits == 1
     service.most_submits = 2
-    made = service.make(resume_id="new")
-    assert made.task_id == list(service.server.tasks)[1]
+    service.server.script["submit"].append(DROPPED)
+    service.fails("a task may have been made", UnclearError, resume_id=word)
+    assert service.submits == 2
+    service.fails("a task may have been made", UnclearError, resume_id=word)
+    assert service.submits == 2, "the word is for one try: left in the node it does not pay again"
+
+
+def test_the_word_for_another_try_does_not_leave_a_task_alone(service):
+    service.server.script["poll"].extend([Answer(500, b"")] * 4)
+    service.fails("is not lost")
+    assert service.make(resume_id="new-12345").task_id == service.task
+    (record,) = service.records
+    assert service.make(resume_id=f"new-{int(record['sent_at'] * 1000) % 100_000:05d}").task_id == service.task
 
 
 def test_an_id_is_followed_whatever_else_the_answer_says(service):

@@ -13,7 +13,7 @@ from ..errors import MagiError
 from ..media.image_reader import read_image
 from ..remote.address import DEFAULT, BaseUrl
 from ..remote.api import VERSIONS, Api
-from ..remote.client import NEW, Client
+from ..remote.client import Client
 from ..remote.key import VARIABLE, find_key, save_key
 from ..remote.progress import Progress
 from ..remote.request import ASPECTS, FPS, FRAMES, RESOLUTIONS, RemoteRequest
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         metavar="ID",
         default="",
-        help=f"fetch the video of this task; {NEW}: submit although a try is unclear",
+        help="fetch the video of this task; or, after an unclear try, the word that the message names, to submit again",
     )
     service.add_argument("--api-version", choices=VERSIONS, default="v2", help="(default: %(default)s)")
     service.add_argument("--base-url", default=DEFAULT, help="(default: %(default)s)")

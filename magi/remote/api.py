@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import MagiError
 from .address import BaseUrl
-from .answers import TASKS_PAGE, Task, refusal, words
+from .answers import Task, refusal, words
 from .errors import GoneError, RefusedError, TemporaryError, UnclearError
 from .key import ApiKey
 from .request import MODEL
@@ -65,7 +65,7 @@ class Api:
         Raises:
             NotSentError: nothing was sent.
             RefusedError: no task was made.
-            UnclearError: anything else.
+            UnclearError: anything else; its text is the reason alone.
         """
         data = SentOnce(json.dumps(body).encode(), unwanted)
         headers = {"Content-Type": "application/json"}
@@ -76,7 +76,7 @@ class Api:
                 raise NotSentError(
                     f"{self.base} cannot be reached: {lost}. Is there a network? Nothing was sent."
                 ) from None
-            raise unclear(str(lost)) from None
+            raise UnclearError(str(lost)) from None
         answer = reply.json()
         task = answer.get("data") if answer else None
         if isinstance(task, dict) and is_id(task.get("id")):
@@ -89,7 +89,7 @@ class Api:
         if reply.status < 300 and 400 <= status < 500 and status not in (408, 499):
             raise RefusedError(refusal(status, said, reply.wait, code))
         named = f"the service answered {reply.status}" + (f" with {status}" if status != reply.status else "")
-        raise unclear(
+        raise UnclearError(
             f"{named}{', without the id of a task' if reply.status < 300 else ''}{f': {said}' if said else ''}"
         )
 
@@ -131,14 +131,6 @@ class Api:
                 f"its answer is not what was expected: {self.transport.hide(reply.content[:80].decode('utf-8', 'replace'))!r}"
             )
         return data
-
-
-def unclear(reason: str) -> UnclearError:
-    """The error of a request of which nobody knows what became."""
-    return UnclearError(
-        f"The request was sent, but {reason}. So a task may have been made, and billed; it is not sent again by itself. Look at {TASKS_PAGE}: "
-        "if it is there, put its id into resume_id, and its video is fetched. If it is not, put the word new there, to send the request again."
-    )
 
 
 def is_id(value: object) -> bool:

@@ -10,16 +10,16 @@ import torch
 
 from ..errors import MagiError
 from . import polling
-from .api import Api, NotSentError, is_id, unclear
+from .answers import TASKS_PAGE
+from .api import Api, NotSentError, is_id
 from .download import Facts, check_folder, fetch
-from .errors import Cancelled, EndedError, GoneError, RefusedError, RemoteError, TemporaryError
+from .errors import Cancelled, EndedError, GoneError, RefusedError, RemoteError, TemporaryError, UnclearError
 from .polling import Limits
 from .progress import Progress, Watch
-from .records import Entry, Records
+from .records import WORD, Entry, Records
 from .request import RemoteRequest, encode_image
 from .transport import Worker, pause
 
-NEW = "new"  # as a resume id: the request is sent although nobody knows what became of an earlier try
 _CONNECTS = 3  # tries to reach the service with a request
 _CANCEL_SECONDS = 1.0  # that a cancel waits for the service's answer
 
@@ -68,14 +68,14 @@ class Client:
             folder: where the file goes.
             progress: called in this thread about ten times a second. If it raises `Cancelled`, an unfinished task is deleted, as far
                 as the service does that. If it raises anything else, the task goes on, and the same request finds it again.
-            resume_id: a task's id: its video is fetched and nothing is submitted. "new": the request is submitted although it is
-                not known what became of an earlier try.
+            resume_id: a task's id: its video is fetched and nothing is submitted. Or the word that an error has named: the request is
+                submitted although it is not known what became of an earlier try.
 
         Raises:
             MagiError: there is no video. The message says whether there may be one later, and how to get it.
         """
         resume_id = resume_id.strip()
-        if resume_id and resume_id != NEW and not is_id(resume_id):
+        if resume_id and not is_id(resume_id):
             raise MagiError(
                 "The resume id is not the id of a task: letters, digits, - and _ only. It stands in the log, in the node's output "
                 "task_id, and on the service's page of your tasks."
@@ -102,10 +102,9 @@ class _Run:
         self._unfinished: str | None = None  # the task that a cancel gives up
 
     def video(self, folder: Path, resume_id: str) -> RemoteVideo:
-        if resume_id == NEW:
-            self._entry.clear()
-            resume_id = ""
-        task_id = (self._resumed(resume_id) if resume_id else self._known()) or self._new()
+        is_word = resume_id.startswith(WORD)
+        known = self._resumed(resume_id) if resume_id and not is_word else self._known(resume_id)
+        task_id = known or self._new()
         own = self._entry.record is not None and self._entry.record.task_id == task_id
         self._unfinished = task_id
         self._watch.phase("wait", f"asking for task {task_id}")
@@ -115,6 +114,8 @@ class _Run:
             if own:
                 self._entry.clear()
             raise
+        except GoneError as error:
+            raise self._advised(str(error), GoneError) if own else error from None
         self._unfinished = None
         path, url, facts = fetch(self._api, task_id, task.outputs, folder, self._limits, self._watch)
         if own:
@@ -134,16 +135,19 @@ class _Run:
             self._entry.update(task_id=task_id)
         return task_id
 
-    def _known(self) -> str | None:
-        """The task that this request became before, if it is to be gone on with."""
+    def _known(self, word: str) -> str | None:
+        """The task that this request became before, if it is to be gone on with. `word`: what the user wrote to have it sent again."""
         record = self._entry.record
         if record is None or (
             record.delivered and self._request.seed is None
         ):  # without a seed another video is wanted
             return None
         if record.task_id is None:
-            raise unclear(f"what came of it, on {record.when}, is not known")
-        if record.cancelled and not self._lives(record.task_id):
+            if word != record.word:
+                raise self._unclear(f"what came of it, on {record.when}, is not known")
+            self._entry.clear()
+            return None
+        if (record.cancelled or word == record.word) and not self._lives(record.task_id):
             self._entry.clear()
             return None
         self._say(f"Going on with task {record.task_id} of {record.when}: nothing is submitted again.")
@@ -151,16 +155,15 @@ class _Run:
         return record.task_id
 
     def _lives(self, task_id: str) -> bool:
-        """Whether a task that the user cancelled goes on, or has ended well, all the same: then it is paid for."""
-        self._watch.phase("check", f"asking what became of task {task_id}, which was cancelled")
+        """Whether a task that nobody waits for any more goes on, or has ended well, all the same: then it is paid for."""
+        self._watch.phase("check", f"asking what became of task {task_id}")
         try:
             return not polling.look(self._api, task_id, replace(self._limits, unknown=0), self._watch).ended
         except GoneError:
             return False
         except TemporaryError as error:
             raise RemoteError(
-                f"The service could not be asked about task {task_id}, which was cancelled before: {error}. Queue again later, or "
-                f"put the word {NEW} into resume_id for a new task."
+                f"The service could not be asked about task {task_id}, which was cancelled before: {error}. Queue again later."
             ) from None
 
     # -- a new task ----------------------------------------------------------------------------------------------------
@@ -180,6 +183,8 @@ class _Run:
         except (RefusedError, NotSentError):
             entry.clear()
             raise
+        except UnclearError as error:
+            raise self._unclear(str(error)) from None
         except MagiError:
             raise
         except BaseException as error:  # a cancel, while nobody knows whether the request has arrived
@@ -216,6 +221,19 @@ class _Run:
         self._say(f"Task {task_id} was submitted to {self._api.base}.")
         self._entry.update(task_id=task_id)
         return task_id
+
+    def _unclear(self, reason: str) -> RemoteError:
+        return self._advised(
+            f"The request was sent, but {reason}. So a task may have been made, and billed; it is not sent again by itself. Look at "
+            f"{TASKS_PAGE}: if the task is there, put its id into resume_id, and its video is fetched.",
+            UnclearError,
+        )
+
+    def _advised(self, text: str, kind: type[RemoteError]) -> RemoteError:
+        """An error that tells how to have the request sent again all the same."""
+        record = self._entry.record
+        word = record.word if record is not None else WORD
+        return kind(f"{text} To have the request sent again, and billed again, put {word} into resume_id.")
 
     # -- the end of it -------------------------------------------------------------------------------------------------
 

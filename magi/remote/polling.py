@@ -75,6 +75,7 @@ def follow(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
 
     Raises:
         EndedError: it has ended without a video.
+        GoneError: the service does not know it.
         RemoteError: it runs far too long, or cannot be asked for any more; it may still end well.
     """
     kept = (
@@ -86,9 +87,8 @@ def follow(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
         try:
             task = look(api, task_id, limits, watch)
         except GoneError as error:
-            raise RemoteError(
-                f"The service does not know task {task_id}, or no longer: {error} Check the id and the account. To have it made anew, and "
-                "billed anew, put the word new into resume_id."
+            raise GoneError(
+                f"The service does not know task {task_id}, or no longer: {error} Check the id and the account."
             ) from None
         except TemporaryError as error:
             raise RemoteError(f"The service could not be asked how the task stands: {error}. {kept}") from None

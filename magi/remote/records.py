@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from ..errors import MagiError
 from ..saved.run_files import write_whole
 
+WORD = "new-"  # begins what a user writes to have a request sent again
 KEPT_SECONDS = 7 * 24 * 3600.0  # as long as the service keeps videos
 
 
@@ -47,6 +48,11 @@ class Record:
     def when(self) -> str:
         """Local time, for messages."""
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.sent_at))
+
+    @property
+    def word(self) -> str:
+        """What a user writes to have the request sent again all the same. It holds for this try only: left where it is, it does nothing to a later one."""
+        return f"{WORD}{int(self.sent_at * 1000) % 100_000:05d}"
 
 
 class Records:
