@@ -1,0 +1,129 @@
+"""How requests leave this machine: to exactly the address that was given, and the key to its owner alone."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from magi.remote.address import DEFAULT, BaseUrl
+from magi.remote.api import Api, NotSentError
+from magi.remote.key import ApiKey
+from magi.remote.transport import Transport
+from tests.remote_service import KEY
+
+OURS = BaseUrl(DEFAULT)
+
+
+class Wire:
+    """A server that notes the bytes that come, and sends bytes."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.came: list[bytes] = []
+        self._answer = answer
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection:
+                self.came.append(connection.recv(1 << 16))
+                connection.sendall(self._answer)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def wire():
+    found = Wire(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v.mp4?X-Amz-Signature=a%2fb%3d&q=~.%7e",
+        "/a/../b//c.mp4?x=%zz&y=100%",
+        "/%e4%BD%a0.mp4?a=b+c%20d&e=[1]|{2}",
+        "?only=a%2fquery",
+        "",
+        "/v.mp4?url=https://a.b/c?d=e/f",
+    ],
+)
+def test_an_address_is_asked_for_as_it_is_spelled(wire, path):
+    transport = Transport(BaseUrl(wire.url), None, (2, 2))
+    with transport.opened(wire.url + path) as response:
+        assert response.content == b"ok"
+    assert wire.came[0].split(b"\r\n")[0] == f"GET {path if path.startswith('/') else '/' + path} HTTP/1.1".encode()
+
+
+def test_what_no_request_can_hold_is_quoted(wire):
+    with Transport(BaseUrl(wire.url), None, (2, 2)).opened(f"{wire.url}/my vidéo.mp4#part") as response:
+        assert response.status_code == 200
+    assert wire.came[0].startswith(b"GET /my%20vid%C3%A9o.mp4 HTTP/1.1\r\n")
+
+
+def test_passwords_of_netrc_stay_there(wire, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret-of-netrc\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with Transport(BaseUrl(wire.url), None, (2, 2)).opened(f"{wire.url}/v"):
+        pass
+    assert b"uthorization" not in wire.came[0]
+
+
+def test_a_proxy_is_used_and_does_not_see_the_key(monkeypatch):
+    """It refuses the tunnel, so nothing has been sent."""
+    proxy = Wire(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, proxy.url)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    api = Api(OURS, "v2", ApiKey(KEY), (2, 2))
+    with pytest.raises(NotSentError, match="proxy"):
+        api.submit({"prompt": "x"}, lambda: False)
+    proxy.close()
+    assert proxy.came
+    assert all(came.startswith(b"CONNECT api.wavespeed.ai:443 ") for came in proxy.came)
+    assert all(KEY.encode() not in came for came in proxy.came)
+
+
+def test_no_proxy_for_this_machine(wire, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    transport = Transport(BaseUrl(wire.url), None, (2, 2))
+    assert transport.get(f"{wire.url}/x").status == 200
+    assert transport.send("POST", f"{wire.url}/x").status == 200
+
+
+def test_no_network(monkeypatch):
+    def nobody(*args, **options):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nobody)
+    with pytest.raises(NotSentError, match=r"Is there a network\? Nothing was sent"):
+        Api(OURS, "v2", ApiKey(KEY), (2, 2)).submit({"prompt": "x"}, lambda: False)
+
+
+def test_a_server_without_encryption(wire):
+    """https to a port that does not speak it: a clear end, and nothing was sent."""
+    api = Api(BaseUrl(wire.url.replace("http:", "https:")), "v2", ApiKey(KEY), (2, 2))
+    with pytest.raises(NotSentError):
+        api.submit({"prompt": "x"}, lambda: False)
+    assert all(KEY.encode() not in came for came in wire.came)
+
+
+def test_an_answer_that_never_ends():
+    flood = Wire(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b" " * (3 << 20))
+    began = time.monotonic()
+    with pytest.raises(Exception, match="too long"):
+        Transport(BaseUrl(flood.url), None, (2, 2)).get(f"{flood.url}/x")
+    flood.close()
+    assert time.monotonic() - began < 5
