@@ -142,22 +142,9 @@ def release() -> None:
 
 
 def check_interrupt() -> None:
-    """Raises ComfyUI's own exception if the user has cancelled."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-@contextmanager
-def interrupt_for_all() -> Iterator[None]:
-    """Around reports from a thread: a cancel that is noticed there is left for the node that runs beside it, too.
-
-    Raises:
-        Interrupted
-    """
-    try:
-        yield
-    except Interrupted:
-        comfy.model_management.interrupt_current_processing()
-        raise
+    """Raises `Interrupted` if the user has cancelled. The cancel stays known, for nodes that run beside this one; the next run forgets it."""
+    if comfy.model_management.processing_interrupted():
+        raise Interrupted
 
 
 def show_progress(node_id: str | None, value: int, total: int, picture: torch.Tensor | None = None) -> None:
@@ -167,7 +154,11 @@ def show_progress(node_id: str | None, value: int, total: int, picture: torch.Te
         from PIL import Image
 
         preview = ("JPEG", Image.fromarray(picture.numpy()), _PREVIEW_SIZE)
-    comfy.utils.ProgressBar(total, node_id=node_id).update_absolute(value, total, preview)
+    try:
+        comfy.utils.ProgressBar(total, node_id=node_id).update_absolute(value, total, preview)
+    except Interrupted:  # ComfyUI asks here, too, and takes it for done then
+        comfy.model_management.interrupt_current_processing()
+        raise
 
 
 def show_text(node_id: str | None, text: str) -> None:

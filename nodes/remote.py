@@ -170,13 +170,12 @@ class Magi1Remote(io.ComfyNode):
 
         def work(left: Callable[[], bool]) -> "tuple[RemoteVideo, torch.Tensor]":
             def at(phase: str, part: float, text: str) -> None:
-                if left():
-                    raise _LeftError
                 try:
-                    with host.interrupt_for_all():
-                        progress.at(phase, part)
+                    progress.at(phase, part)
                 except host.Interrupted:
                     raise Cancelled from None
+                if left():
+                    raise _LeftError
                 progress.say(text)
 
             made = client.make(request, host.temp_folder(), lambda p: at("make", p.part, p.text), resume_id)
