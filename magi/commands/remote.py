@@ -96,12 +96,15 @@ def main(args: argparse.Namespace) -> int:
     key = find_key(key_file, base, chosen_here=True)
     started = time.monotonic()
     with tqdm(total=1, bar_format=_FORMAT, file=sys.stderr) as bar:
-        client = Client(Api(base, args.api_version, key), args.cache / "remote", bar.write)
+
+        def say(sentence: str) -> None:
+            bar.write(sentence, file=sys.stderr)
 
         def report(at: Progress) -> None:
             bar.n = at.part
             bar.set_description_str(at.text)
 
+        client = Client(Api(base, args.api_version, key), args.cache / "remote", say)
         made = client.make(request, out.parent, report, args.resume)
     try:
         made.path.replace(out)
