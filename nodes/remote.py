@@ -154,7 +154,6 @@ class Magi1Remote(io.ComfyNode):
         from ..magi.remote.errors import Cancelled
         from ..magi.remote.request import RemoteRequest
 
-        clips.check_room(frames, *_LARGEST[resolution], "Ask for fewer frames, or 480p.")
         request = RemoteRequest(
             prompt,
             None if image is None else clips.frames_of(image[:1])[0],
@@ -165,6 +164,7 @@ class Magi1Remote(io.ComfyNode):
             None if seed == -1 else seed,
             safety_checker,
         )
+        clips.check_room(frames, *_LARGEST[resolution], "Ask for fewer frames, or 480p.")
         client = Client(_api(base_url, api_version, prompt, resume_id), host.cache_folder() / "remote", _say)
         progress = Progress(cls.hidden.unique_id, make=0.95, frames=0.05)
 

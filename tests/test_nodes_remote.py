@@ -118,7 +118,8 @@ def test_a_blank_prompt(comfy, server):
     "widget", [{"frames": 95}, {"frames": 193}, {"fps": 31}, {"seed": 2**31}, {"resolution": "4K"}]
 )
 def test_values_out_of_range(comfy, server, widget):
-    refused(comfy, remote(comfy, server, **widget), next(iter(widget)))
+    with pytest.raises((InvalidGraph, NodeError), match=next(iter(widget))):  # not every ComfyUI checks menus
+        comfy.run(remote(comfy, server, **widget))
     assert server.requests == []
 
 
@@ -222,7 +223,7 @@ def test_an_error_is_the_service_s_own(comfy, server, quick):
 # -- cancel and failure ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", ["submitting", "at work", "downloading", "reading", "taking the frames"])
+@pytest.mark.parametrize("phase", ["submitting", "at work", "downloading", "taking the frames"])
 def test_cancel_in_every_phase(comfy, server, quick, phase):
     graph = remote(comfy, server)
     if phase == "submitting":
@@ -236,7 +237,7 @@ def test_cancel_in_every_phase(comfy, server, quick, phase):
     def seen(kind: str, at: str) -> None:
         if kind == "text" and phase in messages(comfy)[-1] and not asked:
             asked.append(time.monotonic())
-            wait = 0.0 if phase in ("reading", "taking the frames") else 0.2
+            wait = 0.0 if phase == "taking the frames" else 0.2
             threading.Timer(wait, comfy.management.interrupt_current_processing).start()
 
     comfy.events.seen = seen
