@@ -1,6 +1,7 @@
 """Brings a finished video here: streamed, bounded, and under its name only when it is one."""
 
 import tempfile
+import time
 import uuid
 import warnings
 from contextlib import suppress
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import requests
 
 _BLOCK = 1 << 16
+_LEFT_SECONDS = 3600.0  # without a byte, after which nobody writes to a file any more
 _PIXELS = {"480p": 480, "720p": 720}  # of the shorter side
 _NEAR = 0.1  # by which a size may differ from its name; encoders round
 
@@ -62,6 +64,9 @@ def check_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for left in folder.glob("magi1_*.mp4.part"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                _remove(left)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
