@@ -195,17 +195,14 @@ class _LeftError(Exception):
 
 def _api(base_url: str, version: str, *widgets: str | None) -> "Api":
     """The account. Raises MagiError where there is no key for it, or where the key stands in a widget."""
-    from ..magi.errors import MagiError
     from ..magi.remote.address import BaseUrl
     from ..magi.remote.api import Api
     from ..magi.remote.key import find_key
 
     base = BaseUrl(base_url)
     key = find_key(host.cache_folder() / KEY_FILE, base)
-    if key is not None and any(key.is_in(text) for text in (base_url, *widgets) if text):
-        raise MagiError(
-            "Your API key stands in a field of this node, and so in every workflow and video that you save. Remove it there."
-        )
+    if key is not None:
+        key.refuse_in(base_url, *filter(None, widgets))
     return Api(base, version, key)
 
 

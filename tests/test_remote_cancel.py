@@ -1,5 +1,6 @@
 """A cancel stops within two seconds in every phase, and gives up what is not finished."""
 
+import threading
 import time
 
 import pytest
@@ -75,6 +76,38 @@ def test_cancel_while_waiting(service, wait):
 def test_cancel_while_a_retry_waits(service):
     service.server.script["poll"].extend([Answer(429, b"", {"Retry-After": "60"})])
     assert service.cancels(phase("asking for task", 0.3)) < 2
+
+
+def test_a_cancel_does_not_give_up_what_was_completed_before(service):
+    """Fetched again after a restart: it is paid for, whatever the user does now."""
+    service.make()
+    service.server.script["poll"].append(Answer(wait=SLOW))
+    assert service.cancels(phase("asking for task", 0.3), **PATIENT) < 2
+    service.server.script["poll"].append(Answer(wait=SLOW))
+    assert service.cancels(phase("asking for task", 0.3), resume_id=service.task, **PATIENT) < 2
+    assert service.server.count("delete") == 0
+    assert service.make().task_id == service.task
+
+
+def test_cancel_of_a_task_that_is_followed_by_its_id(service):
+    service.server.statuses = ("processing",) * 1000
+    service.cancels(phase("at work"))
+    wait_for(lambda: service.server.count("delete") == 1)
+    service.server.tasks[service.task].statuses.extend(["processing"] * 1000)
+    service.server.tasks[service.task].statuses.popleft()
+    service.cancels(phase("at work"), resume_id=service.task, prompt="Another")
+    wait_for(lambda: service.server.count("delete") == 2)
+
+
+def test_cancel_while_another_run_of_the_same_request_works(service):
+    service.server.statuses = ("processing",) * 1000
+    first = threading.Thread(target=lambda: service.cancels(lambda at: service.folder.joinpath("stop").exists()))
+    first.start()
+    wait_for(lambda: service.server.count("poll"))
+    assert service.cancels(phase("waiting for another run", 0.3)) < 2
+    assert service.server.count("delete") == 0
+    service.folder.joinpath("stop").touch()
+    first.join(10)
 
 
 def test_cancel_while_downloading_keeps_what_is_paid(service):

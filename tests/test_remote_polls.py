@@ -39,6 +39,13 @@ def test_lasting_troubles_end_with_the_task_kept(service, answer):
     assert service.submits == 1
 
 
+def test_an_answer_that_only_drips(service):
+    service.server.script["poll"].append(lambda usual: Answer(content=b" " * (1 << 20), pause=0.05))
+    began = time.monotonic()
+    assert service.make(limits=quick(answer=0.5)).facts.frames == 96
+    assert time.monotonic() - began < 3
+
+
 def test_a_server_that_asks_to_wait_is_obeyed(service):
     service.server.script["poll"].append(Answer(429, b"", {"Retry-After": "1"}))
     began = time.monotonic()

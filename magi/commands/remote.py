@@ -94,6 +94,8 @@ def main(args: argparse.Namespace) -> int:
     )
     base = BaseUrl(args.base_url)
     key = find_key(key_file, base, chosen_here=True)
+    if key is not None:
+        key.refuse_in(args.prompt, args.base_url, args.resume)
     started = time.monotonic()
     with tqdm(total=1, bar_format=_FORMAT, file=sys.stderr) as bar:
 

@@ -50,11 +50,11 @@ class Api:
         try:
             reply = self.transport.send("POST", self._url("media/upload/binary"), files={"file": (name, data, kind)})
         except Lost as lost:
-            raise TemporaryError(f"The picture could not be uploaded: {lost}.") from None
+            raise TemporaryError(str(lost)) from None
         found = self._data(reply)
         url = found.get("download_url") or found.get("url")
         if not isinstance(url, str) or not url:
-            raise TemporaryError("The service took the picture and did not say where it is.")
+            raise TemporaryError("the service took it and did not say where it is")
         return url
 
     def submit(self, body: dict[str, Any], unwanted: Callable[[], bool]) -> str:

@@ -99,17 +99,19 @@ class _Run:
     def __init__(self, client: Client, entry: Entry, request: RemoteRequest, watch: Watch) -> None:
         self._api, self._limits, self._say = client.api, client.limits, client.say
         self._entry, self._request, self._watch = entry, request, watch
-        self._unfinished: str | None = None  # the task that a cancel gives up
+        self._unfinished: str | None = (
+            None  # the task that a cancel gives up: never one that is completed, and paid for
+        )
 
     def video(self, folder: Path, resume_id: str) -> RemoteVideo:
         is_word = resume_id.startswith(WORD)
-        known = self._resumed(resume_id) if resume_id and not is_word else self._known(resume_id)
-        task_id = known or self._new()
+        task_id = self._resumed(resume_id) if resume_id and not is_word else self._known(resume_id)
+        if task_id is None:
+            task_id = self._unfinished = self._new()
         own = self._entry.record is not None and self._entry.record.task_id == task_id
-        self._unfinished = task_id
         self._watch.phase("wait", f"asking for task {task_id}")
         try:
-            task = polling.follow(self._api, task_id, self._limits, self._watch)
+            task = polling.follow(self._api, task_id, self._limits, self._watch, self._still_running)
         except EndedError:
             if own:
                 self._entry.clear()
@@ -127,6 +129,9 @@ class _Run:
             self._say(f"{note} (Task {task_id})")
         return RemoteVideo(path, task_id, url, facts, (*self._request.notes(), *notes))
 
+    def _still_running(self, task_id: str) -> None:
+        self._unfinished = task_id
+
     # -- tasks that there are already ----------------------------------------------------------------------------------
 
     def _resumed(self, task_id: str) -> str:
@@ -138,9 +143,9 @@ class _Run:
     def _known(self, word: str) -> str | None:
         """The task that this request became before, if it is to be gone on with. `word`: what the user wrote to have it sent again."""
         record = self._entry.record
-        if record is None or (
-            record.delivered and self._request.seed is None
-        ):  # without a seed another video is wanted
+        if record is None:
+            return None
+        if record.delivered and self._request.seed is None:  # another video is wanted
             return None
         if record.task_id is None:
             if word != record.word:
@@ -203,7 +208,7 @@ class _Run:
                 failures += 1
                 if failures > self._limits.retries or isinstance(error, GoneError):
                     raise RemoteError(
-                        f"The picture could not be uploaded: {error} Nothing was submitted; queue again."
+                        f"The picture could not be uploaded: {error}. Nothing was submitted; queue again."
                     ) from None
                 pause(self._limits.before_retry(failures, error.wait), self._watch.alive)
 
@@ -238,7 +243,7 @@ class _Run:
     # -- the end of it -------------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Gives up the task that is followed. One that is completed is paid for and stays."""
+        """Gives up the task that is followed, if it runs."""
         if task_id := self._unfinished:
             self._leave(lambda: task_id, delete=True)
 

@@ -38,9 +38,13 @@ class ApiKey:
         """The value of the Authorization header."""
         return f"Bearer {self._value}"
 
-    def is_in(self, text: str) -> bool:
-        """Whether a text holds the key."""
-        return self._value in text
+    def refuse_in(self, *texts: str) -> None:
+        """Raises MagiError where one of the texts, which will be saved and shown, holds the key."""
+        if any(self._value in text for text in texts):
+            raise MagiError(
+                "Your API key stands in a field that is saved with workflows and videos, and shown. Remove it there: it belongs into "
+                f"{VARIABLE} or its file alone."
+            )
 
     def hide(self, text: str) -> str:
         """The text without the key."""

@@ -1,6 +1,7 @@
 """Waits for a task, patiently and without hurry."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .answers import TASKS_PAGE, Task, failure
@@ -17,6 +18,7 @@ class Limits:
     Attributes:
         poll_first: between the first two looks at a task.
         poll_most: between any two.
+        answer: seconds that a whole answer may take, however slowly it drips.
         retries: of what may be tried again.
         unknown: retries where the service does not know a task: it may have just been made.
         retry_first: seconds before the first retry; each later one waits twice as long.
@@ -28,6 +30,7 @@ class Limits:
 
     poll_first: float = 2.0
     poll_most: float = 10.0
+    answer: float = 120.0
     retries: int = 6
     unknown: int = 3
     retry_first: float = 1.0
@@ -56,7 +59,7 @@ def look(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
     failures = 0
     while True:
         try:
-            task = Worker(lambda: api.result(task_id)).result(watch.alive)
+            task = Worker(lambda: api.result(task_id)).result(watch.alive, limits.answer)
             # Completed without a video: it may not be written down yet.
             if not task.completed or task.outputs or task.ended:
                 return task
@@ -64,14 +67,16 @@ def look(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
             error = TemporaryError(f"it says that the task is completed, and gives {what}")
         except TemporaryError as found:
             error = found
+        except TimeoutError:
+            error = TemporaryError(f"no whole answer within {limits.answer:g} s")
         failures += 1
         if failures > (limits.unknown if isinstance(error, GoneError) else limits.retries):
             raise error
         pause(limits.before_retry(failures, error.wait), watch.alive)
 
 
-def follow(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
-    """The completed task.
+def follow(api: Api, task_id: str, limits: Limits, watch: Watch, running: Callable[[str], None]) -> Task:
+    """The completed task. `running` is told its id whenever it is not.
 
     Raises:
         EndedError: it has ended without a video.
@@ -98,6 +103,7 @@ def follow(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
             raise failure(task, api.transport.hide(task.error))
         if task.completed:
             return task
+        running(task_id)
         now = time.monotonic()
         spent[task.queued] += now - last
         last = now

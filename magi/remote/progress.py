@@ -24,7 +24,7 @@ class Watch:
 
     report: Callable[[Progress], None]
     _phase: str = "check"
-    _doing: str = "looking for an earlier try of this request"
+    _doing: str = "waiting for another run of the same request"
     _began: float = field(default_factory=time.monotonic)
     _done: float | None = None
     _part: float = 0.0

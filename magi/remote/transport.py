@@ -1,6 +1,7 @@
 """HTTP: one request is sent once, to exactly the address that was given, and the key goes to its owner only."""
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -46,11 +47,18 @@ class Worker(Generic[T]):
         except BaseException as error:  # raised again by the thread that waits
             self._failure = error
 
-    def result(self, alive: Callable[[], None]) -> T:
-        """What the work returns or raises. `alive` is called ten times a second; what it raises leaves the work behind."""
+    def result(self, alive: Callable[[], None], most: float = math.inf) -> T:
+        """What the work returns or raises. `alive` is called ten times a second; what it raises leaves the work behind.
+
+        Raises:
+            TimeoutError: it takes more than `most` seconds, and is left behind.
+        """
+        end = time.monotonic() + most
         while self._thread.is_alive():
             self._thread.join(_TICK)
             alive()
+            if time.monotonic() > end and self._thread.is_alive():
+                raise TimeoutError
         return self.outcome()
 
     def outcome(self) -> T:
