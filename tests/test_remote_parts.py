@@ -70,6 +70,9 @@ def test_addresses_that_may_not(text, reason):
         ("https://api.wavespeed.ai.evil.example/x", False),
         ("https://api.wavespeed.ai@evil.example/x", False),
         ("https://cdn.wavespeed.ai/x", False),
+        ("https://evil.example\\@api.wavespeed.ai/x", False),
+        ("https://evil.example\\.api.wavespeed.ai/x", False),
+        ("https://user@api.wavespeed.ai/x", False),
     ],
 )
 def test_who_gets_the_key(url, ours):
@@ -77,7 +80,18 @@ def test_who_gets_the_key(url, ours):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://a.b/v", "file:///etc/passwd", "", "nonsense", "https://", "https://[", "data:,x"]
+    "url",
+    [
+        "http://a.b/v",
+        "file:///etc/passwd",
+        "",
+        "nonsense",
+        "https://",
+        "https://[",
+        "data:,x",
+        "https://a.b\\@c.d/v",
+        "https://a@b.c/v",
+    ],
 )
 def test_from_where_nothing_is_fetched(url):
     assert not is_allowed(url)

@@ -48,12 +48,12 @@ class BaseUrl:
 
     def owns(self, url: str) -> bool:
         """Whether `url` has the same scheme, host and port: the only place that gets the key."""
-        return _origin(url) == _origin(self.text)
+        return _origin(url) is not None and _origin(url) == _origin(self.text)
 
 
 def is_allowed(url: str) -> bool:
     """Whether something may be fetched from `url`: by https, or from this machine."""
-    parts = _split(url)
+    parts = _plain(url)
     if parts is None or not parts.hostname:
         return False
     return parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname))
@@ -78,8 +78,14 @@ def is_loopback(host: str) -> bool:
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None] | None:
-    parts = _split(url)
+    parts = _plain(url)
     return None if parts is None else (parts.scheme, parts.hostname, parts.port or _PORTS.get(parts.scheme))
+
+
+def _plain(url: str) -> SplitResult | None:
+    """The parts of an address whose host is the same for every library; None for others, which may be made to deceive one of them."""
+    parts = _split(url)
+    return None if parts is None or "@" in parts.netloc or "\\" in url else parts
 
 
 def _split(url: str) -> SplitResult | None:

@@ -141,6 +141,6 @@ def _told(code: int | None, said: str) -> str:
 
 
 def _number(value: object) -> int | None:
-    if isinstance(value, str) and value.isdigit():
+    if isinstance(value, str) and value.isdecimal():
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -98,7 +98,9 @@ def fetch(
                 raise
         except GoneError as error:
             if asked_again:
-                raise RemoteError(f"The video could not be downloaded: {error}. {kept}") from None
+                raise RemoteError(
+                    f"The video could not be downloaded: {error}. {kept} If it is gone for good, another seed makes a new one."
+                ) from None
             asked_again = True
             try:
                 task = look(api, task_id, limits, watch)
@@ -169,7 +171,7 @@ def _check_answer(response: "requests.Response", url: str, limits: Limits) -> in
     if kind.startswith("text/") or kind == "application/json":
         raise GoneError(f"{shown(url)} gives {kind} instead of a video")
     told = headers.get("Content-Length", "")
-    length = int(told) if told.isdigit() else 0
+    length = int(told) if told.isdecimal() and "Content-Encoding" not in headers else 0
     if length > limits.video:
         raise _too_large(url, limits)
     return length

@@ -106,7 +106,7 @@ class Reply:
         """The object that it is in JSON, or None."""
         try:
             found = json.loads(self.content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return found if isinstance(found, dict) else None
 
@@ -127,9 +127,8 @@ class Transport:
         import requests
 
         try:
-            with (
-                requests.Session() as session
-            ):  # a new one: a kept connection may be dead, and then nobody knows what arrived
+            # A new connection: one that was kept may be dead, and then nobody knows what has arrived.
+            with requests.Session() as session:
                 session.trust_env = not self._base.is_local  # no proxy reaches this machine
                 options: dict[str, Any] = {"allow_redirects": False, "stream": True, "timeout": self._timeouts}
                 response = session.request(method, url, auth=self._authorise, **options, **content)
