@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from magi.download import HUB, REPOSITORY, SPECIAL_TOKENS_URL
+from magi.remote.answers import TASKS_PAGE
+from magi.remote.key import PAGE as KEY_PAGE
+from magi.remote.request import MODEL
 
 TREE = f"{HUB}/{REPOSITORY}/tree/main"
 
@@ -76,9 +79,13 @@ def test_an_input_is_called_optional_or_advanced_where_it_is(comfy, read, node):
         assert said[given.id] == ("advanced" if is_advanced else "optional" if given.optional else None), given.id
 
 
-def test_downloads_are_those_that_the_messages_name(comfy, read):
+SERVICE = {"key": KEY_PAGE, "tasks": TASKS_PAGE, "prices": f"https://wavespeed.ai/docs/docs-api/{MODEL}"}
+
+
+def test_links_are_those_that_the_messages_name(comfy, read):
     files = sys.modules[comfy.nodes["Magi1ModelLoader"].__module__].files
-    links = {link for node in IDS for link in re.findall(r"\]\((.*?)\)", read(node))}
+    links = {node: set(re.findall(r"\]\((.*?)\)", read(node))) for node in IDS}
+    assert links.pop("Magi1Remote") == set(SERVICE.values())
     official = {f"{TREE}/ckpt/magi/{name}" for name in files.RELEASED}
     official |= {f"{TREE}/{files.VAE}", f"{TREE}/{files.TEXT_ENCODER}", SPECIAL_TOKENS_URL}
-    assert links == official | {"https://huggingface.co/comfyanonymous/flux_text_encoders"}
+    assert set().union(*links.values()) == official | {"https://huggingface.co/comfyanonymous/flux_text_encoders"}
