@@ -1,12 +1,18 @@
 """The pages of ComfyUI's help panel say what the nodes are: every input and output, no other, values that can be chosen."""
 
+import argparse
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from magi.commands import remote as remote_command
 from magi.download import HUB, REPOSITORY, SPECIAL_TOKENS_URL
+from magi.remote.answers import TASKS_PAGE
+from magi.remote.key import ADDRESS_VARIABLE, VARIABLE
+from magi.remote.key import PAGE as KEY_PAGE
+from magi.remote.request import MODEL
 
 TREE = f"{HUB}/{REPOSITORY}/tree/main"
 
@@ -76,9 +82,28 @@ def test_an_input_is_called_optional_or_advanced_where_it_is(comfy, read, node):
         assert said[given.id] == ("advanced" if is_advanced else "optional" if given.optional else None), given.id
 
 
-def test_downloads_are_those_that_the_messages_name(comfy, read):
+SERVICE = {"key": KEY_PAGE, "tasks": TASKS_PAGE, "prices": f"https://wavespeed.ai/docs/docs-api/{MODEL}"}
+
+
+def test_links_are_those_that_the_messages_name(comfy, read):
     files = sys.modules[comfy.nodes["Magi1ModelLoader"].__module__].files
-    links = {link for node in IDS for link in re.findall(r"\]\((.*?)\)", read(node))}
+    links = {node: set(re.findall(r"\]\((.*?)\)", read(node))) for node in IDS}
+    assert links.pop("Magi1Remote") == set(SERVICE.values())
     official = {f"{TREE}/ckpt/magi/{name}" for name in files.RELEASED}
     official |= {f"{TREE}/{files.VAE}", f"{TREE}/{files.TEXT_ENCODER}", SPECIAL_TOKENS_URL}
-    assert links == official | {"https://huggingface.co/comfyanonymous/flux_text_encoders"}
+    assert set().union(*links.values()) == official | {"https://huggingface.co/comfyanonymous/flux_text_encoders"}
+
+
+def test_the_key_goes_where_it_is_looked_for(comfy, read):
+    page, remote = read("Magi1Remote"), comfy.module("nodes.remote")
+    found = set(re.findall(r"WAVESPEED_\w+|\S*wavespeed_api_key\S*", page))
+    assert found == {VARIABLE, ADDRESS_VARIABLE, f"ComfyUI/user/magi1/{remote.KEY_FILE}"}
+
+
+def test_the_commands_of_the_remote_page_are_understood(read):
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    remote_command.add_arguments(parser)
+    lines = re.findall(r"^python -m magi remote (.*)$", read("Magi1Remote"), re.MULTILINE)
+    given = [parser.parse_args(line.split()) for line in lines]
+    assert [(args.save_key, args.fake_server) for args in given] == [(True, False), (False, True)]
+    assert f"`http://127.0.0.1:{given[1].port}`" in read("Magi1Remote")

@@ -9,6 +9,10 @@ import pytest
 from PIL import Image
 
 from magi.download import HUB, REPOSITORY, SPECIAL_TOKENS_URL
+from magi.remote.address import DEFAULT as SERVICE
+from magi.remote.answers import TASKS_PAGE
+from magi.remote.key import PAGE as KEY_PAGE
+from magi.remote.request import MODEL
 from tests.magi_graphs import WIDGETS as WIDGET_TYPES
 from tests.magi_graphs import widgets
 
@@ -18,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 UI, API = ROOT / "workflows", Path(__file__).parent / "workflows_api"
 FIRST = "magi1_first_run"
 NAMES = {FIRST, *(f"magi1_{name}" for name in ("text_to_video", "image_to_video", "continue_video"))}
-NAMES |= {"magi1_low_memory_24B", "magi1_native_clip"}
+REMOTE = "magi1_remote"
+NAMES |= {"magi1_low_memory_24B", "magi1_native_clip", REMOTE}
 T5XXL = "https://huggingface.co/comfyanonymous/flux_text_encoders"
 OFF = {2, 4}  # a node's mode: muted, bypassed
 SILENT = {"MarkdownNote"}  # lives in the front end only
@@ -29,6 +34,7 @@ NATIVE = {
     "LoadVideo": ({}, ["VIDEO"], 2),
     "SaveVideo": ({"video": "VIDEO"}, [], 3),
     "CLIPLoader": ({}, ["CLIP"], 3),
+    "PrimitiveStringMultiline": ({}, ["STRING"], 1),
     "MarkdownNote": ({}, [], 1),
 }
 
@@ -145,7 +151,7 @@ def test_the_copy_for_the_server_says_the_same(comfy, name):
         linked = {i["name"]: origins[i["link"]] for i in node["inputs"] if i["link"] is not None}
         assert {key: given.pop(key) for key in linked} == linked
         if is_ours(node):
-            typed = values(comfy, node)
+            typed = {key: value for key, value in values(comfy, node).items() if key not in linked}
             typed.pop("control_after_generate", None)
             assert given == typed
         else:
@@ -185,7 +191,7 @@ def test_it_has_a_picture_for_the_list_of_templates(name):
 
 
 @every_workflow
-def test_the_note_links_to_all_that_has_to_be_downloaded(comfy, name):
+def test_the_note_links_to_all_that_has_to_be_fetched(comfy, name):
     files = sys.modules[comfy.nodes["Magi1ModelLoader"].__module__].files
     workflow = load(UI, name)
     links = set(re.findall(r"\]\((.*?)\)", note(workflow)))
@@ -201,6 +207,8 @@ def test_the_note_links_to_all_that_has_to_be_downloaded(comfy, name):
         wanted |= {f"{TREE}/{place}"} if place != files.EMBEDDED else set()
     for loader in of_type(workflow, "CLIPLoader"):
         wanted |= {model["url"] for model in loader["properties"]["models"]}
+    if of_type(workflow, "Magi1Remote"):
+        wanted |= {KEY_PAGE, TASKS_PAGE, f"https://wavespeed.ai/docs/docs-api/{MODEL}"}
     assert wanted <= links
     assert all(link in wanted or link.startswith(f"{T5XXL}/") for link in links), "nothing that is not used"
 
@@ -229,9 +237,38 @@ def test_a_clip_of_ones_own_is_off_until_it_is_chosen():
     assert "Load Video" in note(workflow)
 
 
+def test_the_remote_and_the_local_half_share_the_prompt_and_the_picture(comfy):
+    """One link decides who makes the video: nothing else has to be changed."""
+    workflow = load(UI, REMOTE)
+    (remote,), (text,) = of_type(workflow, "Magi1Remote"), of_type(workflow, "Magi1TextEncode")
+    (start,), (save,) = of_type(workflow, "Magi1ImageToVideo"), of_type(workflow, "SaveVideo")
+    assert origin(workflow, remote, "prompt") == origin(workflow, text, "prompt")
+    assert origin(workflow, remote, "image") == origin(workflow, start, "image")
+    assert origin(workflow, save, "video") == (remote["id"], "video")
+    (decode,) = of_type(workflow, "Magi1VAEDecode")
+    assert not [output["links"] for output in decode["outputs"] if output["links"]]
+
+
+def origin(workflow: dict, node: dict, name: str) -> tuple[int, str]:
+    """Where an input comes from: the node's id and its output."""
+    (given,) = (i["link"] for i in node["inputs"] if i["name"] == name)
+    _, id, slot, *_ = next(link for link in workflow["links"] if link[0] == given)
+    (source,) = (n for n in workflow["nodes"] if n["id"] == id)
+    return id, source["outputs"][slot]["name"]
+
+
+def test_a_remote_run_is_the_cheap_one_and_is_billed_once(comfy):
+    """480p, the fewest frames, a seed that stays, at the service itself; and it goes on with no one's task."""
+    (node,) = of_type(load(UI, REMOTE), "Magi1Remote")
+    set_to = values(comfy, node)
+    assert (set_to["resolution"], set_to["frames"], set_to["seed"]) == ("480p", 96, 0)
+    assert (set_to["base_url"], set_to["resume_id"]) == (SERVICE, "")
+
+
 @every_workflow
 def test_nothing_private_is_in_it(name):
     text = (UI / f"{name}.json").read_text(encoding="utf-8") + (API / f"{name}.json").read_text(encoding="utf-8")
+    text = re.sub(r"\bWAVESPEED_API_KEY\b(?!=)|\bwavespeed_api_key\.txt\b", "", text)  # where a key goes, not a key
     assert not re.search(r"(?<![\w:/.-])(/\w|~/|[A-Za-z]:\\)", text), "absolute paths"
     assert not re.search(
         r"(?i)api[_-]?key|token[\"=:]|secret|\bhf_\w{8}|\bsk-\w{8}|file://|localhost|127\.0\.0\.1", text

@@ -58,6 +58,7 @@ def all_nodes():
     empty = [number(name) for name in ("width", "height", "length", "batch_size")]
     save = [video("video"), text("filename_prefix"), text("format"), text("codec")]
     nodes = [
+        _node("PrimitiveStringMultiline", [text("value", multiline=True)], [io.String], lambda value: (value,)),
         _node("LoadImage", [text("image")], [io.Image, io.Mask], _load_image),
         _node("LoadVideo", [text("file")], [io.Video], _load_video),
         _node("SaveVideo", save, [], _save_video, output_node=True),
