@@ -1,5 +1,6 @@
 """Everything that is asked of ComfyUI: folders, device, memory manager, progress, previews and interrupts."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Interrupted = comfy.model_management.InterruptProcessingException  # raised where the user has cancelled
 FOLDER = "magi1"  # below ComfyUI's models/: the tree that `python -m magi download` makes
 _PREVIEW_SIZE = 512
+_WATCH_SECONDS = 0.01
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
@@ -145,6 +147,26 @@ def check_interrupt() -> None:
     """Raises `Interrupted` if the user has cancelled. The cancel stays known, for nodes that run beside this one; the next run forgets it."""
     if comfy.model_management.processing_interrupted():
         raise Interrupted
+
+
+@contextmanager
+def interrupt_watched() -> Iterator[Callable[[], bool]]:
+    """For work in a thread: gives what tells whether the user has cancelled, also where a node beside it is told first.
+
+    ComfyUI takes a cancel for done once one node has been told of it. Most ask for it every few hundredths of a second at most; this asks more often.
+    """
+    found, over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_WATCH_SECONDS):
+            if comfy.model_management.processing_interrupted():
+                found.set()
+
+    threading.Thread(target=watch, name="magi-interrupt", daemon=True).start()
+    try:
+        yield found.is_set
+    finally:
+        over.set()
 
 
 def show_progress(node_id: str | None, value: int, total: int, picture: torch.Tensor | None = None) -> None:

@@ -51,7 +51,7 @@ class Magi1Remote(io.ComfyNode):
                     default=96,
                     min=_FRAMES[0],
                     max=_FRAMES[1],
-                    tooltip="WaveSpeedAI's pages contradict each other: 96 to 192, 81 to 100, at most 64. What comes is compared with what was asked for. More than 81 cost more.",
+                    tooltip="WaveSpeedAI's pages contradict each other: 96 to 192, 81 to 100, at most 64. What comes is compared with what was asked for.",
                 ),
                 io.Int.Input(
                     "fps", default=24, min=_FPS[0], max=_FPS[1], tooltip="Frames a second. MAGI-1 was made for 24."
@@ -114,9 +114,7 @@ class Magi1Remote(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, prompt: str | None = None, base_url: str | None = None, resume_id: str | None = None
-    ) -> bool | str:
+    def validate_inputs(cls, prompt: str | None = None, base_url: str | None = None) -> bool | str:
         """Refuses what cannot work before any node runs: above all a missing key."""
         from ..magi.errors import MagiError
 
@@ -124,7 +122,7 @@ class Magi1Remote(io.ComfyNode):
             if prompt is not None and not prompt.strip():
                 return 'The prompt is blank. Say what to show, for example "A lighthouse in a storm".'
             if base_url is not None:
-                _api(base_url, "v2", prompt, resume_id)
+                _api(base_url, "v2", prompt)
         except MagiError as error:
             return str(error)
         return True
@@ -174,16 +172,22 @@ class Magi1Remote(io.ComfyNode):
                     progress.at(phase, part)
                 except host.Interrupted:
                     raise Cancelled from None
+                if cancelled():
+                    raise Cancelled
                 if left():
                     raise _LeftError
                 progress.say(text)
 
-            made = client.make(request, host.temp_folder(), lambda p: at("make", p.part, p.text), resume_id)
-            return made, _frames(made, lambda part: at("frames", part, f"taking the frames, {part:.0%}"))
+            with host.interrupt_watched() as cancelled:
+                made = client.make(request, host.temp_folder(), lambda p: at("make", p.part, p.text), resume_id)
+                return made, _frames(made, lambda part: at("frames", part, f"taking the frames, {part:.0%}"))
 
         try:
             made, images = await in_thread(work)
         except Cancelled:
+            progress.say(
+                "Cancelled. A task that was not finished is deleted, as far as the service does that.", at_once=True
+            )
             raise host.Interrupted from None
         progress.say(" ".join([f"{made.facts}, task {made.task_id}.", *made.notes]), at_once=True)
         return io.NodeOutput(InputImpl.VideoFromFile(str(made.path)), images, made.task_id, made.url)

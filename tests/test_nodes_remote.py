@@ -163,7 +163,7 @@ def test_a_workflow_that_sends_the_key_elsewhere(comfy, server):
 @pytest.mark.parametrize("field", ["prompt", "resume_id", "base_url"])
 def test_a_key_in_a_field(comfy, server, field):
     value = {"prompt": f"A cat {KEY}", "resume_id": KEY, "base_url": f"{server.url}/{KEY}"}[field]
-    with pytest.raises(InvalidGraph, match="in a field that is saved") as found:
+    with pytest.raises((InvalidGraph, NodeError), match="in a field that is saved") as found:
         comfy.run(remote(comfy, server, **{field: value}))
     assert KEY not in str(found.value)
     assert server.requests == []
@@ -290,11 +290,27 @@ def test_a_graph_that_ends_for_another_reason_leaves_the_task(comfy, server, qui
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="another node"):
         asyncio.run(run_beside(comfy, server, beside))
-    wait_for(lambda: not [t for t in threading.enumerate() if t.name == "magi-node"])
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name in ("magi-node", "magi-interrupt")])
     assert time.monotonic() - began < 10
     assert server.count("delete") == 0
     server.tasks[next(iter(server.tasks))].statuses.clear()
     assert comfy.run(remote(comfy, server))["remote"][1].shape[0] == 96
+
+
+def test_a_cancel_that_another_node_is_told_of_first(comfy, server, quick):
+    """ComfyUI then ends the graph, and the cancel is forgotten: the task is to be given up all the same."""
+    server.statuses = ("processing",) * 1000
+
+    async def beside(task) -> None:
+        while not server.count("poll"):
+            await asyncio.sleep(0.01)
+        comfy.management.interrupt_current_processing()
+        await asyncio.sleep(0.05)  # a sampler's step
+        comfy.management.throw_exception_if_processing_interrupted()
+
+    with pytest.raises(comfy.management.InterruptProcessingException):
+        asyncio.run(run_beside(comfy, server, beside))
+    wait_for(lambda: server.count("delete") == 1)
 
 
 def test_a_cancel_reaches_the_node_beside_it(comfy, server, quick):

@@ -191,6 +191,9 @@ def test_the_key_file_is_for_its_owner_alone(tmp_path, no_environment):
     with pytest.raises(MagiError, match="damaged"):
         save_key(file, "x")
     assert file.read_text() == "another-key-0123\n"
+    file.write_text(f"{KEY}\nhttps://gateway.example\n")
+    save_key(file, "another-key-0123")
+    assert file.read_text() == "another-key-0123\nhttps://gateway.example\n", "the address that it may go to stays"
 
 
 # -- the request -------------------------------------------------------------------------------------------------------

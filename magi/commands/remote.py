@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
         return _serve(args.port)
     if args.save_key:
         save_key(key_file, getpass.getpass("WaveSpeed API key (it is not shown): "))
-        print(f"The key is in {str(key_file)!r}, for you alone.", file=sys.stderr)
+        print(f"The key is in {str(key_file)!r}. Keep that file to yourself.", file=sys.stderr)
         return 0
     if not args.prompt:
         raise MagiError('No prompt is given. Say what to show: --prompt "A cat looks around".')

@@ -75,7 +75,8 @@ def find_key(file: Path, base: BaseUrl, chosen_here: bool = False) -> ApiKey | N
             return None
         raise MagiError(
             f"There is no WaveSpeed API key. Make one at {PAGE}, then set the environment variable {VARIABLE} before the start, or put it into "
-            f"the file {str(file)!r} (`python -m magi remote --save-key` does). It does not belong into a node or a workflow."
+            f"the first line of the file {str(file)!r} (by hand, or with `python -m magi remote --save-key --key-file FILE`). It does not belong "
+            "into a node or a workflow."
         )
     trusted = chosen_here or base.is_local or str(base) == DEFAULT or (allowed and BaseUrl(allowed) == base)
     if not trusted:
@@ -87,17 +88,18 @@ def find_key(file: Path, base: BaseUrl, chosen_here: bool = False) -> ApiKey | N
 
 
 def save_key(file: Path, text: str) -> None:
-    """Writes a key into a file that only its owner can read.
+    """Writes a key into the first line of a file that only its owner can read, where the system knows that.
 
     Raises:
         MagiError: the text is no key, or the file cannot be written.
     """
     ApiKey(text)
+    rest = _lines(file)[1:]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)  # an older one may be readable for others
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as opened:
-            opened.write(text.strip() + "\n")
+            opened.write("\n".join([text.strip(), *rest]) + "\n")
     except OSError as error:
         raise MagiError(
             f"The key cannot be written to {str(file)!r} ({error.strerror}). Choose another file."
