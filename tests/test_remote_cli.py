@@ -79,7 +79,14 @@ def test_the_same_command_again_is_free(magi, server):
     assert "nothing is submitted again" in said
     assert server.count("submit") == 1
     assert magi("--out", "c.mp4", "--seed", "9", "--resume", next(iter(server.tasks)))[0] == 0
+    assert magi("--out", "d.mp4", "--resume", next(iter(server.tasks)), small=())[0] == 0, "the id is enough"
     assert server.count("submit") == 1
+
+
+def test_an_id_alone_that_is_unknown(magi, server):
+    status, said = magi("--resume", "no-such-task", small=())
+    assert status == 1
+    assert "does not know task no-such-task" in said
 
 
 @pytest.mark.parametrize(

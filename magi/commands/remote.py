@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         metavar="ID",
         default="",
-        help="fetch the video of this task; or, after an unclear try, the word that the message names, to submit again",
+        help="fetch the video of this task, also without --prompt; or, after an unclear try, the word that the message names, to submit again",
     )
     service.add_argument("--api-version", choices=VERSIONS, default="v2", help="(default: %(default)s)")
     service.add_argument("--base-url", default=DEFAULT, help="(default: %(default)s)")
@@ -78,24 +78,15 @@ def main(args: argparse.Namespace) -> int:
         save_key(key_file, getpass.getpass("WaveSpeed API key (it is not shown): "))
         print(f"The key is in {str(key_file)!r}. Keep that file to yourself.", file=sys.stderr)
         return 0
-    if not args.prompt:
+    if args.prompt is None and not args.resume:
         raise MagiError('No prompt is given. Say what to show: --prompt "A cat looks around".')
     out = args.out.expanduser().absolute()
     _check_name(out, args.overwrite)
-    request = RemoteRequest(
-        prompt=args.prompt,
-        image=_image(args.image),
-        num_frames=args.frames,
-        fps=args.fps,
-        resolution=args.resolution,
-        aspect_ratio=args.aspect,
-        seed=None if args.seed == -1 else args.seed,
-        safety_checker=not args.no_safety_checker,
-    )
+    request = None if args.prompt is None else _request(args)
     base = BaseUrl(args.base_url)
     key = find_key(key_file, base, chosen_here=True)
     if key is not None:
-        key.refuse_in(args.prompt, args.base_url, args.resume)
+        key.refuse_in(args.prompt or "", args.base_url, args.resume)
     started = time.monotonic()
     with tqdm(total=1, bar_format=_FORMAT, file=sys.stderr) as bar:
 
@@ -107,7 +98,10 @@ def main(args: argparse.Namespace) -> int:
             bar.set_description_str(at.text)
 
         client = Client(Api(base, args.api_version, key), args.cache / "remote", say)
-        made = client.make(request, out.parent, report, args.resume)
+        if request is None:
+            made = client.fetch(args.resume, out.parent, report)
+        else:
+            made = client.make(request, out.parent, report, args.resume)
     try:
         made.path.replace(out)
     except OSError as error:
@@ -116,6 +110,19 @@ def main(args: argparse.Namespace) -> int:
         ) from error
     print(f"wrote {out} ({made.facts}, {time.monotonic() - started:.0f} s), task {made.task_id}", file=sys.stderr)
     return 0
+
+
+def _request(args: argparse.Namespace) -> RemoteRequest:
+    return RemoteRequest(
+        prompt=args.prompt,
+        image=_image(args.image),
+        num_frames=args.frames,
+        fps=args.fps,
+        resolution=args.resolution,
+        aspect_ratio=args.aspect,
+        seed=None if args.seed == -1 else args.seed,
+        safety_checker=not args.no_safety_checker,
+    )
 
 
 def _check_name(out: Path, overwrite: bool) -> None:

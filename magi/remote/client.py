@@ -10,7 +10,7 @@ import torch
 
 from ..errors import MagiError
 from . import polling
-from .answers import TASKS_PAGE
+from .answers import TASKS_PAGE, Task
 from .api import Api, NotSentError, is_id
 from .download import Facts, check_folder, fetch
 from .errors import Cancelled, EndedError, GoneError, RefusedError, RemoteError, TemporaryError, UnclearError
@@ -75,11 +75,8 @@ class Client:
             MagiError: there is no video. The message says whether there may be one later, and how to get it.
         """
         resume_id = resume_id.strip()
-        if resume_id and not is_id(resume_id):
-            raise MagiError(
-                "The resume id is not the id of a task: letters, digits, - and _ only. It stands in the log, in the node's output "
-                "task_id, and on the service's page of your tasks."
-            )
+        if resume_id:
+            _check_id(resume_id)
         check_folder(folder)
         watch = Watch(progress)
         entry = self.records.open(request.digest(str(self.api.base), self.api.version), watch.alive)
@@ -91,6 +88,32 @@ class Client:
             raise
         finally:
             entry.release()
+
+    def fetch(self, task_id: str, folder: Path, progress: Callable[[Progress], None]) -> RemoteVideo:
+        """The video of a task of which only the id is known. Whatever `progress` raises, the task is left alone.
+
+        Raises:
+            MagiError: there is no video, or not yet.
+        """
+        _check_id(task_id)
+        check_folder(folder)
+        watch = Watch(progress)
+        watch.phase("wait", f"asking for task {task_id}")
+        task = polling.follow(self.api, task_id, self.limits, watch, lambda _: None)
+        path, url, facts = fetch(self.api, task_id, task.outputs, folder, self.limits, watch)
+        return RemoteVideo(path, task_id, url, facts, _marks(task))
+
+
+def _check_id(text: str) -> None:
+    if not is_id(text):
+        raise MagiError(
+            "The resume id is not the id of a task: letters, digits, - and _ only. It stands in the log, in the node's output "
+            "task_id, and on the service's page of your tasks."
+        )
+
+
+def _marks(task: Task) -> tuple[str, ...]:
+    return ("The service's safety checker has flagged this video.",) if task.flagged else ()
 
 
 class _Run:
@@ -122,9 +145,7 @@ class _Run:
         path, url, facts = fetch(self._api, task_id, task.outputs, folder, self._limits, self._watch)
         if own:
             self._entry.update(delivered=True)
-        notes = facts.differences(self._request)
-        if task.flagged:
-            notes.append("The service's safety checker has flagged this video.")
+        notes = (*facts.differences(self._request), *_marks(task))
         for note in notes:
             self._say(f"{note} (Task {task_id})")
         return RemoteVideo(path, task_id, url, facts, (*self._request.notes(), *notes))
