@@ -201,13 +201,12 @@ def _api(base_url: str, version: str, *widgets: str | None) -> "Api":
     """The account. Raises MagiError where there is no key for it, or where the key stands in a widget."""
     from ..magi.remote.address import BaseUrl
     from ..magi.remote.api import Api
-    from ..magi.remote.key import find_key
+    from ..magi.remote.key import find_key, refuse_key_in
 
+    file = host.cache_folder() / KEY_FILE
+    refuse_key_in(file, base_url, *filter(None, widgets))
     base = BaseUrl(base_url)
-    key = find_key(host.cache_folder() / KEY_FILE, base)
-    if key is not None:
-        key.refuse_in(base_url, *filter(None, widgets))
-    return Api(base, version, key)
+    return Api(base, version, find_key(file, base))
 
 
 def _frames(made: "RemoteVideo", progress: Callable[[float], None]) -> torch.Tensor:

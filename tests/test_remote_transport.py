@@ -8,8 +8,9 @@ import pytest
 
 from magi.remote.address import DEFAULT, BaseUrl
 from magi.remote.api import Api, NotSentError
+from magi.remote.errors import TemporaryError
 from magi.remote.key import ApiKey
-from magi.remote.transport import Transport
+from magi.remote.transport import Lost, Transport
 from tests.remote_service import KEY
 
 OURS = BaseUrl(DEFAULT)
@@ -120,10 +121,34 @@ def test_a_server_without_encryption(wire):
     assert all(KEY.encode() not in came for came in wire.came)
 
 
-def test_an_answer_that_never_ends():
-    flood = Wire(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b" " * (3 << 20))
+NO_HOST = ["https://a..b", f"https://{'a' * 70}.example"]
+
+
+@pytest.mark.parametrize("url", NO_HOST)
+def test_a_base_url_whose_host_cannot_be(url):
+    with pytest.raises(NotSentError, match="Nothing was sent"):
+        Api(BaseUrl(url), "v2", ApiKey(KEY), (2, 2)).submit({"prompt": "x"}, lambda: False)
+
+
+@pytest.mark.parametrize("url", [*NO_HOST, "https://a%zz", "https://a\x00b"])
+def test_a_video_at_a_host_that_cannot_be(url):
+    with pytest.raises(Lost), Transport(OURS, ApiKey(KEY), (2, 2)).opened(f"{url}/v.mp4"):
+        pass
+
+
+@pytest.mark.parametrize("target", ["https://[", "https://a@b/c", "//\\@"])
+def test_a_redirect_to_no_address(target):
+    to = Wire(f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode())
+    with pytest.raises(TemporaryError, match="nothing may be fetched"):
+        Transport(BaseUrl(to.url), None, (2, 2)).get(f"{to.url}/x")
+    to.close()
+
+
+@pytest.mark.parametrize("status", ["200 OK", "302 Found\r\nLocation: /y"])
+def test_an_answer_that_never_ends(status):
+    flood = Wire(f"HTTP/1.1 {status}\r\nConnection: close\r\n\r\n".encode() + b" " * (3 << 20))
     began = time.monotonic()
     with pytest.raises(Exception, match="too long"):
-        Transport(BaseUrl(flood.url), None, (2, 2)).get(f"{flood.url}/x")
+        Transport(BaseUrl(flood.url), None, (2, 2)).send("POST", f"{flood.url}/x")
     flood.close()
     assert time.monotonic() - began < 5

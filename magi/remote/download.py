@@ -4,7 +4,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -65,8 +65,9 @@ def check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
         for left in folder.glob("magi1_*.mp4.part"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
-                _remove(left)
+            with suppress(FileNotFoundError):  # another run has just finished it
+                if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                    _remove(left)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
@@ -91,10 +92,10 @@ def fetch(
                 watch.phase("read", "reading the video")
                 return path, url, inspect(path, watch)
             except MagiError as error:
-                path.unlink(missing_ok=True)
+                _remove(path)
                 raise RemoteError(f"What lies at {shown(url)} is no whole video ({error}) {kept}") from None
             except BaseException:
-                path.unlink(missing_ok=True)
+                _remove(path)
                 raise
         except GoneError as error:
             if asked_again:
@@ -132,7 +133,7 @@ def _download(api: Api, task_id: str, url: str, folder: Path, limits: Limits, wa
 
     try:
         Worker(work).result(lambda: watch.alive(done[0] or None))
-        part.replace(whole)
+        _rename(part, whole)
     except Lost as lost:
         raise TemporaryError(str(lost)) from None
     finally:
@@ -193,12 +194,20 @@ def inspect(path: Path, watch: Watch) -> Facts:
         warnings.simplefilter("ignore")  # of colours, which nobody looks at here
         clip = open_clip(path)
         count = 0
-        for _ in clip.frames():
-            count += 1
-            watch.alive(count / clip.frame_count if clip.frame_count else None)
+        with closing(clip.frames()) as frames:  # Windows: no open file can be removed
+            for _ in frames:
+                count += 1
+                watch.alive(count / clip.frame_count if clip.frame_count else None)
     if clip.errors or not isinstance(clip, VideoFile) or (clip.frame_count or count) > count + 1:
         raise MagiError(f"it is damaged: {count} of {clip.frame_count} frames can be read.")
     return Facts(count, float(clip.fps or 0), clip.width, clip.height)
+
+
+def _rename(part: Path, whole: Path) -> None:
+    try:
+        part.replace(whole)
+    except OSError as error:  # Windows: somebody, such as a virus scanner, has it open
+        raise _unwritable(whole.parent, error) from error
 
 
 def _remove(path: Path) -> None:
@@ -209,5 +218,6 @@ def _remove(path: Path) -> None:
 def _unwritable(folder: Path, error: OSError) -> MagiError:
     reason = error.strerror or str(error)
     return MagiError(
-        f"The video cannot be written to {str(folder)!r} ({reason}). Make room there, or choose another folder."
+        f"The video cannot be written to {str(folder)!r} ({reason}). Make room there, or choose another folder, and "
+        "queue again: a task that there is already is gone on with."
     )

@@ -125,15 +125,18 @@ class Transport:
             Lost
         """
         import requests
+        from urllib3.exceptions import HTTPError
+
+        from .exact import PlainSession
 
         try:
             # A new connection: one that was kept may be dead, and then nobody knows what has arrived.
-            with requests.Session() as session:
+            with PlainSession() as session:
                 session.trust_env = not self._base.is_local  # no proxy reaches this machine
                 options: dict[str, Any] = {"allow_redirects": False, "stream": True, "timeout": self._timeouts}
                 response = session.request(method, url, auth=self._authorise, **options, **content)
                 return _reply(response)
-        except (requests.RequestException, OSError) as error:
+        except (requests.RequestException, HTTPError, OSError) as error:
             raise Lost(self._reason(error)) from None  # requests' errors hold the request, and it the key
 
     def get(self, url: str) -> Reply:
@@ -155,6 +158,7 @@ class Transport:
             TemporaryError: it redirects in circles, or to where nothing may be fetched from.
         """
         import requests
+        from urllib3.exceptions import HTTPError
 
         from .exact import exact_session
 
@@ -170,10 +174,10 @@ class Transport:
                     if target is None or response.status_code not in (301, 302, 303, 307, 308):
                         yield response
                         return
-                url = urljoin(url, target)
+                url = _joined(url, target)
                 if not is_allowed(url):
                     raise TemporaryError(f"The server redirects to {shown(url)}, from where nothing may be fetched.")
-        except (requests.RequestException, OSError) as error:
+        except (requests.RequestException, HTTPError, OSError) as error:
             raise Lost(self._reason(error)) from None
         raise TemporaryError(f"The server redirects in circles, at last to {shown(url)}.")
 
@@ -206,6 +210,13 @@ class Transport:
         return "the proxy: " + text if isinstance(error, requests.exceptions.ProxyError) else text
 
 
+def _joined(url: str, target: str) -> str:
+    try:
+        return urljoin(url, target)
+    except ValueError:  # no address
+        return target
+
+
 def _is_error(value: object) -> bool:
     return isinstance(value, BaseException)
 
@@ -225,6 +236,6 @@ def retry_after(value: str | None) -> float | None:
         return None
     try:
         seconds = float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, OSError):  # OSError: Windows, for times before 1970
         return None
     return min(max(seconds, 0.0), _LONGEST_WAIT)
