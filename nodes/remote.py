@@ -114,7 +114,9 @@ class Magi1Remote(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str | None = None, base_url: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls, prompt: str | None = None, base_url: str | None = None, resume_id: str | None = None
+    ) -> bool | str:
         """Refuses what cannot work before any node runs: above all a missing key."""
         from ..magi.errors import MagiError
 
@@ -122,7 +124,7 @@ class Magi1Remote(io.ComfyNode):
             if prompt is not None and not prompt.strip():
                 return 'The prompt is blank. Say what to show, for example "A lighthouse in a storm".'
             if base_url is not None:
-                _api(base_url, "v2", prompt)
+                _api(base_url, "v2", prompt, resume_id)
         except MagiError as error:
             return str(error)
         return True

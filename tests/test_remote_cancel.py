@@ -190,6 +190,19 @@ def test_a_service_that_does_not_answer_to_a_cancel(service):
     assert service.cancels(phase("at work"), **PATIENT) < 2
 
 
+def test_an_answer_to_a_cancel_that_only_drips(service):
+    """The same request does not wait for its end."""
+    service.server.statuses = ("processing",) * 1000
+    service.server.script["delete"].append(lambda usual: Answer(content=b" " * (1 << 20), pause=0.2))
+    limits = quick(answer=0.5)
+    assert service.cancels(phase("at work"), limits=limits, **PATIENT) < 2
+    began = time.monotonic()
+    service.most_submits = 2
+    service.server.statuses = ()
+    service.make(limits=limits)
+    assert time.monotonic() - began < 5
+
+
 def test_a_cancelled_request_is_made_anew(service):
     service.server.statuses = ("processing",) * 1000
     service.cancels(phase("at work"))

@@ -93,6 +93,7 @@ def test_the_same_command_again_is_free(magi, server):
         (["--image", "http://example.org/cat.png"], "https://"),
         (["--resume", "no/id"], "not the id of a task"),
         (["--prompt", " "], "blank"),
+        (["--image", f"https://example.org/{KEY}.png"], "in a field that is saved"),
     ],
 )
 def test_mistakes_cost_nothing(magi, server, tmp_path, arguments, reason):

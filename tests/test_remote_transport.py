@@ -144,11 +144,10 @@ def test_a_redirect_to_no_address(target):
     to.close()
 
 
-@pytest.mark.parametrize("status", ["200 OK", "302 Found\r\nLocation: /y"])
-def test_an_answer_that_never_ends(status):
-    flood = Wire(f"HTTP/1.1 {status}\r\nConnection: close\r\n\r\n".encode() + b" " * (3 << 20))
+def test_an_answer_that_never_ends():
+    flood = Wire(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + b" " * (3 << 20))
     began = time.monotonic()
     with pytest.raises(Exception, match="too long"):
-        Transport(BaseUrl(flood.url), None, (2, 2)).send("POST", f"{flood.url}/x")
+        Transport(BaseUrl(flood.url), None, (2, 2)).get(f"{flood.url}/x")
     flood.close()
     assert time.monotonic() - began < 5

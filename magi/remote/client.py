@@ -265,7 +265,7 @@ class _Run:
                     self._say(
                         f"Task {task_id} is cancelled. The service may finish and bill it all the same: the same request looks for it first."
                     )
-                    self._api.delete(task_id)
+                    Worker(lambda: self._api.delete(task_id)).result(_nobody, self._limits.answer)
             except (RefusedError, NotSentError):
                 entry.clear()
             finally:
@@ -282,6 +282,10 @@ class _Run:
 
     def _is_completed(self, task_id: str) -> bool:
         """Whether a task has become a video since the last look: then it is paid for."""
-        with suppress(RemoteError):
-            return self._api.result(task_id).completed
+        with suppress(RemoteError, TimeoutError):
+            return Worker(lambda: self._api.result(task_id)).result(_nobody, self._limits.answer).completed
         return False
+
+
+def _nobody() -> None:
+    """Waits, too, but cannot cancel."""

@@ -4,7 +4,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -194,10 +194,9 @@ def inspect(path: Path, watch: Watch) -> Facts:
         warnings.simplefilter("ignore")  # of colours, which nobody looks at here
         clip = open_clip(path)
         count = 0
-        with closing(clip.frames()) as frames:  # Windows: no open file can be removed
-            for _ in frames:
-                count += 1
-                watch.alive(count / clip.frame_count if clip.frame_count else None)
+        for _ in clip.frames():
+            count += 1
+            watch.alive(count / clip.frame_count if clip.frame_count else None)
     if clip.errors or not isinstance(clip, VideoFile) or (clip.frame_count or count) > count + 1:
         raise MagiError(f"it is damaged: {count} of {clip.frame_count} frames can be read.")
     return Facts(count, float(clip.fps or 0), clip.width, clip.height)
