@@ -96,6 +96,17 @@ def test_a_proxy_is_used_and_does_not_see_the_key(monkeypatch):
     assert all(KEY.encode() not in came for came in proxy.came)
 
 
+@pytest.mark.parametrize("proxy", ["http://me:secret@127.0.0.1:port", "http://me:secret@", "ftp://me:secret@a.b:9"])
+def test_a_proxy_that_cannot_be(monkeypatch, proxy):
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, proxy)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(NotSentError, match="Nothing was sent") as found:
+        Api(OURS, "v2", ApiKey(KEY), (2, 2)).submit({"prompt": "x"}, lambda: False)
+    assert "secret" not in str(found.value)
+
+
 def test_no_proxy_for_this_machine(wire, monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

@@ -101,7 +101,7 @@ def test_another_video_than_was_asked_for(service):
 
 
 def test_a_newer_api_that_ignores_settings(service):
-    notes = service.make(version="v3", num_frames=120, fps=30).notes
+    notes = service.make(version="v3", num_frames=120, fps=30, timeouts=(1.0, 20.0)).notes  # 720p takes a while to make
     assert any("instead of 120" in note for note in notes)
     assert any("instead of 30" in note for note in notes)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ T = TypeVar("T")
 _TICK = 0.1  # seconds between two looks at whether the user has cancelled
 _MOST_ANSWER = 1 << 20  # bytes of JSON
 _MOST_HOPS = 5
+_PASSWORD = re.compile(r"//[^/\s]*@")  # of a proxy, in its address
 _LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
 
 
@@ -124,9 +126,6 @@ class Transport:
         Raises:
             Lost
         """
-        import requests
-        from urllib3.exceptions import HTTPError
-
         from .exact import PlainSession
 
         try:
@@ -136,7 +135,9 @@ class Transport:
                 options: dict[str, Any] = {"allow_redirects": False, "stream": True, "timeout": self._timeouts}
                 response = session.request(method, url, auth=self._authorise, **options, **content)
                 return _reply(response)
-        except (requests.RequestException, HTTPError, OSError) as error:
+        except (
+            Exception
+        ) as error:  # of any kind: settings that requests stumbles over are no reason to think that something was sent
             raise Lost(self._reason(error)) from None  # requests' errors hold the request, and it the key
 
     def get(self, url: str) -> Reply:
@@ -206,7 +207,8 @@ class Transport:
             _is_error(deeper)
         ):
             inner = deeper
-        text = self.hide(str(inner).rpartition(">: ")[2] or str(inner)) or type(inner).__name__
+        told = _PASSWORD.sub("//", str(inner))
+        text = self.hide(told.rpartition(">: ")[2] or told) or type(inner).__name__
         return "the proxy: " + text if isinstance(error, requests.exceptions.ProxyError) else text
 
 
