@@ -114,7 +114,9 @@ class Magi1Remote(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, prompt: str | None = None, base_url: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls, prompt: str | None = None, base_url: str | None = None, resume_id: str | None = None
+    ) -> bool | str:
         """Refuses what cannot work before any node runs: above all a missing key."""
         from ..magi.errors import MagiError
 
@@ -122,7 +124,7 @@ class Magi1Remote(io.ComfyNode):
             if prompt is not None and not prompt.strip():
                 return 'The prompt is blank. Say what to show, for example "A lighthouse in a storm".'
             if base_url is not None:
-                _api(base_url, "v2", prompt)
+                _api(base_url, "v2", prompt, resume_id)
         except MagiError as error:
             return str(error)
         return True
@@ -201,13 +203,12 @@ def _api(base_url: str, version: str, *widgets: str | None) -> "Api":
     """The account. Raises MagiError where there is no key for it, or where the key stands in a widget."""
     from ..magi.remote.address import BaseUrl
     from ..magi.remote.api import Api
-    from ..magi.remote.key import find_key
+    from ..magi.remote.key import find_key, refuse_key_in
 
+    file = host.cache_folder() / KEY_FILE
+    refuse_key_in(file, base_url, *filter(None, widgets))
     base = BaseUrl(base_url)
-    key = find_key(host.cache_folder() / KEY_FILE, base)
-    if key is not None:
-        key.refuse_in(base_url, *filter(None, widgets))
-    return Api(base, version, key)
+    return Api(base, version, find_key(file, base))
 
 
 def _frames(made: "RemoteVideo", progress: Callable[[float], None]) -> torch.Tensor:

@@ -160,9 +160,17 @@ def test_a_workflow_that_sends_the_key_elsewhere(comfy, server):
     refused(comfy, remote(comfy, server, base_url="https://evil.example"), "not WaveSpeed")
 
 
-@pytest.mark.parametrize("field", ["prompt", "resume_id", "base_url"])
-def test_a_key_in_a_field(comfy, server, field):
-    value = {"prompt": f"A cat {KEY}", "resume_id": KEY, "base_url": f"{server.url}/{KEY}"}[field]
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", f"A cat {KEY}"),
+        ("resume_id", KEY),
+        ("base_url", KEY),
+        ("base_url", f"https://evil.example/{KEY}"),
+        ("base_url", f"{DEFAULT}/{KEY}"),
+    ],
+)
+def test_a_key_in_a_field(comfy, server, field, value):
     with pytest.raises((InvalidGraph, NodeError), match="in a field that is saved") as found:
         comfy.run(remote(comfy, server, **{field: value}))
     assert KEY not in str(found.value)

@@ -1,7 +1,9 @@
 """A cancel stops within two seconds in every phase, and gives up what is not finished."""
 
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -126,15 +128,79 @@ def test_cancel_while_downloading_from_a_silent_server(service):
     assert service.cancels(phase("downloading", 0.3), **PATIENT) < 2
 
 
-def test_cancel_while_reading(service):
-    assert service.cancels(phase("reading")) < 2
+@pytest.mark.parametrize("word", ["reading", "reading the video, 5"], ids=["before", "within"])
+def test_cancel_while_reading(service, monkeypatch, word):
+    remove, open_ones = Path.unlink, []
+
+    def removed(path, *args, **options):  # Windows does not remove open files
+        open_ones.extend(name for name in open_files() if path.name in name)
+        remove(path, *args, **options)
+
+    monkeypatch.setattr(Path, "unlink", removed)
+    assert service.cancels(phase(word)) < 2
     assert service.videos == []
+    assert open_ones == []
+
+
+def open_files() -> list[str]:
+    """Where the system tells them; else none."""
+    numbers = Path("/proc/self/fd")
+    return [os.path.realpath(number) for number in numbers.iterdir()] if numbers.exists() else []
+
+
+def test_a_task_that_was_completed_since_the_last_look_is_kept(service):
+    """Nobody has told the client yet; the video is paid for all the same."""
+    assert service.cancels(phase("at work")) < 2
+    wait_for(lambda: not service.threads)
+    assert service.server.count("delete") == 0
+    assert any("completed before the cancel" in line for line in service.said)
+    assert service.make().task_id == service.task
+
+
+def test_a_log_that_is_gone(service):
+    """As after `| tee log`, which Ctrl-C ends too: the task is given up, and found again."""
+
+    class Gone(list):
+        def append(self, sentence: str) -> None:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    service.said = Gone()
+    service.server.statuses = ("processing",) * 1000
+    assert service.cancels(phase("at work")) < 2
+    wait_for(lambda: service.server.count("delete") == 1)
+    assert service.records[0]["task_id"] == service.task
+
+
+def test_an_error_of_the_caller_s_while_submitting(service):
+    """Of whatever kind: the same request waits until it is known what became of it."""
+    service.server.script["submit"].append(lambda usual: Answer(content=usual.content, wait=1.0))
+    during = phase("submitting", 0.2)
+
+    def seen(at) -> None:
+        if during(at):
+            raise MagiError("the caller's own")
+
+    service.fails("the caller's own", seen=seen, **PATIENT)
+    assert service.make().task_id == service.task
 
 
 def test_a_service_that_does_not_answer_to_a_cancel(service):
     service.server.statuses = ("processing",) * 1000
     service.server.script["delete"].append(lambda usual: Answer(wait=SLOW))
     assert service.cancels(phase("at work"), **PATIENT) < 2
+
+
+def test_an_answer_to_a_cancel_that_only_drips(service):
+    """The same request does not wait for its end."""
+    service.server.statuses = ("processing",) * 1000
+    service.server.script["delete"].append(lambda usual: Answer(content=b" " * (1 << 20), pause=0.2))
+    limits = quick(answer=0.5)
+    assert service.cancels(phase("at work"), limits=limits, **PATIENT) < 2
+    began = time.monotonic()
+    service.most_submits = 2
+    service.server.statuses = ()
+    service.make(limits=limits)
+    assert time.monotonic() - began < 5
 
 
 def test_a_cancelled_request_is_made_anew(service):

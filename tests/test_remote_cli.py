@@ -100,6 +100,7 @@ def test_an_id_alone_that_is_unknown(magi, server):
         (["--image", "http://example.org/cat.png"], "https://"),
         (["--resume", "no/id"], "not the id of a task"),
         (["--prompt", " "], "blank"),
+        (["--image", f"https://example.org/{KEY}.png"], "in a field that is saved"),
     ],
 )
 def test_mistakes_cost_nothing(magi, server, tmp_path, arguments, reason):

@@ -8,8 +8,9 @@ import pytest
 
 from magi.remote.address import DEFAULT, BaseUrl
 from magi.remote.api import Api, NotSentError
+from magi.remote.errors import TemporaryError
 from magi.remote.key import ApiKey
-from magi.remote.transport import Transport
+from magi.remote.transport import Lost, Transport
 from tests.remote_service import KEY
 
 OURS = BaseUrl(DEFAULT)
@@ -95,6 +96,17 @@ def test_a_proxy_is_used_and_does_not_see_the_key(monkeypatch):
     assert all(KEY.encode() not in came for came in proxy.came)
 
 
+@pytest.mark.parametrize("proxy", ["http://me:secret@127.0.0.1:port", "http://me:secret@", "ftp://me:secret@a.b:9"])
+def test_a_proxy_that_cannot_be(monkeypatch, proxy):
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, proxy)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(NotSentError, match="Nothing was sent") as found:
+        Api(OURS, "v2", ApiKey(KEY), (2, 2)).submit({"prompt": "x"}, lambda: False)
+    assert "secret" not in str(found.value)
+
+
 def test_no_proxy_for_this_machine(wire, monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -118,6 +130,29 @@ def test_a_server_without_encryption(wire):
     with pytest.raises(NotSentError):
         api.submit({"prompt": "x"}, lambda: False)
     assert all(KEY.encode() not in came for came in wire.came)
+
+
+NO_HOST = ["https://a..b", f"https://{'a' * 70}.example"]
+
+
+@pytest.mark.parametrize("url", NO_HOST)
+def test_a_base_url_whose_host_cannot_be(url):
+    with pytest.raises(NotSentError, match="Nothing was sent"):
+        Api(BaseUrl(url), "v2", ApiKey(KEY), (2, 2)).submit({"prompt": "x"}, lambda: False)
+
+
+@pytest.mark.parametrize("url", [*NO_HOST, "https://a%zz", "https://a\x00b"])
+def test_a_video_at_a_host_that_cannot_be(url):
+    with pytest.raises(Lost), Transport(OURS, ApiKey(KEY), (2, 2)).opened(f"{url}/v.mp4"):
+        pass
+
+
+@pytest.mark.parametrize("target", ["https://[", "https://a@b/c", "//\\@"])
+def test_a_redirect_to_no_address(target):
+    to = Wire(f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode())
+    with pytest.raises(TemporaryError, match="nothing may be fetched"):
+        Transport(BaseUrl(to.url), None, (2, 2)).get(f"{to.url}/x")
+    to.close()
 
 
 def test_an_answer_that_never_ends():

@@ -1,7 +1,13 @@
 """How a finished video can fail to arrive, and where the key does not go."""
 
+import errno
+import io
+import os
+from pathlib import Path
+
 import pytest
 
+from magi.remote.download import check_folder
 from magi.remote.errors import RefusedError
 from magi.remote.fake_server import Answer, result
 from magi.remote.fake_video import make_video
@@ -95,7 +101,7 @@ def test_another_video_than_was_asked_for(service):
 
 
 def test_a_newer_api_that_ignores_settings(service):
-    notes = service.make(version="v3", num_frames=120, fps=30).notes
+    notes = service.make(version="v3", num_frames=120, fps=30, timeouts=(1.0, 20.0)).notes  # 720p takes a while to make
     assert any("instead of 120" in note for note in notes)
     assert any("instead of 30" in note for note in notes)
 
@@ -161,3 +167,56 @@ def test_redirects_in_circles(service):
 
     service.server.script["download"].extend([back] * 40)
     service.fails("circles")
+
+
+# -- disks -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk(service, monkeypatch):
+    """The video is paid for: the message says that it is fetched when there is room."""
+
+    class Full(io.FileIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(path: Path, *args, **options):
+        return Full(path, "x") if path.suffix == ".part" else usual(path, *args, **options)
+
+    usual = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opened)
+        service.fails("No space left.*Make room there.*gone on with")
+    assert service.videos == []
+    assert service.make().task_id == service.task
+
+
+def test_a_file_that_cannot_be_renamed(service, monkeypatch):
+    """Windows, where a virus scanner looks at it."""
+
+    def renamed(path: Path, *args):
+        if path.suffix == ".part":
+            raise PermissionError(errno.EACCES, "Access is denied")
+        return usual(path, *args)
+
+    usual = Path.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", renamed)
+        service.fails("Access is denied.*gone on with")
+    assert service.videos == []
+    assert service.make().task_id == service.task
+
+
+def test_a_download_beside_this_one_that_is_just_finished(tmp_path, monkeypatch):
+    """Its file is there when the folder is read, and has its final name when it is looked at."""
+    (tmp_path / "magi1_x.mp4").touch()
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter([folder / "magi1_x.mp4.part"]))
+    check_folder(tmp_path)
+
+
+def test_what_a_killed_download_has_left_is_removed(tmp_path):
+    old, new = tmp_path / "magi1_old.mp4.part", tmp_path / "magi1_new.mp4.part"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (0, 0))
+    check_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == [new]

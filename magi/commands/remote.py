@@ -14,7 +14,7 @@ from ..media.image_reader import read_image
 from ..remote.address import DEFAULT, BaseUrl
 from ..remote.api import VERSIONS, Api
 from ..remote.client import Client
-from ..remote.key import VARIABLE, find_key, save_key
+from ..remote.key import VARIABLE, find_key, refuse_key_in, save_key
 from ..remote.progress import Progress
 from ..remote.request import ASPECTS, FPS, FRAMES, RESOLUTIONS, RemoteRequest
 from .generate import default_cache
@@ -80,13 +80,12 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if args.prompt is None and not args.resume:
         raise MagiError('No prompt is given. Say what to show: --prompt "A cat looks around".')
+    refuse_key_in(key_file, args.prompt or "", args.base_url, args.resume, args.image or "")
     out = args.out.expanduser().absolute()
     _check_name(out, args.overwrite)
     request = None if args.prompt is None else _request(args)
     base = BaseUrl(args.base_url)
     key = find_key(key_file, base, chosen_here=True)
-    if key is not None:
-        key.refuse_in(args.prompt or "", args.base_url, args.resume)
     started = time.monotonic()
     with tqdm(total=1, bar_format=_FORMAT, file=sys.stderr) as bar:
 

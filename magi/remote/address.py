@@ -25,7 +25,8 @@ class BaseUrl:
         parts = _split(text)
         advice = f"Give it as {DEFAULT}, without anything behind it."
         if parts is None or parts.scheme not in _PORTS or not parts.hostname:
-            raise MagiError(f"The base URL {self.text!r} is no address. {advice}")
+            named = "" if "@" in text else f" {self.text!r}"  # which may have a password in it
+            raise MagiError(f"The base URL{named} is no address. {advice}")
         if parts.username or parts.password or parts.query or parts.fragment or "?" in text or "#" in text:
             raise MagiError(
                 f"The base URL for {parts.hostname} has a user, a password or parameters in it; a workflow would give them away. {advice}"
@@ -90,6 +91,7 @@ def _plain(url: str) -> SplitResult | None:
 
 def _split(url: str) -> SplitResult | None:
     try:
+        url.encode()  # which halves of characters cannot be
         parts = urlsplit(url)
         _ = parts.port  # which may be no number
     except ValueError:

@@ -112,8 +112,8 @@ def refusal(status: int, said: str, wait: float | None = None, code: int | None 
 
 def text_of(value: object) -> str:
     """The words in an answer's field, whatever it is."""
-    if isinstance(value, dict):
-        return text_of(value.get("message") or value.get("detail") or next(iter(value.values()), ""))
+    while isinstance(value, dict):
+        value = value.get("message") or value.get("detail") or next(iter(value.values()), "")
     return "" if value is None else str(value)
 
 
@@ -141,6 +141,6 @@ def _told(code: int | None, said: str) -> str:
 
 
 def _number(value: object) -> int | None:
-    if isinstance(value, str) and value.isdecimal():
+    if isinstance(value, str) and value.isdecimal() and len(value) < 10:
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -128,7 +128,7 @@ class Api:
         data = answer.get("data") if answer else None
         if not isinstance(data, dict):
             raise TemporaryError(
-                f"its answer is not what was expected: {self.transport.hide(reply.content[:80].decode('utf-8', 'replace'))!r}"
+                f"its answer is not what was expected: {self.transport.hide(reply.content[:9999].decode('utf-8', 'replace'))[:80]!r}"
             )
         return data
 

@@ -55,8 +55,13 @@ class Client:
             say: is told, in a sentence, what belongs into a log: first of all the task's id.
             limits: how patient to be.
         """
-        self.api, self.records, self.say = api, Records(records), say
+        self.api, self.records, self._say = api, Records(records), say
         self.limits = limits or Limits()
+
+    def say(self, sentence: str) -> None:
+        """Into the log. A log that is gone, such as a pipe that was closed, costs nobody a task."""
+        with suppress(Exception):
+            self._say(sentence)
 
     def make(
         self, request: RemoteRequest, folder: Path, progress: Callable[[Progress], None], resume_id: str = ""
@@ -211,8 +216,6 @@ class _Run:
             raise
         except UnclearError as error:
             raise self._unclear(str(error)) from None
-        except MagiError:
-            raise
         except BaseException as error:  # a cancel, while nobody knows whether the request has arrived
             stop.set()
             self._leave(worker.outcome, delete=isinstance(error, Cancelled | KeyboardInterrupt))
@@ -220,7 +223,7 @@ class _Run:
 
     def _upload(self, image: torch.Tensor) -> str:
         self._watch.phase("upload", "uploading the picture")
-        data, kind = encode_image(image)
+        data, kind = Worker(lambda: encode_image(image)).result(self._watch.alive)
         failures = 0
         while True:
             try:
@@ -244,8 +247,8 @@ class _Run:
                 failures += 1
                 if failures == _CONNECTS or stop.wait(self._limits.before_retry(failures, None)):
                     raise
-        self._say(f"Task {task_id} was submitted to {self._api.base}.")
         self._entry.update(task_id=task_id)
+        self._say(f"Task {task_id} was submitted to {self._api.base}.")
         return task_id
 
     def _unclear(self, reason: str) -> RemoteError:
@@ -275,13 +278,15 @@ class _Run:
         def work() -> None:
             try:
                 task_id = task()
-                if delete:
+                if delete and self._is_completed(task_id):
+                    self._say(f"Task {task_id} was completed before the cancel, and is kept: the same run fetches it.")
+                elif delete:
                     if entry.record is not None and entry.record.task_id == task_id:
                         entry.update(cancelled=True)
                     self._say(
                         f"Task {task_id} is cancelled. The service may finish and bill it all the same: the same request looks for it first."
                     )
-                    self._api.delete(task_id)
+                    Worker(lambda: self._api.delete(task_id)).result(_nobody, self._limits.answer)
             except (RefusedError, NotSentError):
                 entry.clear()
             finally:
@@ -295,3 +300,13 @@ class _Run:
         thread = Thread(target=quiet, name="magi-remote-cancel", daemon=True)
         thread.start()
         thread.join(_CANCEL_SECONDS)
+
+    def _is_completed(self, task_id: str) -> bool:
+        """Whether a task has become a video since the last look: then it is paid for."""
+        with suppress(RemoteError, TimeoutError):
+            return Worker(lambda: self._api.result(task_id)).result(_nobody, self._limits.answer).completed
+        return False
+
+
+def _nobody() -> None:
+    """Waits, too, but cannot cancel."""

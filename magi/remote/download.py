@@ -65,8 +65,9 @@ def check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
         for left in folder.glob("magi1_*.mp4.part"):  # by a process that was killed
-            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
-                _remove(left)
+            with suppress(FileNotFoundError):  # another run has just finished it
+                if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                    _remove(left)
     except OSError as error:
         raise _unwritable(folder, error) from error
 
@@ -91,10 +92,10 @@ def fetch(
                 watch.phase("read", "reading the video")
                 return path, url, inspect(path, watch)
             except MagiError as error:
-                path.unlink(missing_ok=True)
+                _remove(path)
                 raise RemoteError(f"What lies at {shown(url)} is no whole video ({error}) {kept}") from None
             except BaseException:
-                path.unlink(missing_ok=True)
+                _remove(path)
                 raise
         except GoneError as error:
             if asked_again:
@@ -132,7 +133,7 @@ def _download(api: Api, task_id: str, url: str, folder: Path, limits: Limits, wa
 
     try:
         Worker(work).result(lambda: watch.alive(done[0] or None))
-        part.replace(whole)
+        _rename(part, whole)
     except Lost as lost:
         raise TemporaryError(str(lost)) from None
     finally:
@@ -201,6 +202,13 @@ def inspect(path: Path, watch: Watch) -> Facts:
     return Facts(count, float(clip.fps or 0), clip.width, clip.height)
 
 
+def _rename(part: Path, whole: Path) -> None:
+    try:
+        part.replace(whole)
+    except OSError as error:  # Windows: somebody, such as a virus scanner, has it open
+        raise _unwritable(whole.parent, error) from error
+
+
 def _remove(path: Path) -> None:
     with suppress(OSError):  # Windows: a thread that was left behind still has it open, and removes it
         path.unlink(missing_ok=True)
@@ -209,5 +217,6 @@ def _remove(path: Path) -> None:
 def _unwritable(folder: Path, error: OSError) -> MagiError:
     reason = error.strerror or str(error)
     return MagiError(
-        f"The video cannot be written to {str(folder)!r} ({reason}). Make room there, or choose another folder."
+        f"The video cannot be written to {str(folder)!r} ({reason}). Make room there, or choose another folder, and "
+        "queue again: a task that there is already is gone on with."
     )

@@ -9,12 +9,20 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 
 
+class PlainSession(requests.Session):
+    """Leaves redirects alone. Asked not to follow them, requests still reads all of their bodies and parses their targets."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """None: whoever sends looks himself."""
+        return None
+
+
 @contextmanager
 def exact_session(url: str) -> Iterator[tuple[requests.Session, requests.PreparedRequest]]:
     """A session and a GET request for `url` in it. What no request can hold, as spaces, is quoted all the same."""
     if not url.isascii() or not url.isprintable() or " " in url:
         url = requests.utils.requote_uri(url)
-    with requests.Session() as session:
+    with PlainSession() as session:
         adapter = _Adapter(url.partition("#")[0])
         session.mount("http://", adapter)
         session.mount("https://", adapter)

@@ -1,6 +1,8 @@
 """The API key: where it is found, and that it is seen nowhere."""
 
 import os
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import MagiError
@@ -65,11 +67,7 @@ def find_key(file: Path, base: BaseUrl, chosen_here: bool = False) -> ApiKey | N
     Raises:
         MagiError: there is no key, it is damaged, or not meant for `base`.
     """
-    if value := os.environ.get(VARIABLE, "").strip():
-        allowed, remedy = os.environ.get(ADDRESS_VARIABLE, ""), f"set {ADDRESS_VARIABLE}={base}"
-    else:
-        lines = [*_lines(file), "", ""]
-        value, allowed, remedy = lines[0], lines[1], f"write {base} into the second line of {str(file)!r}"
+    value, allowed = _found(file)
     if not value:
         if base.is_local:
             return None
@@ -78,13 +76,23 @@ def find_key(file: Path, base: BaseUrl, chosen_here: bool = False) -> ApiKey | N
             f"the first line of the file {str(file)!r} (by hand, or with `python -m magi remote --save-key --key-file FILE`). It does not belong "
             "into a node or a workflow."
         )
-    trusted = chosen_here or base.is_local or str(base) == DEFAULT or (allowed and BaseUrl(allowed) == base)
+    trusted = chosen_here or base.is_local or str(base) == DEFAULT or _is(allowed, base)
     if not trusted:
+        remedy = f"set {ADDRESS_VARIABLE}={base}"
+        if not _in_environment():
+            remedy = f"write {base} into the second line of {str(file)!r}"
         raise MagiError(
             f"Your API key would be sent to {base}, which is not WaveSpeed. If it is an address you trust with it, {remedy}; "
             f"else set the base URL to {DEFAULT}."
         )
     return ApiKey(value)
+
+
+def refuse_key_in(file: Path, *texts: str) -> None:
+    """Raises MagiError where one of the texts, which will be saved and shown, holds the key that `find_key` would find."""
+    value, _ = _found(file)
+    if value:
+        ApiKey(value).refuse_in(*texts)
 
 
 def save_key(file: Path, text: str) -> None:
@@ -95,22 +103,44 @@ def save_key(file: Path, text: str) -> None:
     """
     ApiKey(text)
     rest = _lines(file)[1:]
+    new = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")  # an older one may be readable for others
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)  # an older one may be readable for others
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as opened:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as opened:
             opened.write("\n".join([text.strip(), *rest]) + "\n")
+        new.replace(file)
     except OSError as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
         raise MagiError(
             f"The key cannot be written to {str(file)!r} ({error.strerror}). Choose another file."
         ) from error
 
 
+def _in_environment() -> bool:
+    return bool(os.environ.get(VARIABLE, "").strip())
+
+
+def _found(file: Path) -> tuple[str, str]:
+    """The key and the other address that it may go to, each "" where there is none."""
+    if _in_environment():
+        return os.environ[VARIABLE].strip(), os.environ.get(ADDRESS_VARIABLE, "")
+    lines = [*_lines(file), "", ""]
+    return lines[0], lines[1]
+
+
+def _is(allowed: str, base: BaseUrl) -> bool:
+    with suppress(MagiError):  # a line that is no address may be another key, and is not shown
+        return BaseUrl(allowed) == base
+    return False
+
+
 def _lines(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-        if os.name != "nt" and file.stat().st_mode & 0o077:
-            file.chmod(0o600)
+        with suppress(OSError):  # another's file, or a drive that knows no permissions: it can be read, which is enough
+            if os.name != "nt" and file.stat().st_mode & 0o077:
+                file.chmod(0o600)
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:

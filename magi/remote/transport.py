@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ T = TypeVar("T")
 _TICK = 0.1  # seconds between two looks at whether the user has cancelled
 _MOST_ANSWER = 1 << 20  # bytes of JSON
 _MOST_HOPS = 5
+_PASSWORD = re.compile(r"//[^/\s]*@")  # of a proxy, in its address
 _LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
 
 
@@ -124,16 +126,18 @@ class Transport:
         Raises:
             Lost
         """
-        import requests
+        from .exact import PlainSession
 
         try:
             # A new connection: one that was kept may be dead, and then nobody knows what has arrived.
-            with requests.Session() as session:
+            with PlainSession() as session:
                 session.trust_env = not self._base.is_local  # no proxy reaches this machine
                 options: dict[str, Any] = {"allow_redirects": False, "stream": True, "timeout": self._timeouts}
                 response = session.request(method, url, auth=self._authorise, **options, **content)
                 return _reply(response)
-        except (requests.RequestException, OSError) as error:
+        except (
+            Exception
+        ) as error:  # of any kind: settings that requests stumbles over are no reason to think that something was sent
             raise Lost(self._reason(error)) from None  # requests' errors hold the request, and it the key
 
     def get(self, url: str) -> Reply:
@@ -155,6 +159,7 @@ class Transport:
             TemporaryError: it redirects in circles, or to where nothing may be fetched from.
         """
         import requests
+        from urllib3.exceptions import HTTPError
 
         from .exact import exact_session
 
@@ -170,10 +175,10 @@ class Transport:
                     if target is None or response.status_code not in (301, 302, 303, 307, 308):
                         yield response
                         return
-                url = urljoin(url, target)
+                url = _joined(url, target)
                 if not is_allowed(url):
                     raise TemporaryError(f"The server redirects to {shown(url)}, from where nothing may be fetched.")
-        except (requests.RequestException, OSError) as error:
+        except (requests.RequestException, HTTPError, OSError) as error:
             raise Lost(self._reason(error)) from None
         raise TemporaryError(f"The server redirects in circles, at last to {shown(url)}.")
 
@@ -202,8 +207,16 @@ class Transport:
             _is_error(deeper)
         ):
             inner = deeper
-        text = self.hide(str(inner).rpartition(">: ")[2] or str(inner)) or type(inner).__name__
+        told = _PASSWORD.sub("//", str(inner))
+        text = self.hide(told.rpartition(">: ")[2] or told) or type(inner).__name__
         return "the proxy: " + text if isinstance(error, requests.exceptions.ProxyError) else text
+
+
+def _joined(url: str, target: str) -> str:
+    try:
+        return urljoin(url, target)
+    except ValueError:  # no address
+        return target
 
 
 def _is_error(value: object) -> bool:
@@ -225,6 +238,6 @@ def retry_after(value: str | None) -> float | None:
         return None
     try:
         seconds = float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, OSError):  # OSError: Windows, for times before 1970
         return None
     return min(max(seconds, 0.0), _LONGEST_WAIT)
