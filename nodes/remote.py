@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from .progress import Progress
 if TYPE_CHECKING:
     from ..magi.remote.api import Api
     from ..magi.remote.client import RemoteVideo
+    from ..magi.remote.download import Facts
 
 KEY_FILE = "wavespeed_api_key.txt"  # in the user folder, below magi1
 _FRAMES, _FPS = (96, 192), (5, 30)
@@ -168,7 +170,9 @@ class Magi1Remote(io.ComfyNode):
         client = Client(_api(base_url, api_version, prompt, resume_id), host.cache_folder() / "remote", _say)
         progress = Progress(cls.hidden.unique_id, make=0.95, frames=0.05)
 
-        def work(left: Callable[[], bool]) -> "tuple[RemoteVideo, torch.Tensor]":
+        images: list[torch.Tensor] = []
+
+        def work(left: Callable[[], bool]) -> "RemoteVideo":
             def at(phase: str, part: float, text: str) -> None:
                 try:
                     progress.at(phase, part)
@@ -180,19 +184,21 @@ class Magi1Remote(io.ComfyNode):
                     raise _LeftError
                 progress.say(text)
 
+            def take(path: Path, facts: "Facts") -> None:
+                images.append(_frames(path, facts, lambda part: at("frames", part, f"taking the frames, {part:.0%}")))
+
             with host.interrupt_watched() as cancelled:
-                made = client.make(request, host.temp_folder(), lambda p: at("make", p.part, p.text), resume_id)
-                return made, _frames(made, lambda part: at("frames", part, f"taking the frames, {part:.0%}"))
+                return client.make(request, host.temp_folder(), lambda p: at("make", p.part, p.text), resume_id, take)
 
         try:
-            made, images = await in_thread(work)
+            made = await in_thread(work)
         except Cancelled:
             progress.say(
                 "Cancelled. A task that was not finished is deleted, as far as the service does that.", at_once=True
             )
             raise host.Interrupted from None
         progress.say(" ".join([f"{made.facts}, task {made.task_id}.", *made.notes]), at_once=True)
-        return io.NodeOutput(InputImpl.VideoFromFile(str(made.path)), images, made.task_id, made.url)
+        return io.NodeOutput(InputImpl.VideoFromFile(str(made.path)), images[0], made.task_id, made.url)
 
 
 class _LeftError(Exception):
@@ -211,12 +217,13 @@ def _api(base_url: str, version: str, *widgets: str | None) -> "Api":
     return Api(base, version, find_key(file, base))
 
 
-def _frames(made: "RemoteVideo", progress: Callable[[float], None]) -> torch.Tensor:
-    """The video as an IMAGE batch."""
+def _frames(path: Path, facts: "Facts", progress: Callable[[float], None]) -> torch.Tensor:
+    """A video as an IMAGE batch."""
     from ..magi.media.video_reader import read_video
 
-    count = made.facts.frames
-    return clips.images_of(read_video(made.path, made.facts.fps, progress=lambda done, _: progress(done / count)))
+    remedy = f"The video itself is {str(path)!r}. Make room, and run it again: nothing is billed for that."
+    clips.check_room(facts.frames, facts.height, facts.width, remedy)
+    return clips.images_of(read_video(path, facts.fps, progress=lambda done, _: progress(done / facts.frames)))
 
 
 def _say(sentence: str) -> None:

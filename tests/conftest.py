@@ -193,8 +193,11 @@ def comfy(tmp_path, embedded_home) -> Iterator[Comfy]:
 
 @pytest.fixture(scope="session")
 def remote_videos() -> dict[str, bytes]:
-    """Videos that fake servers have made already: a second each."""
-    return {}
+    """Videos that fake servers have made already, a second each: those that nearly every test asks for."""
+    with FakeServer() as server:
+        for usual in ({"resolution": "480p", "aspect_ratio": "16:9", "num_frames": 96, "frames_per_second": 24}, {}):
+            server.video_of(usual)()
+    return server.videos
 
 
 @pytest.fixture

@@ -84,6 +84,7 @@ class Service:
         limits: Limits = QUICK,
         seen: Callable[[Progress], None] | None = None,
         timeouts=TIMEOUTS,
+        take: Callable[..., None] = lambda *_: None,
         **request,
     ) -> RemoteVideo:
         def report(at: Progress) -> None:
@@ -94,7 +95,7 @@ class Service:
         asked = {"prompt": "A cat", "resolution": "480p", "aspect_ratio": "16:9", "seed": 7} | request
         client = self.client(version, key, limits, timeouts)
         try:
-            return client.make(RemoteRequest(**asked), self.folder / "videos", report, resume_id)
+            return client.make(RemoteRequest(**asked), self.folder / "videos", report, resume_id, take)
         except BaseException as error:
             self.errors.append("".join(traceback.format_exception(error)))
             raise

@@ -527,7 +527,7 @@ def test_every_command_explains_itself(command, capsys):
     assert COMMANDS[command][1].split()[-1] in text
     assert "None" not in text, "a default that says nothing"
     options = {"generate": "--variant", "demo": "--out", "inspect": "--json", "bench": "--preset", "download": "--list"}
-    options |= {"synth": "--shard-size", "plan": "--memory", "remote": "--resume"}
+    options |= {"synth": "--shard-size", "plan": "--memory", "remote": "--resume-id"}
     assert options[command] in text
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from magi.remote.fake_server import Answer
+from magi.remote.fake_server import Answer, result
 from tests.remote_service import PICTURE
 
 
@@ -73,6 +73,52 @@ def test_a_record_lives_as_long_as_the_service_keeps_videos(service, monkeypatch
     service.most_submits = 2
     service.make()
     assert service.submits == 2
+
+
+@pytest.mark.parametrize("days", [-1, 10])
+def test_a_clock_that_is_wrong_does_not_pay_twice(service, monkeypatch, days):
+    """A note that looks far too old, or from tomorrow: the service is asked before anything is submitted."""
+    service.server.script["poll"].extend([Answer(500, b"")] * 4)
+    service.fails("is not lost")
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + days * 24 * 3600)
+    assert service.make().task_id == service.task
+    assert service.submits == 1
+
+
+def test_an_old_task_that_the_service_has_forgotten_is_made_anew(service, monkeypatch):
+    service.server.script["poll"].extend([Answer(500, b"")] * 4)
+    service.fails("is not lost")
+    service.server.tasks.clear()
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + 8 * 24 * 3600)
+    service.most_submits = 2
+    assert service.make().task_id == service.task
+
+
+def test_a_service_that_refuses_to_speak_of_a_task(service):
+    service.server.script["poll"].extend([Answer(400, result(None, 400, "deleted"))] * 3)
+    service.fails("is not lost")
+    word = f"new-{int(service.records[0]['sent_at'] * 1000) % 100_000:05d}"
+    service.fails("is not lost")
+    service.most_submits = 2
+    assert service.make(resume_id=word).facts.frames == 96
+    assert service.submits == 2
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_a_video_that_was_not_taken_is_fetched_again(service, seed):
+    """The user's program fails on it, or is cancelled: it is paid for."""
+
+    def fail(path, facts):
+        raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError):
+        service.make(seed=seed, take=fail)
+    taken = []
+    assert service.make(seed=seed, take=lambda *made: taken.append(made)).task_id == service.task
+    assert taken[0][1].frames == 96
+    assert service.submits == 1
 
 
 def test_a_damaged_record_stops_everything(service):

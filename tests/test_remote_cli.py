@@ -78,13 +78,13 @@ def test_the_same_command_again_is_free(magi, server):
     assert status == 0
     assert "nothing is submitted again" in said
     assert server.count("submit") == 1
-    assert magi("--out", "c.mp4", "--seed", "9", "--resume", next(iter(server.tasks)))[0] == 0
-    assert magi("--out", "d.mp4", "--resume", next(iter(server.tasks)), small=())[0] == 0, "the id is enough"
+    assert magi("--out", "c.mp4", "--seed", "9", "--resume-id", next(iter(server.tasks)))[0] == 0
+    assert magi("--out", "d.mp4", "--resume-id", next(iter(server.tasks)), small=())[0] == 0, "the id is enough"
     assert server.count("submit") == 1
 
 
 def test_an_id_alone_that_is_unknown(magi, server):
-    status, said = magi("--resume", "no-such-task", small=())
+    status, said = magi("--resume-id", "no-such-task", small=())
     assert status == 1
     assert "does not know task no-such-task" in said
 
@@ -98,7 +98,7 @@ def test_an_id_alone_that_is_unknown(magi, server):
         (["--frames", "64"], "96 to 192"),
         (["--image", "missing.png"], "missing.png"),
         (["--image", "http://example.org/cat.png"], "https://"),
-        (["--resume", "no/id"], "not the id of a task"),
+        (["--resume-id", "no/id"], "not the id of a task"),
         (["--prompt", " "], "blank"),
         (["--image", f"https://example.org/{KEY}.png"], "in a field that is saved"),
     ],
@@ -165,7 +165,7 @@ def test_killed_while_the_request_is_answered(server, tmp_path, magi):
     status, said = magi("--out", "clip.mp4")
     assert status == 1
     assert "a task may have been made" in said
-    assert magi("--out", "clip.mp4", "--resume", next(iter(server.tasks)))[0] == 0
+    assert magi("--out", "clip.mp4", "--resume-id", next(iter(server.tasks)))[0] == 0
     assert server.count("submit") == 1
 
 

@@ -169,8 +169,13 @@ def test_this_machine_needs_no_key(tmp_path, no_environment):
     assert find_key(tmp_path / "none", BaseUrl("http://127.0.0.1:8190")) is None
 
 
+def test_a_key_file_as_powershell_writes_it(tmp_path, no_environment):
+    (tmp_path / "key.txt").write_bytes(f"{KEY}\r\n".encode("utf-16"))
+    assert find_key(tmp_path / "key.txt", OURS).header == f"Bearer {KEY}"
+
+
 def test_a_key_file_that_is_none(tmp_path, no_environment):
-    (tmp_path / "key.txt").write_bytes(b"\xff\xfe\x00k")
+    (tmp_path / "key.txt").write_bytes(b"\xff\x00\xfek")
     with pytest.raises(MagiError, match="no text file"):
         find_key(tmp_path / "key.txt", OURS)
     with pytest.raises(MagiError, match="cannot be read"):

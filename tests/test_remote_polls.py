@@ -88,7 +88,7 @@ def test_a_failed_task(service, code):
 @pytest.mark.parametrize("status", ["cancelled", "canceled", "timeout", "deleted", "Failed"])
 def test_other_ends(service, status):
     service.server.script["poll"].append(look(status))
-    assert status.lower() in service.fails("Queue again", EndedError)
+    assert status.lower() in service.fails("Run it again", EndedError)
     assert service.records == []
 
 

@@ -19,6 +19,7 @@ from ..remote.progress import Progress
 from ..remote.request import ASPECTS, FPS, FRAMES, RESOLUTIONS, RemoteRequest
 from .generate import default_cache
 
+_WIDTH = 100  # covers what the bar has left on the line
 _FORMAT = "{percentage:3.0f}%|{bar:20}| {desc}"
 
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     service = parser.add_argument_group("service")
     service.add_argument(
-        "--resume",
+        "--resume-id",
         metavar="ID",
         default="",
         help="fetch the video of this task, also without --prompt; or, after an unclear try, the word that the message names, to submit again",
@@ -78,9 +79,9 @@ def main(args: argparse.Namespace) -> int:
         save_key(key_file, getpass.getpass("WaveSpeed API key (it is not shown): "))
         print(f"The key is in {str(key_file)!r}. Keep that file to yourself.", file=sys.stderr)
         return 0
-    if args.prompt is None and not args.resume:
+    if args.prompt is None and not args.resume_id:
         raise MagiError('No prompt is given. Say what to show: --prompt "A cat looks around".')
-    refuse_key_in(key_file, args.prompt or "", args.base_url, args.resume, args.image or "")
+    refuse_key_in(key_file, args.prompt or "", args.base_url, args.resume_id, args.image or "")
     out = args.out.expanduser().absolute()
     _check_name(out, args.overwrite)
     request = None if args.prompt is None else _request(args)
@@ -90,7 +91,8 @@ def main(args: argparse.Namespace) -> int:
     with tqdm(total=1, bar_format=_FORMAT, file=sys.stderr) as bar:
 
         def say(sentence: str) -> None:
-            bar.write(sentence, file=sys.stderr)
+            # Not by way of the bar: Ctrl-C may find it with its lock taken, and what is said then comes from another thread.
+            print(f"\r{sentence:<{_WIDTH}}", file=sys.stderr, flush=True)
 
         def report(at: Progress) -> None:
             bar.n = at.part
@@ -98,17 +100,21 @@ def main(args: argparse.Namespace) -> int:
 
         client = Client(Api(base, args.api_version, key), args.cache / "remote", say)
         if request is None:
-            made = client.fetch(args.resume, out.parent, report)
+            made = client.fetch(args.resume_id, out.parent, report)
+            _rename(made.path, out)
         else:
-            made = client.make(request, out.parent, report, args.resume)
-    try:
-        made.path.replace(out)
-    except OSError as error:
-        raise MagiError(
-            f"The video is {str(made.path)!r}; it could not be renamed to {str(out)!r} ({error.strerror})."
-        ) from error
+            made = client.make(request, out.parent, report, args.resume_id, lambda path, _: _rename(path, out))
     print(f"wrote {out} ({made.facts}, {time.monotonic() - started:.0f} s), task {made.task_id}", file=sys.stderr)
     return 0
+
+
+def _rename(path: Path, out: Path) -> None:
+    try:
+        path.replace(out)
+    except OSError as error:
+        raise MagiError(
+            f"The video is {str(path)!r}; it could not be renamed to {str(out)!r} ({error.strerror})."
+        ) from error
 
 
 def _request(args: argparse.Namespace) -> RemoteRequest:

@@ -13,22 +13,22 @@ _ENDED = {"failed", "error", "cancelled", "canceled", "timeout", "deleted"}
 _QUEUED = {"created", "queued", "pending"}
 _REFUSALS = {
     401: f"The service does not accept the API key. Check it at {PAGE}; a key works only after the account's first top-up.",
-    402: "The account's credit does not suffice. Top it up at https://wavespeed.ai, then queue again.",
+    402: "The account's credit does not suffice. Top it up at https://wavespeed.ai, then run it again.",
     403: f"The API key is not allowed to do this. Check the account and the key at {PAGE}.",
     404: "The service knows no such address. Check the base URL and the API version.",
     413: "The service finds the picture or the prompt too large. Give a smaller one.",
-    429: "The service takes no more requests or tasks of this account for the moment. Queue again{wait}.",
+    429: "The service takes no more requests or tasks of this account for the moment. Run it again{wait}.",
 }
 _FAILURES = {
     1200: "The service's moderation refused the prompt or the picture. Change them.",
     1400: "The service does not accept the settings. Change what it names, or the API version.",
     1401: "The service does not accept the settings. Change what it names, or the API version.",
     1402: "The service could not open the picture. Give another one, or an address that everybody can open.",
-    1403: "The service failed to make the video. Queue again for a new task, or change the settings.",
-    1405: "The service failed to make the video. Queue again for a new task, or change the settings.",
-    5000: "The service is in trouble. Queue again later for a new task.",
-    5003: "The service is in trouble. Queue again later for a new task.",
-    5004: "The service took too long. Queue again later for a new task.",
+    1403: "The service failed to make the video. Run it again for a new task, or change the settings.",
+    1405: "The service failed to make the video. Run it again for a new task, or change the settings.",
+    5000: "The service is in trouble. Run it again later for a new task.",
+    5003: "The service is in trouble. Run it again later for a new task.",
+    5004: "The service took too long. Run it again later for a new task.",
 }
 _REFUND = "Failed tasks are refunded by the service, usually within hours."
 
@@ -92,7 +92,7 @@ def failure(task: Task, said: str) -> EndedError:
     if task.completed or (task.flagged and task.status == "failed"):
         reason = "The service's safety checker withheld the video. Change the prompt or the picture; the checker can be switched off in the node."
     elif task.status in ("cancelled", "canceled", "deleted"):
-        reason = "The task was cancelled or deleted at the service. Queue again for a new task."
+        reason = "The task was cancelled or deleted at the service. Run it again for a new task."
     elif task.status == "timeout":
         reason = f"{_FAILURES[5004]} {_REFUND}"
     else:

@@ -21,7 +21,7 @@ from .request import RemoteRequest, encode_image
 from .transport import Worker, pause
 
 _CONNECTS = 3  # tries to reach the service with a request
-_CANCEL_SECONDS = 1.0  # that a cancel waits for the service's answer
+_CANCEL_SECONDS = 1.5  # that a cancel waits for the service's answer
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,12 @@ class Client:
             self._say(sentence)
 
     def make(
-        self, request: RemoteRequest, folder: Path, progress: Callable[[Progress], None], resume_id: str = ""
+        self,
+        request: RemoteRequest,
+        folder: Path,
+        progress: Callable[[Progress], None],
+        resume_id: str = "",
+        take: Callable[[Path, Facts], None] = lambda path, facts: None,
     ) -> RemoteVideo:
         """The video of a request: of its own task if it has one already, else of a new one.
 
@@ -75,6 +80,7 @@ class Client:
                 as the service does that. If it raises anything else, the task goes on, and the same request finds it again.
             resume_id: a task's id: its video is fetched and nothing is submitted. Or the word that an error has named: the request is
                 submitted although it is not known what became of an earlier try.
+            take: called with the file before it counts as delivered. If it raises, the same request fetches the video again.
 
         Raises:
             MagiError: there is no video. The message says whether there may be one later, and how to get it.
@@ -87,7 +93,7 @@ class Client:
         entry = self.records.open(request.digest(str(self.api.base), self.api.version), watch.alive)
         run = _Run(self, entry, request, watch)
         try:
-            return run.video(folder, resume_id)
+            return run.video(folder, resume_id, take)
         except (Cancelled, KeyboardInterrupt):
             run.cancel()
             raise
@@ -127,11 +133,9 @@ class _Run:
     def __init__(self, client: Client, entry: Entry, request: RemoteRequest, watch: Watch) -> None:
         self._api, self._limits, self._say = client.api, client.limits, client.say
         self._entry, self._request, self._watch = entry, request, watch
-        self._unfinished: str | None = (
-            None  # the task that a cancel gives up: never one that is completed, and paid for
-        )
+        self._unfinished: str | None = None  # the task that a cancel gives up: none that is completed, and paid for
 
-    def video(self, folder: Path, resume_id: str) -> RemoteVideo:
+    def video(self, folder: Path, resume_id: str, take: Callable[[Path, Facts], None]) -> RemoteVideo:
         is_word = resume_id.startswith(WORD)
         task_id = self._resumed(resume_id) if resume_id and not is_word else self._known(resume_id)
         if task_id is None:
@@ -148,6 +152,7 @@ class _Run:
             raise self._advised(str(error), GoneError) if own else error from None
         self._unfinished = None
         path, url, facts = fetch(self._api, task_id, task.outputs, folder, self._limits, self._watch)
+        take(path, facts)
         if own:
             self._entry.update(delivered=True)
         notes = (*facts.differences(self._request), *_marks(task))
@@ -171,31 +176,36 @@ class _Run:
         record = self._entry.record
         if record is None:
             return None
-        if record.delivered and self._request.seed is None:  # another video is wanted
+        if record.delivered and (record.expired or self._request.seed is None):  # gone, or another video is wanted
             return None
         if record.task_id is None:
             if word != record.word:
                 raise self._unclear(f"what came of it, on {record.when}, is not known")
             self._entry.clear()
             return None
-        if (record.cancelled or word == record.word) and not self._lives(record.task_id):
+        insists = word == record.word
+        if (record.cancelled or record.expired or insists) and not self._lives(record.task_id, insists):
             self._entry.clear()
             return None
         self._say(f"Going on with task {record.task_id} of {record.when}: nothing is submitted again.")
         self._entry.update(cancelled=False)
         return record.task_id
 
-    def _lives(self, task_id: str) -> bool:
-        """Whether a task that nobody waits for any more goes on, or has ended well, all the same: then it is paid for."""
+    def _lives(self, task_id: str, insists: bool) -> bool:
+        """Whether a task that nobody waits for any more goes on, or has ended well, all the same: then it is paid for.
+
+        Where the service refuses to say, the user may have insisted on a new one.
+        """
         self._watch.phase("check", f"asking what became of task {task_id}")
         try:
             return not polling.look(self._api, task_id, replace(self._limits, unknown=0), self._watch).ended
         except GoneError:
             return False
-        except TemporaryError as error:
-            raise RemoteError(
-                f"The service could not be asked about task {task_id}, which was cancelled before: {error}. Queue again later."
-            ) from None
+        except RemoteError as error:
+            if insists and isinstance(error, RefusedError):
+                return False
+            text = f"The service could not be asked about task {task_id}, which nobody waits for any more: {error}"
+            raise self._advised(text.rstrip(".") + ".", RemoteError) from None
 
     # -- a new task ----------------------------------------------------------------------------------------------------
 
@@ -232,7 +242,7 @@ class _Run:
                 failures += 1
                 if failures > self._limits.retries or isinstance(error, GoneError):
                     raise RemoteError(
-                        f"The picture could not be uploaded: {error}. Nothing was submitted; queue again."
+                        f"The picture could not be uploaded: {error}. Nothing was submitted; run it again."
                     ) from None
                 pause(self._limits.before_retry(failures, error.wait), self._watch.alive)
 

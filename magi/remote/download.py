@@ -82,7 +82,7 @@ def fetch(
     Raises:
         RemoteError: it cannot be had; the task is still there.
     """
-    kept = f"The video is kept by the service for about 7 days as task {task_id}: queue again, and it is fetched without a new task."
+    kept = f"The video is kept by the service for about 7 days as task {task_id}: run it again, and it is fetched without a new task."
     url, asked_again, failures = outputs[0], False, 0
     while True:
         watch.phase("download", "downloading")
@@ -218,5 +218,5 @@ def _unwritable(folder: Path, error: OSError) -> MagiError:
     reason = error.strerror or str(error)
     return MagiError(
         f"The video cannot be written to {str(folder)!r} ({reason}). Make room there, or choose another folder, and "
-        "queue again: a task that there is already is gone on with."
+        "run it again: a task that there is already is gone on with."
     )

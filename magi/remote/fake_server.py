@@ -165,7 +165,7 @@ class FakeServer:
             body = {name: value for name, value in body.items() if name in _V3_FIELDS}
         if fault := _fault(body):
             return Answer(400, result(None, 400, fault))
-        task = FakeTask(uuid.uuid4().hex, body, deque(self.statuses), self._video_of(body))
+        task = FakeTask(uuid.uuid4().hex, body, deque(self.statuses), self.video_of(body))
         with self._mutex:
             self.tasks[task.id] = task
         return Answer(content=result(self._data(task, "created")))
@@ -224,7 +224,7 @@ class FakeServer:
             return Answer(403, b"the signature does not match", {"Content-Type": "text/plain"})
         return Answer(content=task.video(), headers={"Content-Type": "video/mp4"})
 
-    def _video_of(self, body: dict[str, Any]) -> Callable[[], bytes]:
+    def video_of(self, body: dict[str, Any]) -> Callable[[], bytes]:
         """The task's video, made when it is first asked for; equal tasks share it."""
         name = str(body.get("image", "")).rpartition("/")[2]
         image = self.uploads.get(name)

@@ -1,5 +1,6 @@
 """The API key: where it is found, and that it is seen nowhere."""
 
+import codecs
 import os
 import uuid
 from contextlib import suppress
@@ -137,7 +138,11 @@ def _is(allowed: str, base: BaseUrl) -> bool:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        data = file.read_bytes()
+        encoding = (
+            "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        )  # PowerShell's >
+        lines = [line.strip() for line in data.decode(encoding).splitlines()]
         with suppress(OSError):  # another's file, or a drive that knows no permissions: it can be read, which is enough
             if os.name != "nt" and file.stat().st_mode & 0o077:
                 file.chmod(0o600)

@@ -84,7 +84,7 @@ def follow(api: Api, task_id: str, limits: Limits, watch: Watch, running: Callab
         RemoteError: it runs far too long, or cannot be asked for any more; it may still end well.
     """
     kept = (
-        f"Task {task_id} is not lost: queue again and it is gone on with, without a new one (or look at {TASKS_PAGE})."
+        f"Task {task_id} is not lost: run it again and it is gone on with, without a new one (or look at {TASKS_PAGE})."
     )
     spent = {True: 0.0, False: 0.0}  # seconds in the queue; running
     interval, last, said = limits.poll_first, time.monotonic(), None

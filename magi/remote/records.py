@@ -50,6 +50,11 @@ class Record:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.sent_at))
 
     @property
+    def expired(self) -> bool:
+        """Whether the service keeps its video no longer, by this machine's clock."""
+        return not 0 <= time.time() - self.sent_at <= KEPT_SECONDS
+
+    @property
     def word(self) -> str:
         """What a user writes to have the request sent again all the same. It holds for this try only: left where it is, it does nothing to a later one."""
         return f"{WORD}{int(self.sent_at * 1000) % 100_000:05d}"
@@ -95,8 +100,7 @@ class Entry:
 
     def __init__(self, path: Path, lock: FileLock | None) -> None:
         self.path = path
-        record = _read(path)
-        self.record = None if record is None or time.time() - record.sent_at > KEPT_SECONDS else record
+        self.record = _read(path)
         self._lock, self._holders, self._mutex = lock, 1, Lock()
 
     def hold(self) -> None:
