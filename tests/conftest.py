@@ -192,11 +192,12 @@ def comfy(tmp_path, embedded_home) -> Iterator[Comfy]:
 
 
 @pytest.fixture(scope="session")
-def remote_videos() -> dict[str, bytes]:
-    """Videos that fake servers have made already, a second each: those that nearly every test asks for."""
-    with FakeServer() as server:
-        for usual in ({"resolution": "480p", "aspect_ratio": "16:9", "num_frames": 96, "frames_per_second": 24}, {}):
-            server.video_of(usual)()
+def remote_videos(tmp_path_factory) -> dict[str, bytes]:
+    """Videos that fake servers have made already: a second each. The usual one is there from the start, for tests that count seconds."""
+    server = FakeServer(key=KEY, statuses=())
+    with server:
+        Service(server, tmp_path_factory.mktemp("remote")).make()
+        server.video_of({})()  # what is made where the settings are ignored
     return server.videos
 
 
@@ -209,6 +210,25 @@ def service(tmp_path, remote_videos) -> Iterator[Service]:
         found = Service(server, tmp_path)
         yield found
         found.check()
+
+
+@pytest.fixture
+def node_server(remote_videos, monkeypatch) -> Iterator[FakeServer]:
+    """A service for the remote node, and its key; it must not be asked for two tasks."""
+    monkeypatch.setenv("WAVESPEED_API_KEY", KEY)
+    found = FakeServer(key=KEY, statuses=("created", "processing"))
+    found.videos = remote_videos
+    with found:
+        yield found
+    assert found.count("submit") <= 1
+
+
+@pytest.fixture
+def quick(comfy, monkeypatch) -> None:
+    """Looks follow each other faster than a user could bear."""
+    polling = comfy.module("magi.remote.polling")
+    limits = polling.Limits(poll_first=0.05, poll_most=0.1, retries=2, retry_first=0.01, retry_most=0.02)
+    monkeypatch.setattr(comfy.module("magi.remote.client"), "Limits", lambda: limits)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from magi.embedded import EMBEDDED_CONFIG
+from magi.remote.fake_server import FakeServer
 from magi.special_tokens import FILE_NAME as SPECIAL_TOKENS
 from magi.synthetic import RandomTensors
 
@@ -128,3 +130,14 @@ def loaded(comfy: Comfy) -> set[str]:
     names = [type(model.model).__name__ for model in models]
     assert len(set(names)) == len(names), "listed twice"
     return set(names)
+
+
+def remote(comfy: Comfy, server: FakeServer, **inputs: Any) -> Graph:
+    """The remote node alone, with a server in the place of the service."""
+    given = {"prompt": "A cat", "resolution": "480p", "aspect_ratio": "16:9", "base_url": server.url} | inputs
+    return filled(comfy, {"remote": node("Magi1Remote", **given)})
+
+
+def messages(comfy: Comfy) -> list[str]:
+    """What was written under it."""
+    return [text for name, text in comfy.events.texts if name == "remote"]

@@ -27,7 +27,8 @@ KEY = "wsk_live_7Hq2-do-not-leak-9Zx"
 QUICK = Limits(
     poll_first=0.02, poll_most=0.05, retries=3, unknown=2, retry_first=0.01, retry_most=0.05, running=1.5, queued=5.0
 )
-TIMEOUTS = (1.0, 1.0)
+TIMEOUTS = (1.0, 20.0)  # the second is for making a video, too
+SOON_SILENT = (1.0, 1.0)
 
 # What a server, or a gateway before it, may answer instead of what it should.
 PAGE = Answer(200, b"<html>Bad gateway</html>", {"Content-Type": "text/html"})
@@ -106,13 +107,13 @@ class Service:
             self.make(**options)
         return str(found.value)
 
-    def cancels(self, when: Callable[[Progress], bool], **options) -> float:
-        """Cancels at the first report for which `when` holds; the seconds that it took to stop."""
+    def cancels(self, when: Callable[[Progress], float | None], **options) -> float:
+        """Cancels at the first report for which `when` gives the time at which the user wanted to; the seconds from then to the end."""
         asked: list[float] = []
 
         def seen(at: Progress) -> None:
-            if when(at):
-                asked.append(time.monotonic())
+            if (wanted := when(at)) is not None:
+                asked.append(wanted)
                 raise Cancelled
 
         with pytest.raises(Cancelled):

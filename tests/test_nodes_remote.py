@@ -1,12 +1,8 @@
-"""The remote node in a graph: what it gives, what it refuses, how it is cancelled, and that nobody gets to see the key."""
+"""The remote node in a graph: what it gives, what it refuses, and that nobody gets to see the key."""
 
-import asyncio
-import itertools
 import json
 import logging
 import os
-import threading
-import time
 import traceback
 from pathlib import Path
 
@@ -15,40 +11,16 @@ import torch
 
 from magi.remote.address import DEFAULT
 from magi.remote.api import VERSIONS
-from magi.remote.fake_server import Answer, FakeServer
+from magi.remote.fake_server import Answer
 from magi.remote.request import ASPECTS, FPS, FRAMES, MOST_SEED, RESOLUTIONS
-from tests.graph import Interrupted, InvalidGraph, NodeError
-from tests.magi_graphs import filled, node, picture, widgets
-from tests.remote_service import KEY, wait_for
-
-SOON = 2.0
+from tests.graph import InvalidGraph, NodeError
+from tests.magi_graphs import filled, messages, node, picture, remote, widgets
+from tests.remote_service import KEY
 
 
 @pytest.fixture
-def server(remote_videos, monkeypatch):
-    monkeypatch.setenv("WAVESPEED_API_KEY", KEY)
-    found = FakeServer(key=KEY, statuses=("created", "processing"))
-    found.videos = remote_videos
-    with found:
-        yield found
-    assert found.count("submit") <= 1
-
-
-@pytest.fixture
-def quick(comfy, monkeypatch):
-    """Looks follow each other faster than a user could bear."""
-    polling = comfy.module("magi.remote.polling")
-    limits = polling.Limits(poll_first=0.05, poll_most=0.1, retries=2, retry_first=0.01, retry_most=0.02)
-    monkeypatch.setattr(comfy.module("magi.remote.client"), "Limits", lambda: limits)
-
-
-def remote(comfy, server, **inputs):
-    given = {"prompt": "A cat", "resolution": "480p", "aspect_ratio": "16:9", "base_url": server.url} | inputs
-    return filled(comfy, {"remote": node("Magi1Remote", **given)})
-
-
-def messages(comfy) -> list[str]:
-    return [text for name, text in comfy.events.texts if name == "remote"]
+def server(node_server):
+    return node_server
 
 
 def test_what_it_gives(comfy, server, quick):
@@ -63,6 +35,7 @@ def test_what_it_gives(comfy, server, quick):
     assert url.startswith(server.url)
     source = Path(video.get_stream_source())
     assert source.parent == comfy.base / "temp"
+    assert list((comfy.base / "user" / "magi1" / "remote").glob("*.json")), "what is noted outlives ComfyUI"
     assert messages(comfy)[-1] == f"96 frames, 24 a second, 832x480, task {task}."
     assert any("waiting in the service's queue" in text for text in messages(comfy))
     assert any("at work (processing)" in text for text in messages(comfy))
@@ -226,108 +199,6 @@ def test_an_error_is_the_service_s_own(comfy, server, quick):
     with pytest.raises(NodeError, match="insufficient credits") as found:
         comfy.run(remote(comfy, server))
     assert found.value.kind == "RefusedError"
-
-
-# -- cancel and failure ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("phase", ["submitting", "at work", "downloading", "taking the frames"])
-def test_cancel_in_every_phase(comfy, server, quick, phase):
-    graph = remote(comfy, server)
-    if phase == "submitting":
-        server.script["submit"].append(lambda usual: Answer(content=usual.content, wait=1.5))
-    elif phase == "downloading":
-        server.script["download"].append(lambda usual: Answer(content=usual.content, headers=usual.headers, pause=0.5))
-    elif phase == "at work":
-        server.statuses = ("processing",) * 1000
-    asked: list[float] = []
-
-    def seen(kind: str, at: str) -> None:
-        if kind == "text" and phase in messages(comfy)[-1] and not asked:
-            asked.append(time.monotonic())
-            wait = 0.0 if phase == "taking the frames" else 0.2
-            threading.Timer(wait, comfy.management.interrupt_current_processing).start()
-
-    comfy.events.seen = seen
-    with pytest.raises(Interrupted) as caught:
-        comfy.run(graph)
-    assert time.monotonic() - asked[0] - 0.2 < SOON
-    assert caught.value.node == "remote"
-    if phase in ("submitting", "at work"):
-        wait_for(lambda: server.count("delete") == 1)
-    else:
-        comfy.events.seen = None
-        assert comfy.run(graph)["remote"][1].shape[0] == 96, "what is paid for is fetched"
-        assert server.count("delete") == 0
-
-
-async def run_beside(comfy, server, beside) -> object:
-    """The node's coroutine beside another one, as in ComfyUI's loop."""
-    cls = comfy.nodes["Magi1Remote"]
-    inputs = remote(comfy, server)["remote"]["inputs"]
-    hidden = [h for h in cls.GET_SCHEMA().hidden if h.name == "unique_id"]
-    data = dict.fromkeys(hidden, "remote")
-    clone = cls.PREPARE_CLASS_CLONE({"hidden_inputs": data} if comfy.real else data)
-    task = asyncio.ensure_future(clone.execute(**inputs))
-    await beside(task)
-    return await task
-
-
-def test_other_nodes_run_meanwhile(comfy, server, quick):
-    server.statuses = ("processing",) * 10
-    ticks = []
-
-    async def beside(task) -> None:
-        while not task.done():
-            ticks.append(time.monotonic())
-            await asyncio.sleep(0.01)
-
-    asyncio.run(run_beside(comfy, server, beside))
-    assert len(ticks) > 30
-    assert max(b - a for a, b in itertools.pairwise(ticks)) < 0.5, "the loop was never held up"
-
-
-def test_a_graph_that_ends_for_another_reason_leaves_the_task(comfy, server, quick):
-    server.statuses = ("processing",) * 1000
-
-    async def beside(task) -> None:
-        while not server.count("poll"):
-            await asyncio.sleep(0.01)
-        raise RuntimeError("another node has failed")
-
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match="another node"):
-        asyncio.run(run_beside(comfy, server, beside))
-    wait_for(lambda: not [t for t in threading.enumerate() if t.name in ("magi-node", "magi-interrupt")])
-    assert time.monotonic() - began < 10
-    assert server.count("delete") == 0
-    server.tasks[next(iter(server.tasks))].statuses.clear()
-    assert comfy.run(remote(comfy, server))["remote"][1].shape[0] == 96
-
-
-def test_a_cancel_that_another_node_is_told_of_first(comfy, server, quick):
-    """ComfyUI then ends the graph, and the cancel is forgotten: the task is to be given up all the same."""
-    server.statuses = ("processing",) * 1000
-
-    async def beside(task) -> None:
-        while not server.count("poll"):
-            await asyncio.sleep(0.01)
-        comfy.management.interrupt_current_processing()
-        await asyncio.sleep(0.05)  # a sampler's step
-        comfy.management.throw_exception_if_processing_interrupted()
-
-    with pytest.raises(comfy.management.InterruptProcessingException):
-        asyncio.run(run_beside(comfy, server, beside))
-    wait_for(lambda: server.count("delete") == 1)
-
-
-def test_a_cancel_reaches_the_node_beside_it(comfy, server, quick):
-    """ComfyUI forgets a cancel once somebody has been told of it."""
-    server.statuses = ("processing",) * 1000
-    comfy.events.seen = lambda kind, at: kind == "text" and comfy.management.interrupt_current_processing()
-    with pytest.raises(Interrupted):
-        comfy.run(remote(comfy, server))
-    assert comfy.management.processing_interrupted()
 
 
 # -- the key -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A cancel stops within two seconds in every phase, and gives up what is not finished."""
 
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -13,42 +14,56 @@ from magi.remote.fake_server import Answer, FakeServer
 from tests.remote_service import PICTURE, look, quick, wait_for
 
 SLOW = 8.0  # seconds that a server takes where a cancel is to find the client waiting
-PATIENT = {"timeouts": (1.0, 20.0)}
 
 
 def phase(word: str, seconds: float = 0.0):
-    """A condition: the phase is on, for so long."""
+    """When the phase has been on for so long: the time at which it had, which may be a while before the next report."""
     began: list[float] = []
 
-    def holds(at) -> bool:
+    def since(at) -> float | None:
         if word in at.text:
             began.append(time.monotonic())
-        return bool(began) and began[-1] - began[0] >= seconds
+        return began[0] + seconds if began and began[-1] - began[0] >= seconds else None
 
-    return holds
+    return since
 
 
 def test_cancel_while_uploading(service):
     service.server.script["upload"].append(lambda usual: Answer(content=usual.content, wait=SLOW))
-    assert service.cancels(phase("uploading", 0.3), image=PICTURE, **PATIENT) < 2
+    assert service.cancels(phase("uploading", 0.3), image=PICTURE) < 2
     assert service.submits == 0
 
 
 def test_cancel_while_submitting(service):
     """The answer comes after the user has gone: the task is noted, and given up."""
     service.server.script["submit"].append(lambda usual: Answer(content=usual.content, wait=2.0))
-    assert service.cancels(phase("submitting", 0.3), **PATIENT) < 2
+    assert service.cancels(phase("submitting", 0.3)) < 2
     wait_for(lambda: service.server.count("delete") == 1)
     wait_for(lambda: service.records and service.records[0]["cancelled"])
     assert service.records[0]["task_id"] == service.task
     wait_for(lambda: not service.threads)
 
 
+def test_queued_again_while_the_cancelled_request_is_still_answered(service):
+    """It waits until the task is known, instead of not knowing what became of it."""
+    service.server.script["submit"].append(lambda usual: Answer(content=usual.content, wait=2.0))
+    service.server.script["delete"].append(Answer(500, b""))
+    service.cancels(phase("submitting", 0.1))
+    assert service.make().task_id == service.task
+
+
 def test_cancel_while_submitting_what_never_is_answered(service):
     service.server.script["submit"].append(lambda usual: Answer(keep=0, wait=2.0))
-    assert service.cancels(phase("submitting", 0.3), **PATIENT) < 2
+    assert service.cancels(phase("submitting", 0.3)) < 2
     wait_for(lambda: not service.threads)
     service.fails("a task may have been made", UnclearError)
+
+
+def test_cancel_while_submitting_what_is_refused(service):
+    service.server.script["submit"].append(Answer(402, b"", wait=1.0))
+    service.cancels(phase("submitting", 0.1))
+    wait_for(lambda: not service.threads)
+    assert service.records == [], "no task was made, and nothing is in the way of another try"
 
 
 def test_cancel_before_anybody_was_reached(service):
@@ -63,30 +78,47 @@ def test_cancel_before_anybody_was_reached(service):
     service.make()
 
 
+def test_cancel_while_the_connection_is_made(service, monkeypatch):
+    found = socket.getaddrinfo
+
+    def slow(*args, **options):
+        time.sleep(1.0)
+        return found(*args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    assert service.cancels(phase("submitting", 0.2)) < 2
+    wait_for(lambda: not service.threads)
+    assert service.server.tasks == {}, "nothing is bought for nobody"
+    assert service.records == []
+
+
 @pytest.mark.parametrize("wait", [0.0, SLOW], ids=["between two looks", "in a look"])
 def test_cancel_while_waiting(service, wait):
     service.server.statuses = ("processing",) * 1000
     if wait:
         service.server.script["poll"].extend([look("processing"), Answer(wait=wait)])
-    assert service.cancels(phase("at work", 0.3), limits=quick(poll_first=0.1, poll_most=5.0), **PATIENT) < 2
+    assert service.cancels(phase("at work", 0.3), limits=quick(poll_first=0.1, poll_most=5.0)) < 2
     wait_for(lambda: service.server.count("delete") == 1)
     time.sleep(0.1)
-    assert service.server.count("delete") == 1
+    assert [r.target for r in service.server.requests if r.method == "DELETE"] == [
+        f"/api/v3/predictions/{service.task}"  # v2 has no such call
+    ]
     assert service.records[0]["cancelled"]
 
 
 def test_cancel_while_a_retry_waits(service):
     service.server.script["poll"].extend([Answer(429, b"", {"Retry-After": "60"})])
     assert service.cancels(phase("asking for task", 0.3)) < 2
+    wait_for(lambda: service.server.count("delete") == 1)  # new, though nobody has seen it run
 
 
 def test_a_cancel_does_not_give_up_what_was_completed_before(service):
     """Fetched again after a restart: it is paid for, whatever the user does now."""
     service.make()
     service.server.script["poll"].append(Answer(wait=SLOW))
-    assert service.cancels(phase("asking for task", 0.3), **PATIENT) < 2
+    assert service.cancels(phase("asking for task", 0.3)) < 2
     service.server.script["poll"].append(Answer(wait=SLOW))
-    assert service.cancels(phase("asking for task", 0.3), resume_id=service.task, **PATIENT) < 2
+    assert service.cancels(phase("asking for task", 0.3), resume_id=service.task) < 2
     assert service.server.count("delete") == 0
     assert service.make().task_id == service.task
 
@@ -103,21 +135,23 @@ def test_cancel_of_a_task_that_is_followed_by_its_id(service):
 
 def test_cancel_while_another_run_of_the_same_request_works(service):
     service.server.statuses = ("processing",) * 1000
-    first = threading.Thread(target=lambda: service.cancels(lambda at: service.folder.joinpath("stop").exists()))
+    stop = threading.Event()
+    first = threading.Thread(target=lambda: service.cancels(lambda at: time.monotonic() if stop.is_set() else None))
     first.start()
     wait_for(lambda: service.server.count("poll"))
     assert service.cancels(phase("waiting for another run", 0.3)) < 2
     assert service.server.count("delete") == 0
-    service.folder.joinpath("stop").touch()
+    stop.set()
     first.join(10)
 
 
 def test_cancel_while_downloading_keeps_what_is_paid(service):
     def slow(usual):
-        return Answer(content=usual.content, headers=usual.headers, pause=0.5)
+        return Answer(content=usual.content + bytes(1 << 20), headers=usual.headers, pause=0.5)
 
     service.server.script["download"].append(slow)
-    assert service.cancels(phase("downloading", 0.6), **PATIENT) < 2
+    assert service.cancels(phase("downloading", 0.6)) < 2
+    wait_for(lambda: not service.threads)  # nothing goes on loading unseen
     assert service.server.count("delete") == 0, "a completed task is paid for"
     wait_for(lambda: service.videos == [])
     assert service.make().task_id == service.task
@@ -125,7 +159,7 @@ def test_cancel_while_downloading_keeps_what_is_paid(service):
 
 def test_cancel_while_downloading_from_a_silent_server(service):
     service.server.script["download"].append(lambda usual: Answer(content=usual.content, wait=SLOW))
-    assert service.cancels(phase("downloading", 0.3), **PATIENT) < 2
+    assert service.cancels(phase("downloading", 0.3)) < 2
 
 
 @pytest.mark.parametrize("word", ["reading", "reading the video, 5"], ids=["before", "within"])
@@ -180,14 +214,14 @@ def test_an_error_of_the_caller_s_while_submitting(service):
         if during(at):
             raise MagiError("the caller's own")
 
-    service.fails("the caller's own", seen=seen, **PATIENT)
+    service.fails("the caller's own", seen=seen)
     assert service.make().task_id == service.task
 
 
 def test_a_service_that_does_not_answer_to_a_cancel(service):
     service.server.statuses = ("processing",) * 1000
     service.server.script["delete"].append(lambda usual: Answer(wait=SLOW))
-    assert service.cancels(phase("at work"), **PATIENT) < 2
+    assert service.cancels(phase("at work")) < 2
 
 
 def test_an_answer_to_a_cancel_that_only_drips(service):
@@ -195,7 +229,7 @@ def test_an_answer_to_a_cancel_that_only_drips(service):
     service.server.statuses = ("processing",) * 1000
     service.server.script["delete"].append(lambda usual: Answer(content=b" " * (1 << 20), pause=0.2))
     limits = quick(answer=0.5)
-    assert service.cancels(phase("at work"), limits=limits, **PATIENT) < 2
+    assert service.cancels(phase("at work"), limits=limits) < 2
     began = time.monotonic()
     service.most_submits = 2
     service.server.statuses = ()
@@ -220,6 +254,7 @@ def test_a_cancel_that_came_too_late_is_not_paid_for_twice(service):
     service.server.tasks[service.task].statuses.clear()
     assert service.make().task_id == service.task
     assert service.submits == 1
+    assert not service.records[0]["cancelled"], "it is wanted again"
 
 
 def test_a_cancelled_task_that_cannot_be_asked_about(service):
@@ -231,12 +266,15 @@ def test_a_cancelled_task_that_cannot_be_asked_about(service):
     assert service.submits == 1
 
 
-def test_an_end_that_is_no_cancel_leaves_the_task(service):
+@pytest.mark.parametrize("doing", ["submitting", "at work"])
+def test_an_end_that_is_no_cancel_leaves_the_task(service, doing):
     """ComfyUI ends the graph because another node failed."""
     service.server.statuses = ("processing",) * 1000
+    service.server.script["submit"].append(lambda usual: Answer(content=usual.content, wait=0.5))
+    ends = phase(doing, 0.2)
 
     def seen(at) -> None:
-        if "at work" in at.text:
+        if ends(at):
             raise RuntimeError("somebody else's")
 
     with pytest.raises(RuntimeError):

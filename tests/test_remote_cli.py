@@ -17,6 +17,7 @@ from tests.remote_service import KEY, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "magi" / "assets" / "cat.jpg"
+TALL = ("--prompt", "A cat", "--resolution", "480p", "--aspect", "9:16")
 SMALL = ["--resolution", "480p", "--prompt", "A cat"]
 
 
@@ -54,20 +55,26 @@ def process(server, tmp_path, *arguments: object, **options) -> subprocess.Popen
 
 
 def test_a_video(magi, server, tmp_path):
-    status, said = magi("--out", "clip.mp4", "--frames", 120, "--fps", 30, "--seed", 4, "--no-safety-checker")
+    status, said = magi(
+        "--out", "clip.mp4", "--frames", 120, "--fps", 30, "--seed", 4, "--no-safety-checker", small=TALL
+    )
     assert status == 0
     info = probe(tmp_path / "clip.mp4")
-    assert (info.width, info.height, info.frames, info.fps) == (832, 480, 120, 30)
+    assert (info.width, info.height, info.frames, info.fps) == (480, 832, 120, 30)
     (task,) = server.tasks.values()
     assert task.id in said
-    assert "120 frames, 30 a second, 832x480" in said
+    assert "120 frames, 30 a second, 480x832" in said
+    assert "reading the video" in said
+    assert "100%|" in said, "the bar"
     assert task.body["seed"] == 4
     assert task.body["enable_safety_checker"] is False
 
 
 def test_a_picture(magi, server, tmp_path):
-    status, _ = magi("--image", PHOTO, small=tuple(SMALL))
+    status, _ = magi("--image", PHOTO, "--seed", -1, small=tuple(SMALL))
     assert status == 0
+    (task,) = server.tasks.values()
+    assert "seed" not in task.body
     assert len(server.uploads) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "remote.mp4"]
 
@@ -81,6 +88,8 @@ def test_the_same_command_again_is_free(magi, server):
     assert magi("--out", "c.mp4", "--seed", "9", "--resume-id", next(iter(server.tasks)))[0] == 0
     assert magi("--out", "d.mp4", "--resume-id", next(iter(server.tasks)), small=())[0] == 0, "the id is enough"
     assert server.count("submit") == 1
+    assert magi("--out", "c.mp4", "--overwrite", "--resume-id", next(iter(server.tasks)), "--api-version", "v3")[0] == 0
+    assert any(request.target.startswith("/api/v3/") for request in server.requests)
 
 
 def test_an_id_alone_that_is_unknown(magi, server):
@@ -95,16 +104,20 @@ def test_an_id_alone_that_is_unknown(magi, server):
         (["--out", "clip.mov"], ".mp4"),
         (["--out", "."], "does not end in .mp4"),
         (["--out", "there.mp4"], "--overwrite"),
+        (["--out", "folder.mp4"], "is a folder"),
         (["--frames", "64"], "96 to 192"),
         (["--image", "missing.png"], "missing.png"),
         (["--image", "http://example.org/cat.png"], "https://"),
         (["--resume-id", "no/id"], "not the id of a task"),
         (["--prompt", " "], "blank"),
         (["--image", f"https://example.org/{KEY}.png"], "in a field that is saved"),
+        (["--prompt", f"A cat {KEY}"], "in a field that is saved"),
+        (["--resume-id", KEY], "in a field that is saved"),
     ],
 )
 def test_mistakes_cost_nothing(magi, server, tmp_path, arguments, reason):
     (tmp_path / "there.mp4").write_bytes(b"mine")
+    (tmp_path / "folder.mp4").mkdir()
     status, said = magi(*arguments)
     assert status == 1
     assert reason in said
@@ -124,11 +137,19 @@ def test_no_key(tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "wavespeed_api_key.txt") in capsys.readouterr().err
 
 
+def test_an_address_that_the_keys_owner_gives_is_trusted(server, tmp_path, capsys):
+    place = ["--base-url", "https://gateway.example", "--cache", str(tmp_path), "--out", str(tmp_path / "clip.mp4")]
+    assert main(["remote", *SMALL, *place, "--resume-id", "no/id"]) == 1
+    assert "not the id of a task" in capsys.readouterr().err, "what is checked after the key"
+
+
 def test_a_key_that_is_kept(tmp_path, server, monkeypatch, capsys, remote_videos):
     monkeypatch.delenv("WAVESPEED_API_KEY")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(getpass, "getpass", lambda prompt: f" {KEY} ")
     assert main(["remote", "--save-key", "--cache", str(tmp_path)]) == 0
+    assert main(["remote", "--save-key", "--key-file", str(tmp_path / "mine.txt")]) == 0
+    assert (tmp_path / "mine.txt").read_text() == f"{KEY}\n"
     assert main(["remote", *SMALL, "--base-url", server.url, "--cache", str(tmp_path), "--aspect", "16:9"]) == 0
     said = capsys.readouterr()
     assert KEY not in said.out + said.err
@@ -210,6 +231,7 @@ def test_the_fake_server_for_users(tmp_path, monkeypatch, capsys):
         url = f"http://127.0.0.1:{port}"
         assert url in serving.stderr.readline()
         assert main(["remote", *SMALL, "--base-url", url, "--cache", "cache", "--out", "clip.mp4"]) == 0
+        assert "there is no picture" in capsys.readouterr().err
         assert probe("clip.mp4").frames == 96
     finally:
         serving.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)

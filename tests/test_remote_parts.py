@@ -90,6 +90,7 @@ def test_who_gets_the_key(url, ours):
         "https://[",
         "data:,x",
         "https://a.b\\@c.d/v",
+        "https://a.b\\.c.d/v",
         "https://a@b.c/v",
     ],
 )
@@ -225,6 +226,12 @@ def test_what_is_refused_before_it_costs(changes, reason):
         RemoteRequest(**{"prompt": "A cat"} | changes)
 
 
+def test_the_limits_themselves_are_taken():
+    least = torch.zeros(32, 32, 3, dtype=torch.uint8)
+    assert RemoteRequest("A cat", least, 96, 5, seed=0).body(None)["seed"] == 0
+    assert RemoteRequest("A cat", least, 192, 30, seed=2**31 - 1).body(None)["num_frames"] == 192
+
+
 def test_auto_without_a_picture_is_said():
     assert "no picture" in RemoteRequest("A cat").notes()[0]
     assert RemoteRequest("A cat", aspect_ratio="1:1").notes() == []
@@ -290,6 +297,11 @@ def test_words_of_the_wrong_type_do_not_count():
         "x", {"status": 5, "outputs": 7, "has_nsfw_contents": "yes", "code": True, "error": {"message": "m"}}
     )
     assert (task.status, task.outputs, task.flagged, task.code, task.error) == ("", (), False, None, "m")
+
+
+def test_other_forms_of_the_same_words():
+    task = Task.of("x", {"status": " Completed ", "outputs": "https://a.b/v.mp4", "code": "1400"})
+    assert (task.status, task.outputs, task.code) == ("completed", ("https://a.b/v.mp4",), 1400)
 
 
 def test_how_long_to_wait():

@@ -7,7 +7,7 @@ import pytest
 
 from magi.remote.errors import RefusedError, UnclearError
 from magi.remote.fake_server import Answer, FakeServer, result
-from tests.remote_service import CUT_JSON, DROPPED, PAGE, PAGE_502, stranger
+from tests.remote_service import CUT_JSON, DROPPED, PAGE, PAGE_502, SOON_SILENT, stranger
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,21 @@ def test_a_refused_request(service, status, said, remedy):
     assert service.server.tasks == {}
     service.most_submits = 2
     service.make()  # nothing is in the way of another try
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"detail": "told so"},
+        {"detail": {"msg": "told so"}},
+        {"error": {"code": 5, "message": "told so"}},
+        {"error": "told so", "message": "an error"},
+        result({"error": "told so"}, 400, "an error"),
+    ],
+)
+def test_the_services_own_words_wherever_they_stand(service, body):
+    service.server.script["submit"].append(Answer(400, body))
+    service.fails(r"HTTP 400: told so\)", RefusedError)
 
 
 def test_too_many_requests_on_submit(service):
@@ -58,6 +73,8 @@ UNCLEAR = {
     "a list": (Answer(content=[1]), "without the id"),
     "a redirect to see": (Answer(303, b"", {"Location": "/elsewhere"}), "303"),
     "408": (Answer(408, b""), "408"),
+    "408 within an answer": (Answer(content=result(None, 408, "took too long")), "took too long"),
+    "a gateway that lost patience": (Answer(499, b""), "499"),
 }
 
 
@@ -65,7 +82,7 @@ UNCLEAR = {
 def test_an_unclear_submission_is_never_repeated(service, answer):
     scripted, reason = answer
     service.server.script["submit"].append(scripted)
-    text = service.fails("a task may have been made", UnclearError)
+    text = service.fails("a task may have been made", UnclearError, timeouts=SOON_SILENT)
     assert "wavespeed.ai/predictions" in text
     assert "resume_id" in text
     assert re.search(reason, text, re.IGNORECASE), text

@@ -6,9 +6,11 @@ import time
 
 import pytest
 
+from magi.errors import MagiError
 from magi.remote.address import DEFAULT, BaseUrl
 from magi.remote.api import Api, NotSentError
 from magi.remote.errors import TemporaryError
+from magi.remote.exact import exact_session
 from magi.remote.key import ApiKey
 from magi.remote.transport import Lost, Transport
 from tests.remote_service import KEY
@@ -40,6 +42,11 @@ class Wire:
         self._socket.close()
 
 
+def test_an_unknown_version_of_the_api():
+    with pytest.raises(MagiError, match=r"'v1' is unknown\. Use one of: v2, v3"):
+        Api(OURS, "v1", None)
+
+
 @pytest.fixture
 def wire():
     found = Wire(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
@@ -65,10 +72,32 @@ def test_an_address_is_asked_for_as_it_is_spelled(wire, path):
     assert wire.came[0].split(b"\r\n")[0] == f"GET {path if path.startswith('/') else '/' + path} HTTP/1.1".encode()
 
 
-def test_what_no_request_can_hold_is_quoted(wire):
-    with Transport(BaseUrl(wire.url), None, (2, 2)).opened(f"{wire.url}/my vidéo.mp4#part") as response:
+def test_by_a_proxy_it_is_spelled_so_too(wire):
+    url = "http://example.org/a%2fb?sig=%7e"
+    with exact_session(url) as (session, request):
+        session.send(request, proxies={"http": wire.url})
+    assert wire.came[0].startswith(f"GET {url} HTTP/1.1".encode())
+
+
+@pytest.mark.parametrize(
+    ("path", "sent"),
+    [
+        ("/my vidéo.mp4#part", b"/my%20vid%C3%A9o.mp4"),
+        ("/my video.mp4", b"/my%20video.mp4"),
+        ("/v.mp4\r\nX-Header: 1", b"/v.mp4%0D%0AX-Header:%201"),
+    ],
+)
+def test_what_no_request_can_hold_is_quoted(wire, path, sent):
+    with Transport(BaseUrl(wire.url), None, (2, 2)).opened(f"{wire.url}{path}") as response:
         assert response.status_code == 200
-    assert wire.came[0].startswith(b"GET /my%20vid%C3%A9o.mp4 HTTP/1.1\r\n")
+    assert wire.came[0].startswith(b"GET " + sent + b" HTTP/1.1\r\n")
+
+
+def test_what_a_server_says_is_fit_to_be_shown():
+    hide = Transport(OURS, ApiKey(KEY), (1, 1)).hide
+    assert hide("\x1b[31mbad\n\r line") == "[31mbad line"
+    assert len(hide("word " * 1000)) == 500
+    assert KEY[:4] not in hide("x" * 490 + KEY), "nor the part of it before the cut"
 
 
 def test_passwords_of_netrc_stay_there(wire, tmp_path, monkeypatch):

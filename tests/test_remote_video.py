@@ -1,25 +1,35 @@
 """How a finished video can fail to arrive, and where the key does not go."""
 
 import errno
+import gzip
 import io
 import os
 from pathlib import Path
 
 import pytest
 
-from magi.remote.download import check_folder
+from magi.remote.download import Facts, check_folder
 from magi.remote.errors import RefusedError
-from magi.remote.fake_server import Answer, result
+from magi.remote.fake_server import Answer, FakeServer, result
 from magi.remote.fake_video import make_video
-from tests.remote_service import DROPPED, PAGE, look, quick, stranger
+from magi.remote.request import RemoteRequest, encode_image
+from tests.remote_service import DROPPED, PAGE, PICTURE, look, quick, stranger
 
 
-@pytest.mark.parametrize("status", [403, 404, 410])
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
 def test_an_address_that_has_run_out_is_asked_for_anew(service, status):
     service.server.script["download"].append(Answer(status, b"expired", {"Content-Type": "text/plain"}))
     before = service.server.count("poll")
     assert service.make().facts.frames == 96
     assert service.server.count("poll") == before + 3
+
+
+def test_the_address_that_is_given_anew_is_used(service):
+    old = f"{service.server.url}/outputs/old.mp4?sig=1"
+    service.server.script["poll"].append(look("completed", outputs=[old]))
+    made = service.make()
+    assert made.facts.frames == 96
+    assert f"/outputs/{service.task}.mp4" in made.url
 
 
 @pytest.mark.parametrize("status", [403, 404])
@@ -31,11 +41,21 @@ def test_an_address_that_is_gone_for_good(service, status):
     assert service.make().task_id == service.task
 
 
-def test_a_page_in_the_place_of_a_video(service):
-    service.server.script["download"].append(PAGE)
+def test_an_address_where_nobody_listens(service):
+    """What is said of it does not open the video."""
+    with FakeServer() as other:
+        gone = f"{other.url}/outputs/v.mp4?sig=secret"
+    service.server.script["poll"].append(look("completed", outputs=[gone]))
+    text = service.fails("could not be downloaded: .*refused")
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize("page", [PAGE, Answer(content=result(None, 403, "expired"))], ids=["HTML", "JSON"])
+def test_a_page_in_the_place_of_a_video(service, page):
+    service.server.script["download"].append(page)
     assert service.make().facts.frames == 96
-    service.server.script["download"].extend([PAGE, PAGE])
-    service.fails("text/html instead of a video")
+    service.server.script["download"].extend([page, page])
+    service.fails("(text/html|application/json) instead of a video")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +92,15 @@ def test_far_too_much(service, told):
     assert service.videos == []
 
 
-@pytest.mark.parametrize("content", [b"not a video at all" * 50, b""])
+def test_far_too_much_is_not_even_begun(service):
+    service.server.script["download"].append(Answer(headers={"Content-Type": "video/mp4", "Content-Length": "9" * 12}))
+    service.fails("larger than")
+
+
+PNG = encode_image(PICTURE)[0]
+
+
+@pytest.mark.parametrize("content", [b"not a video at all" * 50, b"", PNG], ids=["text", "nothing", "a picture"])
 def test_what_is_no_video(service, content):
     service.server.script["download"].append(Answer(content=content, headers={"Content-Type": "video/mp4"}))
     text = service.fails("no whole video")
@@ -100,8 +128,25 @@ def test_another_video_than_was_asked_for(service):
     assert all(note.rstrip(".") in " ".join(service.said) for note in made.notes)
 
 
+@pytest.mark.parametrize(
+    ("size", "asked", "differs"),
+    [
+        ((1280, 720), ("720p", "16:9"), False),
+        ((720, 1280), ("720p", "9:16"), False),
+        ((832, 480), ("480p", "16:9"), False),
+        ((720, 720), ("720p", "1:1"), False),
+        ((960, 960), ("720p", "1:1"), False),  # as many pixels as 1280x720
+        ((832, 480), ("720p", "16:9"), True),
+        ((1280, 720), ("480p", "auto"), True),
+    ],
+)
+def test_a_size_that_is_not_the_one_asked_for(size, asked, differs):
+    found = Facts(96, 24.0, *size).differences(RemoteRequest("A cat", resolution=asked[0], aspect_ratio=asked[1]))
+    assert found == ([f"The video is {size[0]}x{size[1]} instead of {asked[0]}."] if differs else [])
+
+
 def test_a_newer_api_that_ignores_settings(service):
-    notes = service.make(version="v3", num_frames=120, fps=30, timeouts=(1.0, 20.0)).notes  # 720p takes a while to make
+    notes = service.make(version="v3", num_frames=120, fps=30).notes
     assert any("instead of 120" in note for note in notes)
     assert any("instead of 30" in note for note in notes)
 
@@ -113,8 +158,17 @@ def test_a_newer_api_that_rejects_settings(service):
 
 def test_a_signed_address_is_asked_for_byte_by_byte(service):
     service.make()
-    (asked,) = [r.target for r in service.server.requests if r.target.startswith("/outputs/")]
-    assert asked == f"/outputs/{service.task}.mp4?sig=a%2fb~c%2d%c3%a9&e=1"
+    (asked,) = [r for r in service.server.requests if r.target.startswith("/outputs/")]
+    assert asked.target == f"/outputs/{service.task}.mp4?sig=a%2fb~c%2d%c3%a9&e=1"
+    assert asked.headers["accept-encoding"] == "identity", "so that its length is the file's"
+
+
+def test_a_server_that_compresses_all_the_same(service):
+    def compressed(usual):
+        return Answer(content=gzip.compress(usual.content), headers=usual.headers | {"Content-Encoding": "gzip"})
+
+    service.server.script["download"].extend([compressed] * 4)
+    assert service.make().facts.frames == 96
 
 
 def test_the_key_does_not_follow_a_redirect_of_the_video(service):
@@ -155,9 +209,18 @@ def test_the_key_is_not_sent_with_a_download(service):
         assert len(asked) == 1
 
 
-@pytest.mark.parametrize("target", ["http://example.org/v.mp4", "file:///etc/passwd", "ftp://example.org/v"])
-def test_redirects_to_where_nothing_may_be_fetched(service, target):
-    service.server.script["download"].extend([Answer(302, b"", {"Location": target})] * 4)
+@pytest.mark.parametrize(
+    ("status", "target"),
+    [
+        (301, "http://example.org/v.mp4"),
+        (302, "file:///etc/passwd"),
+        (303, "ftp://example.org/v"),
+        (307, "https://a@example.org/v"),
+        (308, "data:,v"),
+    ],
+)
+def test_redirects_to_where_nothing_may_be_fetched(service, status, target):
+    service.server.script["download"].extend([Answer(status, b"", {"Location": target})] * 4)
     service.fails("nothing may be fetched")
 
 

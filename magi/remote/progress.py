@@ -36,11 +36,11 @@ class Watch:
 
     def alive(self, done: float | None = None) -> None:
         """Still at it, with `done` (0 to 1) of the phase where that is known."""
-        self._done = self._done if done is None else done
+        self._done = self._done if done is None else min(done, 1.0)  # a header may promise less than there is
         seconds = time.monotonic() - self._began
         names = list(_STARTS)
         start, end = _STARTS[self._phase], _STARTS[names[min(names.index(self._phase) + 1, len(names) - 1)]]
-        within = 1 - math.exp(-seconds / _TYPICAL_SECONDS) if self._done is None else min(self._done, 1.0)
+        within = 1 - math.exp(-seconds / _TYPICAL_SECONDS) if self._done is None else self._done
         known = f"{seconds:.0f} s" if self._done is None else f"{self._done:.0%}"
         self._part = max(self._part, start + (end - start) * within)  # what is tried again does not go back
         self.report(Progress(self._part, f"{self._doing}, {known}"))
