@@ -12,8 +12,10 @@ import pytest
 
 from magi.cli import main
 from magi.media.video_reader import probe
+from magi.remote import client
+from magi.remote.download import fetch
 from magi.remote.fake_server import Answer, FakeServer
-from tests.remote_service import KEY, wait_for
+from tests.remote_service import KEY, QUICK, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "magi" / "assets" / "cat.jpg"
@@ -92,10 +94,23 @@ def test_the_same_command_again_is_free(magi, server):
     assert any(request.target.startswith("/api/v3/") for request in server.requests)
 
 
-def test_an_id_alone_that_is_unknown(magi, server):
+def test_an_id_alone_that_is_unknown(magi, server, monkeypatch):
+    monkeypatch.setattr(client, "Limits", lambda: QUICK)
     status, said = magi("--resume-id", "no-such-task", small=())
     assert status == 1
     assert "does not know task no-such-task" in said
+
+
+def test_a_name_that_is_taken_meanwhile(magi, server, tmp_path, monkeypatch):
+    """Here by a folder: the video is named, stays, and costs nothing again."""
+    monkeypatch.setattr(client, "fetch", lambda *given: (tmp_path / "clip.mp4").mkdir() or fetch(*given))
+    status, said = magi("--out", "clip.mp4", "--seed", "-1")
+    assert status == 1
+    (video,) = tmp_path.glob("magi1_*.mp4")
+    assert str(video) in said
+    assert probe(video).frames == 96
+    assert magi("--out", "other.mp4", "--seed", "-1")[0] == 0
+    assert server.count("submit") == 1
 
 
 @pytest.mark.parametrize(
