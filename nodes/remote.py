@@ -169,7 +169,6 @@ class Magi1Remote(io.ComfyNode):
         clips.check_room(frames, *_LARGEST[resolution], "Ask for fewer frames, or 480p.")
         client = Client(_api(base_url, api_version, prompt, resume_id), host.cache_folder() / "remote", _say)
         progress = Progress(cls.hidden.unique_id, make=0.95, frames=0.05)
-
         images: list[torch.Tensor] = []
 
         def work(left: Callable[[], bool]) -> "RemoteVideo":

@@ -103,7 +103,7 @@ def test_an_id_alone_that_is_unknown(magi, server, monkeypatch):
 
 def test_a_name_that_is_taken_meanwhile(magi, server, tmp_path, monkeypatch):
     """Here by a folder: the video is named, stays, and costs nothing again."""
-    monkeypatch.setattr(client, "fetch", lambda *given: (tmp_path / "clip.mp4").mkdir() or fetch(*given))
+    monkeypatch.setattr(client, "fetch", lambda *given: (tmp_path / "clip.mp4").mkdir(exist_ok=True) or fetch(*given))
     status, said = magi("--out", "clip.mp4", "--seed", "-1")
     assert status == 1
     (video,) = tmp_path.glob("magi1_*.mp4")
