@@ -99,6 +99,14 @@ def test_the_task_of_an_unclear_submission_is_fetched_by_its_id(service):
     assert service.submits == 1
 
 
+def test_a_wrong_id_does_not_hide_an_unclear_submission(service):
+    service.server.script["submit"].append(DROPPED)
+    service.fails("a task may have been made", UnclearError)
+    service.fails("does not know task", resume_id="mistyped-id")
+    service.fails("a task may have been made", UnclearError)
+    assert service.make(resume_id=service.task).facts.frames == 96
+
+
 def test_an_unclear_submission_is_sent_again_if_the_user_says_so(service):
     service.server.script["submit"].append(DROPPED)
     service.fails("a task may have been made", UnclearError)

@@ -137,10 +137,11 @@ class _Run:
 
     def video(self, folder: Path, resume_id: str, take: Callable[[Path, Facts], None]) -> RemoteVideo:
         is_word = resume_id.startswith(WORD)
-        task_id = self._resumed(resume_id) if resume_id and not is_word else self._known(resume_id)
+        task_id = resume_id if resume_id and not is_word else self._known(resume_id)
         if task_id is None:
             task_id = self._unfinished = self._new()
-        own = self._entry.record is not None and self._entry.record.task_id == task_id
+        record = self._entry.record
+        own = record is not None and record.task_id == task_id
         self._watch.phase("wait", f"asking for task {task_id}")
         try:
             task = polling.follow(self._api, task_id, self._limits, self._watch, self._still_running)
@@ -153,8 +154,8 @@ class _Run:
         self._unfinished = None
         path, url, facts = fetch(self._api, task_id, task.outputs, folder, self._limits, self._watch)
         take(path, facts)
-        if own:
-            self._entry.update(delivered=True)
+        if own or (record is not None and record.task_id is None):  # the user has found out what became of that try
+            self._entry.update(task_id=task_id, delivered=True)
         notes = (*facts.differences(self._request), *_marks(task))
         for note in notes:
             self._say(f"{note} (Task {task_id})")
@@ -164,12 +165,6 @@ class _Run:
         self._unfinished = task_id
 
     # -- tasks that there are already ----------------------------------------------------------------------------------
-
-    def _resumed(self, task_id: str) -> str:
-        record = self._entry.record
-        if record is not None and record.task_id is None:  # the user has looked what became of it
-            self._entry.update(task_id=task_id)
-        return task_id
 
     def _known(self, word: str) -> str | None:
         """The task that this request became before, if it is to be gone on with. `word`: what the user wrote to have it sent again."""
