@@ -1,6 +1,7 @@
 """How the remote node ends before its time: cancelled in any phase, or with a graph that fails elsewhere; and what runs beside it."""
 
 import asyncio
+import inspect
 import itertools
 import threading
 import time
@@ -51,13 +52,22 @@ def test_cancel_in_every_phase(comfy, server, quick, phase):
         assert server.count("delete") == 0
 
 
+async def until(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        await asyncio.sleep(0.01)
+
+
 async def run_beside(comfy, server, beside) -> object:
     """The node's coroutine beside another one, as in ComfyUI's loop."""
     cls = comfy.nodes["Magi1Remote"]
     inputs = remote(comfy, server)["remote"]["inputs"]
     hidden = [h for h in cls.GET_SCHEMA().hidden if h.name == "unique_id"]
     data = dict.fromkeys(hidden, "remote")
-    clone = cls.PREPARE_CLASS_CLONE({"hidden_inputs": data} if comfy.real else data)
+    clone = cls.PREPARE_CLASS_CLONE(
+        {"hidden_inputs": data} if "v3_data" in inspect.signature(cls.PREPARE_CLASS_CLONE).parameters else data
+    )
     task = asyncio.ensure_future(clone.execute(**inputs))
     await beside(task)
     return await task
@@ -81,8 +91,7 @@ def test_a_graph_that_ends_for_another_reason_leaves_the_task(comfy, server, qui
     server.statuses = ("processing",) * 1000
 
     async def beside(task) -> None:
-        while not server.count("poll"):
-            await asyncio.sleep(0.01)
+        await until(lambda: server.count("poll"))
         raise RuntimeError("another node has failed")
 
     began = time.monotonic()
@@ -108,8 +117,7 @@ def test_a_cancel_that_another_node_is_told_of_first(comfy, server, quick):
     comfy.events.seen = seen
 
     async def beside(task) -> None:
-        while not busy.is_set():
-            await asyncio.sleep(0.01)
+        await until(lambda: busy.is_set())
         comfy.management.interrupt_current_processing()
         await asyncio.sleep(0.05)  # a sampler's step
         try:
