@@ -153,7 +153,7 @@ def check_interrupt() -> None:
 def interrupt_watched() -> Iterator[Callable[[], bool]]:
     """For work in a thread: gives what tells whether the user has cancelled, also where a node beside it is told first.
 
-    ComfyUI takes a cancel for done once one node has been told of it. Most ask for it every few hundredths of a second at most; this asks more often.
+    ComfyUI takes a cancel for done once one node has been told of it. Hardly any node asks as often as this does.
     """
     found, over = threading.Event(), threading.Event()
 

@@ -120,7 +120,7 @@ class Api:
         said, code = words(answer)
         said, status = self.transport.hide(said), _status(reply, answer)
         if status in (404, 410):
-            raise GoneError(refusal(status, said, code=code))
+            raise GoneError(f"it answers {status}{f': {said}' if said else ''}")
         if 400 <= status < 500 and status not in _TOO_MUCH:
             raise RefusedError(refusal(status, said, code=code))
         if not 200 <= status < 300:

@@ -236,8 +236,11 @@ class _Run:
             except TemporaryError as error:
                 failures += 1
                 if failures > self._limits.retries or isinstance(error, GoneError):
+                    remedy = (
+                        "Check the base URL and the API version." if isinstance(error, GoneError) else "Run it again."
+                    )
                     raise RemoteError(
-                        f"The picture could not be uploaded: {error}. Nothing was submitted; run it again."
+                        f"The picture could not be uploaded: {error}. Nothing was submitted. {remedy}"
                     ) from None
                 pause(self._limits.before_retry(failures, error.wait), self._watch.alive)
 

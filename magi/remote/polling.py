@@ -93,7 +93,7 @@ def follow(api: Api, task_id: str, limits: Limits, watch: Watch, running: Callab
             task = look(api, task_id, limits, watch)
         except GoneError as error:
             raise GoneError(
-                f"The service does not know task {task_id}, or no longer: {error} Check the id and the account."
+                f"The service does not know task {task_id}, or no longer: {error}. Check the id and the account."
             ) from None
         except TemporaryError as error:
             raise RemoteError(f"The service could not be asked how the task stands: {error}. {kept}") from None
