@@ -28,6 +28,7 @@ from magi.media.video_writer import read_metadata
 from magi.model_files import ModelFiles
 from magi.text import prompt_encoding
 from magi.weights import tensor_shapes
+from tests.processes import INTERRUPTIBLE
 
 ROOT = Path(embedded.__file__).parent.parent
 PHOTO = ROOT / "magi" / "assets" / "cat.jpg"
@@ -317,8 +318,7 @@ def test_ctrl_c_keeps_the_finished_chunks(cache, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         encoding="utf-8",
-        # A shell that runs tests in the background may have switched the signal off.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **INTERRUPTIBLE,
     ) as process:
         partial = tmp_path / "long.partial.mp4"
         deadline = time.monotonic() + 60

@@ -15,6 +15,7 @@ from magi.media.video_reader import probe
 from magi.remote import client
 from magi.remote.download import fetch
 from magi.remote.fake_server import Answer, FakeServer
+from tests.processes import INTERRUPTIBLE
 from tests.remote_service import KEY, QUICK, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +54,7 @@ def process(server, tmp_path, *arguments: object, **options) -> subprocess.Popen
     command += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "clip.mp4"), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes, **options)
+    return subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes, **INTERRUPTIBLE, **options)
 
 
 def test_a_video(magi, server, tmp_path):
@@ -241,7 +242,7 @@ def test_the_fake_server_for_users(tmp_path, monkeypatch, capsys):
         assert f"--port {int(port) + 1}" in capsys.readouterr().err
     command = [sys.executable, "-m", "magi", "remote", "--fake-server", "--port", port]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    serving = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    serving = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **INTERRUPTIBLE)
     try:
         url = f"http://127.0.0.1:{port}"
         assert url in serving.stderr.readline()

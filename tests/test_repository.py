@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import INTERRUPTIBLE
+
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "magi").rglob("*.py"))
 NODES = sorted((ROOT / "nodes").rglob("*.py"))
@@ -234,6 +236,7 @@ def test_ctrl_c_leaves_the_command_time_to_finish_its_file(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        **INTERRUPTIBLE,
     )
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
