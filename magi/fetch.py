@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import MagiError
+from .worker import Worker
 
 # progress(phase, done): phase "download" or "verify", bytes of the file so far. Whatever it raises stops the work.
 Progress = Callable[[str, int], None]
@@ -50,7 +51,7 @@ def fetch(
     """Downloads `url` to `target`, by way of `target.part`, which is kept when anything stops the download and taken up next time.
 
     A lost connection is tried again, with a growing pause as long as no more bytes come. `progress` is called in the caller's thread,
-    about four times a second, however silent the network is.
+    about ten times a second, however silent the network is.
 
     Args:
         url: http(s) address.
@@ -85,7 +86,6 @@ class _Transfer:
 
     done: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
-    failure: BaseException | None = None
 
 
 def _silent(phase: str, done: int) -> None:
@@ -97,23 +97,15 @@ def _download(url: str, part: Path, size: int, progress: Progress) -> None:
     transfer = _Transfer()
 
     def work() -> None:
-        try:
-            with part.open("ab") as file:
-                _attempts(url, file, size, transfer)
-        except BaseException as error:  # raised again by the watching thread
-            transfer.failure = error
+        with part.open("ab") as file:
+            _attempts(url, file, size, transfer)
 
-    thread = threading.Thread(target=work, name="magi-download", daemon=True)
-    thread.start()
+    worker = Worker(work)
     try:
-        while thread.is_alive():
-            thread.join(0.25)
-            progress("download", transfer.done)
+        worker.result(lambda: progress("download", transfer.done))
     finally:
         transfer.stop.set()
-        thread.join(1.0)  # after this it writes nothing more, even where it still waits for the network
-    if transfer.failure:
-        raise transfer.failure
+        worker.wait(1.0)  # after this it writes nothing more, even where it still waits for the network
 
 
 def _attempts(url: str, file: BinaryIO, size: int, transfer: _Transfer) -> None:

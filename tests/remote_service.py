@@ -71,7 +71,7 @@ class Service:
     def threads(self) -> list[str]:
         """The client's threads that have not ended."""
         found = [t for t in threading.enumerate() if t not in self._others]
-        return [t.name for t in found if t.name.startswith("magi-remote")]
+        return [t.name for t in found if t.name.startswith(("magi-remote", "magi-worker"))]
 
     def client(self, version: str = "v2", key: str = KEY, limits: Limits = QUICK, timeouts=TIMEOUTS) -> Client:
         api = Api(BaseUrl(self.server.url), version, ApiKey(key), timeouts)

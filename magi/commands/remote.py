@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..errors import MagiError
 from ..media.image_reader import read_image
+from ..media.video_writer import check_name
 from ..remote.address import DEFAULT, BaseUrl
 from ..remote.api import VERSIONS, Api
 from ..remote.client import Client
@@ -83,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
         raise MagiError('No prompt is given. Say what to show: --prompt "A cat looks around".')
     refuse_key_in(key_file, args.prompt or "", args.base_url, args.resume_id, args.image or "")
     out = args.out.expanduser().absolute()
-    _check_name(out, args.overwrite)
+    check_name(out, args.overwrite)
     request = None if args.prompt is None else _request(args)
     base = BaseUrl(args.base_url)
     key = find_key(key_file, base, chosen_here=True)
@@ -128,17 +129,6 @@ def _request(args: argparse.Namespace) -> RemoteRequest:
         seed=None if args.seed == -1 else args.seed,
         safety_checker=not args.no_safety_checker,
     )
-
-
-def _check_name(out: Path, overwrite: bool) -> None:
-    if out.suffix.lower() != ".mp4":
-        raise MagiError(f"The output {str(out)!r} does not end in .mp4. Give a file name such as clip.mp4.")
-    if out.is_dir():
-        raise MagiError(f"The output {str(out)!r} is a folder. Give a file name in it.")
-    if out.exists() and not overwrite:
-        raise MagiError(
-            f"The output {str(out)!r} exists. Give another name, or allow it to be overwritten (--overwrite)."
-        )
 
 
 def _image(given: str | None) -> torch.Tensor | str | None:

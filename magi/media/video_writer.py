@@ -132,15 +132,9 @@ class VideoWriter:
         self.frames_written += len(frames)
 
     def _check_path(self) -> None:
-        path = str(self.path)
-        if self.path.suffix.lower() != ".mp4":
-            raise MagiError(f"The output {path!r} does not end in .mp4. Give a file name such as clip.mp4.")
         try:
+            check_name(self.path, self.overwrite)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.is_dir():
-                raise MagiError(f"The output {path!r} is a folder. Give a file name in it.")
-            if self.path.exists() and not self.overwrite:
-                raise MagiError(f"The output {path!r} exists. Give another name, or allow it to be overwritten.")
         except OSError as error:
             raise self._failed("be made", error) from error
 
@@ -207,6 +201,18 @@ class VideoWriter:
         return MagiError(
             f"The video {str(self.path)!r} cannot {what}: {reason}. "
             f"Make room in {str(self.path.parent)!r}, or choose a folder that can be written. {self._kept()}"
+        )
+
+
+def check_name(path: Path, overwrite: bool) -> None:
+    """Raises MagiError unless a video may be given the name `path`."""
+    if path.suffix.lower() != ".mp4":
+        raise MagiError(f"The output {str(path)!r} does not end in .mp4. Give a file name such as clip.mp4.")
+    if path.is_dir():
+        raise MagiError(f"The output {str(path)!r} is a folder. Give a file name in it.")
+    if path.exists() and not overwrite:
+        raise MagiError(
+            f"The output {str(path)!r} exists. Give another name, or allow it to be overwritten (--overwrite)."
         )
 
 

@@ -9,6 +9,7 @@ from threading import Event, Thread
 import torch
 
 from ..errors import MagiError
+from ..worker import Worker, pause
 from . import polling
 from .answers import TASKS_PAGE, Task
 from .api import Api, NotSentError, is_id
@@ -18,7 +19,6 @@ from .polling import Limits
 from .progress import Progress, Watch
 from .records import WORD, Entry, Records
 from .request import RemoteRequest, encode_image
-from .transport import Worker, pause
 
 _CONNECTS = 3  # tries to reach the service with a request
 _CANCEL_SECONDS = 1.5  # that a cancel waits for the service's answer

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import MagiError
 from ..media.video_decoder import VideoFile, open_clip
+from ..worker import Worker, pause
 from .address import shown
 from .api import Api
 from .errors import GoneError, RemoteError, TemporaryError
 from .polling import Limits, look
 from .progress import Watch
 from .request import RemoteRequest
-from .transport import Lost, Worker, pause, retry_after
+from .transport import Lost, retry_after
 
 if TYPE_CHECKING:
     import requests

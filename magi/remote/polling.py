@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..worker import Worker, pause
 from .answers import TASKS_PAGE, Task, failure
 from .api import Api
 from .errors import GoneError, RemoteError, TemporaryError
 from .progress import Watch
-from .transport import Worker, pause
 
 
 @dataclass(frozen=True)

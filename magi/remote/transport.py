@@ -1,16 +1,14 @@
 """HTTP: one request is sent once, to exactly the address that was given, and the key goes to its owner only."""
 
 import json
-import math
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from .address import BaseUrl, is_allowed, shown
@@ -20,9 +18,6 @@ from .key import ApiKey
 if TYPE_CHECKING:
     import requests
 
-T = TypeVar("T")
-
-_TICK = 0.1  # seconds between two looks at whether the user has cancelled
 _MOST_ANSWER = 1 << 20  # bytes of JSON
 _MOST_HOPS = 5
 _PASSWORD = re.compile(r"//[^/\s]*@")  # of a proxy, in its address
@@ -31,52 +26,6 @@ _LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
 
 class Lost(Exception):  # noqa: N818 (whether it is an error is for the caller to say)
     """No answer came, or not all of it; the text says why."""
-
-
-class Worker(Generic[T]):
-    """Work in a thread of its own, as nobody can interrupt a wait for the network: it is left behind instead."""
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._made: list[T] = []
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="magi-remote", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._made.append(self._work())
-        except BaseException as error:  # raised again by the thread that waits
-            self._failure = error
-
-    def result(self, alive: Callable[[], None], most: float = math.inf) -> T:
-        """What the work returns or raises. `alive` is called ten times a second; what it raises leaves the work behind.
-
-        Raises:
-            TimeoutError: it takes more than `most` seconds, and is left behind.
-        """
-        end = time.monotonic() + most
-        while self._thread.is_alive():
-            self._thread.join(_TICK)
-            alive()
-            if time.monotonic() > end and self._thread.is_alive():
-                raise TimeoutError
-        return self.outcome()
-
-    def outcome(self) -> T:
-        """Waits, however long it takes."""
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        return self._made[0]
-
-
-def pause(seconds: float, alive: Callable[[], None]) -> None:
-    """Waits; `alive` is called ten times a second and may raise."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        time.sleep(min(_TICK, left))
-        alive()
 
 
 class SentOnce(BytesIO):
