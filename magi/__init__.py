@@ -6,23 +6,23 @@ Importing this package costs nothing: each public name is loaded from its module
 from importlib import import_module
 
 _EXPORTS = {
-    "Caption": "prompt",
+    "Caption": "sampling.captions",
     "EmbeddingCache": "text.embedding_cache",
     "MagiConfig": "config",
     "MagiError": "errors",
-    "MagiPipeline": "pipeline",
-    "MemoryOptions": "placement",
-    "SamplerState": "sampler_state",
-    "SpecialTokens": "special_tokens",
-    "TextEncoder": "text.text_encoder",
-    "Tiling": "tiling",
-    "clean_caption": "text.caption",
-    "encode_prompts": "text.prompt_encoding",
-    "fp8_linear": "quant",
-    "generate_latents": "generate",
-    "load_transformer": "load",
-    "load_vae": "vae",
-    "make_sampler": "generate",
+    "MagiPipeline": "pipeline.pipeline",
+    "MemoryOptions": "planning.placement",
+    "SamplerState": "sampling.state",
+    "SpecialTokens": "sampling.special_tokens",
+    "TextEncoder": "text.encoder",
+    "Tiling": "vae.tiling",
+    "clean_caption": "text.clean",
+    "encode_prompts": "text.encode",
+    "fp8_linear": "transformer.float8",
+    "generate_latents": "sampling.prepare",
+    "load_transformer": "model_files.load",
+    "load_vae": "vae.video_vae",
+    "make_sampler": "sampling.prepare",
 }
 
 __all__ = sorted(_EXPORTS)

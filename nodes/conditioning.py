@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from . import clips, host, schema
-from .native_vae import magi_vae
-from .progress import Progress
+from .comfyui import host, media, schema
+from .comfyui.progress import Progress
+from .comfyui.vae import magi_vae
 
 _SIZES = ["720p", "540p", "480p", "360p", "256p"]
 _OWN = "from image"
@@ -103,7 +103,7 @@ class Magi1ImageToVideo(_Sized):
         """Encodes it."""
         from ..magi.media.frames import fit as fit_frames
 
-        frames = clips.frames_of(image[:1])
+        frames = media.frames_of(image[:1])
         target = _choose(size, width, height, frames.shape[2] / frames.shape[1], own=frames.shape[1:3])
         progress = Progress(cls.hidden.unique_id, load=0.3, encode=0.7)
         return io.NodeOutput(_encoded(vae, fit_frames(frames, *target, fit), progress))
@@ -174,16 +174,16 @@ class Magi1VideoToVideo(_Sized):
         from ..magi.errors import MagiError
 
         if isinstance(video, dict):
-            return io.NodeOutput(clips.latent_tail(video, continue_seconds))
+            return io.NodeOutput(media.latent_tail(video, continue_seconds))
         if vae is None:
             raise MagiError("A video has to be encoded. Connect a MAGI-1 VAE Loader to vae.")
-        source = clips.Clip.of(video, fps)
+        source = media.Clip.of(video, fps)
         target = _choose(size, width, height, source.width / source.height, own=(source.height, source.width))
         progress = Progress(cls.hidden.unique_id, read=0.2, load=0.2, encode=0.6)
         frames = source.read(*target, fit, continue_seconds, lambda *_: progress.at("read", 0))
-        if len(frames) < clips.LEAST:
+        if len(frames) < media.LEAST:
             raise MagiError(
-                f"The clip has {len(frames)} frames at 24 a second; {clips.LEAST} are needed to see a movement. "
+                f"The clip has {len(frames)} frames at 24 a second; {media.LEAST} are needed to see a movement. "
                 "For a single picture use MAGI-1 Image to Video."
             )
         # Whole latents that end where the clip ends: frames too many are dropped at the beginning.
@@ -192,7 +192,7 @@ class Magi1VideoToVideo(_Sized):
 
 def _encoded(vae: Any, frames: torch.Tensor, progress: Progress) -> dict[str, torch.Tensor]:
     from ..magi.media.frames import to_model
-    from ..magi.tiling import Tiling
+    from ..magi.vae.tiling import Tiling
 
     report = progress.phase("encode", f"encoding {frames.shape[2]}x{frames.shape[1]}")
     with host.device_work("encoding", "Close what else uses it, or encode with ComfyUI's own VAE Encode (Tiled)."):

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from comfy_api.latest import InputImpl, Types, io
 
-from . import clips, host, schema
-from .native_vae import magi_vae
-from .progress import Clock, Progress
+from .comfyui import host, media, schema
+from .comfyui.progress import Clock, Progress
+from .comfyui.vae import magi_vae
 
 
 class Magi1VAEDecode(io.ComfyNode):
@@ -63,7 +63,7 @@ class Magi1VAEDecode(io.ComfyNode):
     def validate_inputs(cls, tile_size: int | None = None, tile_frames: int | None = None) -> bool | str:
         """Refuses tiles that cannot be."""
         from ..magi.errors import MagiError
-        from ..magi.tiling import Tiling
+        from ..magi.vae.tiling import Tiling
 
         try:
             Tiling(tile_frames or 12, tile_size or 256)
@@ -76,16 +76,16 @@ class Magi1VAEDecode(io.ComfyNode):
         cls, samples: dict[str, Any], vae: Any, before: Any = None, tile_size: int = 256, tile_frames: int = 12
     ) -> io.NodeOutput:
         """Decodes into one tensor, with the clip before it where there is one."""
-        from ..magi.tiling import Tiling
-        from .native_vae import decoded
+        from ..magi.vae.tiling import Tiling
+        from .comfyui.vae import decoded
 
-        latents, tiling = clips.check_latent(samples), Tiling(tile_frames, tile_size)
+        latents, tiling = media.check_latent(samples), Tiling(tile_frames, tile_size)
         chosen = None if tiling == Tiling() else tiling  # the published one gives way where memory is short
         made, height, width = 4 * latents.shape[2], 8 * latents.shape[3], 8 * latents.shape[4]
         progress, clock = Progress(cls.hidden.unique_id, read=0.05, load=0.1, decode=0.85), Clock()
         clip = None
         if before is not None:
-            clip = clips.Clip.of(before).read(height, width, "crop", progress=lambda *_: progress.at("read", 0))
+            clip = media.Clip.of(before).read(height, width, "crop", progress=lambda *_: progress.at("read", 0))
         first = 0 if clip is None else len(clip)
         frames = _room_for(first + made, height, width)
         if clip is not None:
@@ -105,14 +105,14 @@ class Magi1VAEDecode(io.ComfyNode):
                 frames[at : at + len(part)] = part
                 at += len(part)
                 progress.at("decode", (at - first) / made, part[-1].mul(255).round().to(torch.uint8).cpu())
-        progress.say(f"{len(frames)} frames, {len(frames) / clips.FPS:g} s, {width}x{height}", at_once=True)
-        components = Types.VideoComponents(images=frames, frame_rate=Fraction(clips.FPS))
+        progress.say(f"{len(frames)} frames, {len(frames) / media.FPS:g} s, {width}x{height}", at_once=True)
+        components = Types.VideoComponents(images=frames, frame_rate=Fraction(media.FPS))
         return io.NodeOutput(frames, InputImpl.VideoFromComponents(components))
 
 
 def _room_for(count: int, height: int, width: int) -> torch.Tensor:
     """An empty IMAGE batch."""
-    clips.check_room(
+    media.check_room(
         count,
         height,
         width,

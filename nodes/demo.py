@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from . import clips, schema
+from .comfyui import media, schema
 
 
 class Magi1DemoImage(io.ComfyNode):
@@ -23,7 +23,7 @@ class Magi1DemoImage(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         """Reads it."""
-        from ..magi.embedded import DEMO_IMAGE
-        from ..magi.media.image_reader import read_image
+        from ..magi.media.image import read_image
+        from ..magi.model_files.embedded import DEMO_IMAGE
 
-        return io.NodeOutput(clips.images_of(read_image(DEMO_IMAGE)))
+        return io.NodeOutput(media.images_of(read_image(DEMO_IMAGE)))

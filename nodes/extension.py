@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import host
+from .comfyui import host
 from .conditioning import Magi1ImageToVideo, Magi1TextToVideo, Magi1VideoToVideo
 from .decode import Magi1VAEDecode
 from .demo import Magi1DemoImage

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from . import files, host, schema
+from .comfyui import host, menus, schema
 
 _PRECISION = {"auto": "auto", "bf16": "bf16", "fp32": "fp32", "fp8 storage": "fp8"}
 _VARIANT = {"auto": None, "base": False, "distilled": True}
@@ -28,7 +28,7 @@ class Magi1ModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=files.model_menu(),
+                    options=menus.model_menu(),
                     tooltip=(
                         "Released models belong in models/magi1/ckpt/magi; other files may lie in models/magi1 or "
                         "models/diffusion_models. The embedded one needs no download and only shows that everything works."
@@ -72,25 +72,25 @@ class Magi1ModelLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model: str | None = None, **others: Any) -> Any:
         """A file that was replaced is another one."""
-        return _fingerprint(files.find_model, model)
+        return _fingerprint(menus.find_model, model)
 
     @classmethod
     def execute(
         cls, model: str, precision: str, variant: str, attention: str = "auto", memory: Any = None
     ) -> io.NodeOutput:
         """Reads headers."""
-        from ..magi.model_files import check_transformer
-        from ..magi.placement import MemoryOptions
-        from ..magi.special_tokens import SpecialTokens
-        from .managed import Managed
-        from .models import MagiTransformer, Model
+        from ..magi.model_files.load import check_transformer
+        from ..magi.planning.placement import MemoryOptions
+        from ..magi.sampling.special_tokens import SpecialTokens
+        from .comfyui.memory import Managed
+        from .comfyui.models import MagiTransformer, Model
 
-        path, kept = files.find_model(model), _PRECISION[precision]
+        path, kept = menus.find_model(model), _PRECISION[precision]
         config = check_transformer(
             path, distilled=_VARIANT[variant], device=host.device(), precision=kept, attention=attention
         )
         held = MagiTransformer(path, config, kept, attention, memory or MemoryOptions())
-        tokens = SpecialTokens.load(files.find_special_tokens(path))
+        tokens = SpecialTokens.load(menus.find_special_tokens(path))
         return io.NodeOutput(Model(model, config, tokens, Managed(held)))
 
 
@@ -139,7 +139,7 @@ class Magi1MemoryOptions(io.ComfyNode):
     @classmethod
     def execute(cls, budget_gb: float, streaming: str, pinned_memory: str, cache: str) -> io.NodeOutput:
         """Hands them on."""
-        from ..magi.placement import MemoryOptions
+        from ..magi.planning.placement import MemoryOptions
 
         budget = round(budget_gb * 1e9) or None
         return io.NodeOutput(MemoryOptions(budget, _SWITCH[streaming], _SWITCH[pinned_memory], cache))
@@ -159,7 +159,7 @@ class Magi1VAELoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae",
-                    options=files.vae_menu(),
+                    options=menus.vae_menu(),
                     tooltip="The official one belongs in models/magi1/ckpt/vae. The embedded one goes with the embedded model only.",
                 ),
                 schema.advanced(
@@ -182,18 +182,18 @@ class Magi1VAELoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, vae: str | None = None, **others: Any) -> Any:
         """A file that was replaced is another one."""
-        return _fingerprint(files.find_vae, vae)
+        return _fingerprint(menus.find_vae, vae)
 
     @classmethod
     def execute(cls, vae: str, precision: str = "auto") -> io.NodeOutput:
         """Reads the header."""
         import torch
 
-        from .native_vae import manage_vae
+        from .comfyui.vae import manage_vae
 
-        auto = torch.float32 if vae == files.EMBEDDED else torch.bfloat16
+        auto = torch.float32 if vae == menus.EMBEDDED else torch.bfloat16
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        return io.NodeOutput(manage_vae(files.find_vae(vae), dtypes.get(precision, auto)))
+        return io.NodeOutput(manage_vae(menus.find_vae(vae), dtypes.get(precision, auto)))
 
 
 class Magi1TextEncoderLoader(io.ComfyNode):
@@ -213,7 +213,7 @@ class Magi1TextEncoderLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "encoder",
-                    options=files.encoder_menu(),
+                    options=menus.encoder_menu(),
                     tooltip="The official one belongs in models/magi1/ckpt/t5/t5-v1_1-xxl, single t5xxl files in models/text_encoders.",
                 ),
                 io.Combo.Input(
@@ -242,7 +242,7 @@ class Magi1TextEncoderLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, encoder: str | None = None, **others: Any) -> Any:
         """A file that was replaced is another one."""
-        return _fingerprint(lambda name: files.find_encoder(name)[0], encoder)
+        return _fingerprint(lambda name: menus.find_encoder(name)[0], encoder)
 
     @classmethod
     def execute(cls, encoder: str, device: str, precision: str = "fp32") -> io.NodeOutput:
@@ -250,9 +250,9 @@ class Magi1TextEncoderLoader(io.ComfyNode):
         import torch
 
         from ..magi.text.t5_checkpoint import find_t5_files
-        from .models import Encoder
+        from .comfyui.models import Encoder
 
-        path, tokenizer = files.find_encoder(encoder)
+        path, tokenizer = menus.find_encoder(encoder)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         where = host.device() if device == "gpu" else torch.device("cpu")
         nbytes = sum(file.stat().st_size for file in find_t5_files(path))
@@ -272,26 +272,26 @@ def _problem(check: Callable[[str], None], name: str | None) -> bool | str:
 
 
 def _check_model(name: str) -> None:
-    from ..magi.model_files import check_transformer
-    from ..magi.recognise import recognise
+    from ..magi.model_files.identify import recognise
+    from ..magi.model_files.load import check_transformer
 
-    path = files.find_model(name)
+    path = menus.find_model(name)
     # Where the file does not tell base from distilled, the other input does, which is looked at when the node runs.
     check_transformer(path, distilled=False if recognise(path).distilled is None else None)
-    files.find_special_tokens(path)
+    menus.find_special_tokens(path)
 
 
 def _check_vae(name: str) -> None:
-    from ..magi.vae import load_vae
+    from ..magi.vae.video_vae import load_vae
 
-    load_vae(files.find_vae(name), "meta")
+    load_vae(menus.find_vae(name), "meta")
 
 
 def _check_encoder(name: str) -> None:
     from ..magi.text.t5_checkpoint import read_t5
     from ..magi.text.t5_tokenizer import find_tokenizer
 
-    path, tokenizer = files.find_encoder(name)
+    path, tokenizer = menus.find_encoder(name)
     read_t5(path)
     find_tokenizer(path, tokenizer)
 
@@ -301,7 +301,7 @@ def _fingerprint(find: Callable[[str], Path], name: str | None) -> list[tuple[st
     from ..magi.errors import MagiError
 
     try:
-        path = find(name or files.EMBEDDED)
+        path = find(name or menus.EMBEDDED)
     except MagiError:
         return []
     found = sorted(path.glob("*")) if path.is_dir() else [path]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy_api.latest import InputImpl, io
 
-from . import clips, host, schema
-from .background import in_thread
-from .progress import Progress
+from .comfyui import host, media, schema
+from .comfyui.progress import Progress
+from .comfyui.threads import in_thread
 
 if TYPE_CHECKING:
     from ..magi.remote.api import Api
@@ -158,7 +158,7 @@ class Magi1Remote(io.ComfyNode):
 
         request = RemoteRequest(
             prompt,
-            None if image is None else clips.frames_of(image[:1])[0],
+            None if image is None else media.frames_of(image[:1])[0],
             frames,
             fps,
             resolution,
@@ -166,7 +166,7 @@ class Magi1Remote(io.ComfyNode):
             None if seed == -1 else seed,
             safety_checker,
         )
-        clips.check_room(frames, *_LARGEST[resolution], "Ask for fewer frames, or 480p.")
+        media.check_room(frames, *_LARGEST[resolution], "Ask for fewer frames, or 480p.")
         client = Client(_api(base_url, api_version, prompt, resume_id), host.cache_folder() / "remote", _say)
         progress = Progress(cls.hidden.unique_id, make=0.95, frames=0.05)
         images: list[torch.Tensor] = []
@@ -221,8 +221,8 @@ def _frames(path: Path, facts: "Facts", progress: Callable[[float], None]) -> to
     from ..magi.media.video_reader import read_video
 
     remedy = f"The video itself is {str(path)!r}. Make room, and run it again: nothing is billed for that."
-    clips.check_room(facts.frames, facts.height, facts.width, remedy)
-    return clips.images_of(read_video(path, facts.fps, progress=lambda done, _: progress(done / facts.frames)))
+    media.check_room(facts.frames, facts.height, facts.width, remedy)
+    return media.images_of(read_video(path, facts.fps, progress=lambda done, _: progress(done / facts.frames)))
 
 
 def _say(sentence: str) -> None:

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy_api.latest import io
 
-from . import clips, host, runs, schema
-from .native_vae import magi_vae, working_memory
-from .progress import Clock, Progress
+from .comfyui import host, media, runs, schema
+from .comfyui.progress import Clock, Progress
+from .comfyui.vae import magi_vae, working_memory
 from .text import captions_of
 
 if TYPE_CHECKING:
     from ..magi.config import MagiConfig
-    from ..magi.generate import Run
-    from ..magi.request import Length
-    from ..magi.sampler_state import Chunk, ProgressEvent
-    from ..magi.saved.run_store import RunStore, Saved
-    from ..magi.vae import VideoVAE
-    from .models import Model
+    from ..magi.pipeline.request import Length
+    from ..magi.runs.store import RunStore, Saved
+    from ..magi.sampling.prepare import Run
+    from ..magi.sampling.state import Chunk, ProgressEvent
+    from ..magi.vae.video_vae import VideoVAE
+    from .comfyui.models import Model
 
 _PREVIEW_SECONDS = 1.0  # between two rough previews
 _FROM_MODEL = "0: the model's own"
@@ -143,8 +143,8 @@ class Magi1Sampler(io.ComfyNode):
         resume: bool = True,
     ) -> io.NodeOutput:
         """Checks everything, loads the transformer and runs."""
-        from ..magi.generate import prepare
-        from ..magi.request import plan_length
+        from ..magi.pipeline.request import plan_length
+        from ..magi.sampling.prepare import prepare
 
         config = model.config.with_guidance(guidance or None, previous_guidance or None)
         config = config.with_runtime(num_steps=steps or None, window_size=window or None)
@@ -195,8 +195,8 @@ def _chunks(
     loaded: Any, config: "MagiConfig", store: "RunStore | None", view: "_View", **settings: Any
 ) -> "Iterator[Chunk]":
     """The chunks, first those that the store has. The sampler goes with this, and with it its keys on the device."""
-    from ..magi.generate import make_sampler
-    from ..magi.saved.run_keeper import Keeper
+    from ..magi.runs.autosave import Keeper
+    from ..magi.sampling.prepare import make_sampler
 
     if store is None:
         return iter(
@@ -223,14 +223,14 @@ def _start(start: dict[str, Any] | None, config: "MagiConfig") -> tuple[torch.Te
     """Given latents, if any, and the config with the size of the video."""
     if start is None:
         return None, config
-    samples = clips.check_latent(start)
+    samples = media.check_latent(start)
     config = config.with_runtime(video_size_h=8 * samples.shape[3], video_size_w=8 * samples.shape[4])
     return (samples if samples.any() else None), config
 
 
 def _load(model: "Model", vae: Any, working: int, view: "_View") -> tuple[Any, "VideoVAE | None"]:
     """The transformer, and the VAE for previews where both fit without a change of what goes where."""
-    from ..magi.tiling import Tiling
+    from ..magi.vae.tiling import Tiling
 
     if vae is not None:
         patcher = magi_vae(vae).patcher
@@ -260,7 +260,7 @@ class _View:
 
     def use(self, decoder: "VideoVAE | None") -> None:
         """Makes ready for previews."""
-        from ..magi.preview import RoughDecoder
+        from ..magi.vae.preview import RoughDecoder
 
         self._decoder, self._rough = decoder, RoughDecoder(decoder)
         self._progress.at("load", 1)

@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from . import host, schema
-from .progress import Progress
+from .comfyui import host, schema
+from .comfyui.progress import Progress
 
 if TYPE_CHECKING:
     import torch
 
-    from ..magi.prompt import Caption
-    from .models import Encoder
+    from ..magi.sampling.captions import Caption
+    from .comfyui.models import Encoder
 
 _ONE, _LINES = "one prompt", "one line a second"
 _MOTION = {"any": (), "static": ("static",), "dynamic": ("dynamic",)}
@@ -91,7 +91,7 @@ class Magi1TextEncode(io.ComfyNode):
         clean_prompt: bool = True,
     ) -> io.NodeOutput:
         """Encodes."""
-        from .models import Encoder
+        from .comfyui.models import Encoder
 
         texts = [line for line in prompt.splitlines() if line.strip()] if schedule == _LINES else []
         texts = texts or [prompt]
@@ -99,7 +99,7 @@ class Magi1TextEncode(io.ComfyNode):
         if isinstance(encoder, Encoder):
             embeds = _encode(encoder, texts, clean_prompt, progress)
         else:
-            from .native_clip import encode_with_clip
+            from .comfyui.clip import encode_with_clip
 
             embeds = encode_with_clip(encoder, texts, clean_prompt, progress)
         progress.at("encode", 1)
@@ -112,7 +112,7 @@ class Magi1TextEncode(io.ComfyNode):
 
 def _encode(encoder: "Encoder", texts: list[str], clean: bool, progress: Progress) -> list["torch.Tensor"]:
     from ..magi.text.embedding_cache import EmbeddingCache
-    from ..magi.text.prompt_encoding import encode_prompts
+    from ..magi.text.encode import encode_prompts
     from ..magi.text.t5_checkpoint import read_t5
 
     loading = True
@@ -150,7 +150,7 @@ def captions_of(text: list[Any]) -> tuple[list["Caption"], tuple[str, ...], bool
 
     Conditionings of native nodes serve too: padding that their mask leaves out is cut off.
     """
-    from ..magi.prompt import Caption
+    from ..magi.sampling.captions import Caption
 
     captions = []
     for embeds, options in text:

@@ -10,19 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from magi.checkpoint.mapped_file import TensorInfo
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
-from magi.embedded import embedded_files
-from magi.load import build_transformer
-from magi.mapped_file import TensorInfo
-from magi.model import Transformer
-from magi.prompt import Caption
+from magi.model_files.embedded import embedded_files
+from magi.model_files.load import build_transformer
 from magi.remote.fake_server import FakeServer
-from magi.special_tokens import SpecialTokens
-from magi.weights import tensor_shapes
-from tests.comfy_host import Comfy, open_comfy
-from tests.remote_service import KEY, Service
-
-ROOT = Path(__file__).resolve().parent.parent
+from magi.sampling.captions import Caption
+from magi.sampling.special_tokens import SpecialTokens
+from magi.transformer.model import Transformer
+from magi.transformer.weights import tensor_shapes
+from tests.support.comfy_host import Comfy, open_comfy
+from tests.support.paths import GOLDEN, ROOT
+from tests.support.remote_service import KEY, Service
 
 # Two tokens to a chunk's side, so that a forward takes milliseconds; every size differs from every other.
 TINY = ModelConfig(
@@ -67,7 +66,7 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of recorded outputs of the public implementation."""
-    return Path(__file__).parent / "golden"
+    return GOLDEN
 
 
 @contextmanager
@@ -235,7 +234,10 @@ def quick(comfy, monkeypatch) -> None:
 def reads(comfy, monkeypatch) -> list[str]:
     """What is read from disk, in order: "transformer", "vae"."""
     found: list[str] = []
-    for module, function, name in (("magi.load", "load_transformer", "transformer"), ("magi.vae", "load_vae", "vae")):
+    for module, function, name in (
+        ("magi.model_files.load", "load_transformer", "transformer"),
+        ("magi.vae.video_vae", "load_vae", "vae"),
+    ):
         load = getattr(comfy.module(module), function)
 
         def counted(path, *args, load=load, name=name, **options):

@@ -2,15 +2,15 @@ import dataclasses
 import json
 import re
 import warnings
-from pathlib import Path
 
 import pytest
 
 from magi.config import PRESETS, EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi.errors import MagiError
-from magi.guidance import guidance_weights
+from magi.sampling.guidance import guidance_weights
+from tests.support.paths import GOLDEN
 
-CASES = json.loads((Path(__file__).parent / "golden" / "manifest.json").read_text(encoding="utf-8"))["cases"]
+CASES = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"]
 OFFICIAL = CASES[0]["config"]
 
 # Reference section 1: layers, hidden, ffn, heads, SwiGLU, latents duplicated, rescale, passes, steps

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.paths import ROOT
+
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 REPOSITORY = "magi1-local/magi1-local"
 DEVELOPMENT = {"tests", "docs", "run.py", "requirements-dev.txt", ".ci", ".gitignore", ".gitattributes", ".comfyignore"}
@@ -152,7 +153,7 @@ def test_the_package_runs_without_the_repository_around_it(package, tmp_path):
     found = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), package, tmp_path],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests" / "comfy_stand_in")},
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests" / "support" / "comfy_stand_in")},
         capture_output=True,
         text=True,
     )

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import INTERRUPTIBLE
+from tests.support.paths import ROOT
+from tests.support.processes import INTERRUPTIBLE
 
-ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "magi").rglob("*.py"))
 NODES = sorted((ROOT / "nodes").rglob("*.py"))
 COMFYUI = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution", "nodes"}

@@ -1,1 +1,1 @@
-"""Pictures and videos in and out."""
+"""Pixels from and to files."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import MagiError
 from .frames import fit, over_white
-from .image_reader import check_file, is_animation, open_image, to_rgb
+from .image import check_file, is_animation, open_image, to_rgb
 
 # The YUV matrices by their number in the bit stream.
 _MATRICES = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020"}

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import MagiError
 from .frames import check_mode, fit
-from .image_reader import check_file, is_animation, open_image, read_image, to_rgb
+from .image import check_file, is_animation, open_image, read_image, to_rgb
 from .video_decoder import Animation, TimedFrame, VideoFile, open_clip
 
 __all__ = ["MediaInfo", "probe", "read_image", "read_video", "resample"]

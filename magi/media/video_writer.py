@@ -17,8 +17,8 @@ import torch
 
 from ..errors import MagiError
 from .frames import check_size
+from .mp4_fragments import boxes, find_encoder, tag_flags
 from .video_decoder import open_container
-from .video_encoder import boxes, find_encoder, tag_flags
 
 # Longer writes are cut into pieces of this many frames: it bounds memory, and the work that a crash can cost.
 _PIECE = 48
@@ -224,7 +224,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """
     import av
 
-    from .image_reader import check_file
+    from .image import check_file
 
     path = check_file(path)
     try:

@@ -9,7 +9,7 @@ from threading import Event, Thread
 import torch
 
 from ..errors import MagiError
-from ..worker import Worker, pause
+from ..system.threads import Worker, pause
 from . import polling
 from .answers import TASKS_PAGE, Task
 from .api import Api, NotSentError, is_id

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import MagiError
 from ..media.video_decoder import VideoFile, open_clip
-from ..worker import Worker, pause
+from ..system.threads import Worker, pause
 from .address import shown
 from .api import Api
 from .errors import GoneError, RemoteError, TemporaryError

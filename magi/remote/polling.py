@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..worker import Worker, pause
+from ..system.threads import Worker, pause
 from .answers import TASKS_PAGE, Task, failure
 from .api import Api
 from .errors import GoneError, RemoteError, TemporaryError

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import MagiError
-from ..saved.run_files import write_whole
+from ..system.whole_files import write_whole
 
 WORD = "new-"  # begins what a user writes to have a request sent again
 KEPT_SECONDS = 7 * 24 * 3600.0  # as long as the service keeps videos

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import MagiError
-from ..saved.run_files import tensor_digest
+from ..system.whole_files import tensor_digest
 from .address import is_allowed, shown
 
 MODEL = "wavespeed-ai/magi-1-24b"

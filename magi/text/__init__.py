@@ -1,1 +1,1 @@
-"""From prompts to text embeddings."""
+"""From prompts to embeddings."""

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import Checkpoint, find_weight_files
+from ..checkpoint.mapped_file import compare_shapes, first_few
+from ..checkpoint.reader import Checkpoint, find_weight_files
 from ..errors import MagiError
-from ..mapped_file import compare_shapes, first_few
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _EMBEDDING = "shared.weight"

@@ -1,0 +1,50 @@
+"""The command line: `python -m magi COMMAND ...`."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from ..errors import MagiError
+
+# Command -> (module, one line of help). Modules are imported when their command is used.
+COMMANDS = {
+    "generate": ("generate", "make a video from a prompt, a picture or a video"),
+    "demo": ("demo", "make demo.mp4 with the small embedded model: nothing to download"),
+    "inspect": ("inspect", "say what a weight file is and what it needs"),
+    "bench": ("bench", "measure a model's speed and memory on this machine, with random weights"),
+    "synth": ("synth", "write a checkpoint of random weights with a released model's layout"),
+    "plan": ("plan", "say what of a run would lie where, what it takes and what it costs; nothing is loaded"),
+    "remote": ("remote", "have the 24B model make the video at WaveSpeedAI, for money"),
+    "download": ("download", "fetch the official files"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0 done, 1 an error the user can mend, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m magi", description="MAGI-1 video generation on one's own machine.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == next((a for a in arguments if not a.startswith("-")), None):
+            import_module(f".{module}", __package__).add_arguments(command)
+    args = parser.parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return int(import_module(f".{COMMANDS[args.command][0]}", __package__).main(args))
+    except MagiError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """Ours are for the user, and say all that is to say."""
+    if category is UserWarning:
+        print(f"note: {message}", file=sys.stderr)

@@ -1,0 +1,71 @@
+"""`python -m magi synth`: a checkpoint of random weights, of the size and layout of a released one."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..checkpoint.writer import write_checkpoint
+from ..config import PRESETS, MagiConfig
+from ..errors import MagiError
+from ..transformer.random_weights import RandomTensors
+from .arguments import parse_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `synth` understands."""
+    parser.epilog = (
+        "The file is read, placed and computed with exactly as the real one is; only what comes out is noise. "
+        "For trying out memory and speed before a download."
+    )
+    parser.add_argument("--preset", choices=PRESETS, required=True, help="the model to be like")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="PATH", help="a file that ends in .safetensors, or a folder"
+    )
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--seed", type=int, default=0, help="another number, other weights (default: %(default)s)")
+    parser.add_argument(
+        "--shard-size", metavar="SIZE", help="cut the folder's weights into files of this size, e.g. 5GB"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `synth`."""
+    config = _config(args.preset, args.layers)
+    if not -(2**63) <= args.seed < 2**64:
+        raise MagiError(f"The seed {args.seed} does not fit into 64 bits. Choose a smaller number.")
+    started = time.monotonic()
+    with tqdm(desc="writing", unit="B", unit_scale=True, leave=False) as bar:
+
+        def written(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        files = write_checkpoint(
+            RandomTensors(config.model, config.engine.fp8_quant, seed=args.seed),
+            args.out,
+            # "model" is where a file says what it is: see `recognise`.
+            metadata={"format": "pt", "model": args.preset, "weights": f"random, seed {args.seed}"},
+            beside={"config.json": json.dumps(config.to_dict(), indent=2).encode()},
+            shard_bytes=None if args.shard_size is None else parse_bytes(args.shard_size),
+            overwrite=args.overwrite,
+            progress=written,
+        )
+    size, seconds = sum(file.stat().st_size for file in files), time.monotonic() - started
+    many = f" in {len(files)} files" if len(files) > 1 else ""
+    print(f"wrote {args.out}: {size / 1e9:.2f} GB{many}, random weights ({seconds:.0f} s)", file=sys.stderr)
+    return 0
+
+
+def _config(preset: str, layers: int | None) -> MagiConfig:
+    config = PRESETS[preset]
+    if layers is None:
+        return config
+    least = 3 if config.engine.fp8_quant else 1  # the first and the last layer are never float8
+    if not least <= layers <= config.model.num_layers:
+        raise MagiError(f"{preset} cannot have {layers} layers. Choose {least} to {config.model.num_layers}.")
+    return config.with_layers(layers)

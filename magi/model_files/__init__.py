@@ -1,0 +1,1 @@
+"""Released files: which they are, where they lie, loading and downloading them."""

@@ -1,0 +1,183 @@
+"""One file from the web to disk: resumed where it stopped, checked, and given its name only when it is whole."""
+
+import errno
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import MagiError
+from ..system.threads import Worker
+
+# progress(phase, done): phase "download" or "verify", bytes of the file so far. Whatever it raises stops the work.
+Progress = Callable[[str, int], None]
+
+BLOCK = 1 << 18  # bytes between two looks at whether to stop
+TIMEOUTS = (15.0, 30.0)  # seconds to connect, and of silence
+WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new attempt; from the first again once bytes have come
+
+
+def part_of(target: Path) -> Path:
+    """Where the unfinished download of `target` is kept."""
+    return target.with_name(target.name + ".part")
+
+
+def file_sha256(path: Path, progress: Progress | None = None) -> str:
+    """The sha256 of a file's bytes in hexadecimal, read in blocks.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    digest, done = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(4 * BLOCK):
+            digest.update(block)
+            done += len(block)
+            if progress:
+                progress("verify", done)
+    return digest.hexdigest()
+
+
+def fetch(
+    url: str,
+    target: Path,
+    *,
+    size: int,
+    sha256: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Downloads `url` to `target`, by way of `target.part`, which is kept when anything stops the download and taken up next time.
+
+    A lost connection is tried again, with a growing pause as long as no more bytes come. `progress` is called in the caller's thread,
+    about ten times a second, however silent the network is.
+
+    Args:
+        url: http(s) address.
+        target: the finished file; its folder is made; an older file of that name is replaced.
+        size: its length in bytes.
+        sha256: in hexadecimal, None where it is not known; a file that differs is deleted.
+        progress: see `Progress`.
+
+    Raises:
+        MagiError: the server refuses or is out of reach, the disk is full or not writable, or size or sha256 differ.
+    """
+    part = part_of(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _download(url, part, size, progress or _silent)
+        if sha256 and (found := file_sha256(part, progress)) != sha256:
+            part.unlink()
+            raise MagiError(
+                f"The download of {target.name} is damaged (sha256 {found} instead of {sha256}) and was deleted. Run this again; "
+                "if it happens twice, a proxy or mirror on the way changes files: use another one."
+            )
+        part.replace(target)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "The disk is full: free some space" if full else "Choose a folder that can be written"
+        raise MagiError(f"{str(target)!r} cannot be written ({error}). {remedy}, then run this again.") from error
+
+
+@dataclass
+class _Transfer:
+    """What the downloading thread and the watching one tell each other."""
+
+    done: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def _silent(phase: str, done: int) -> None:
+    pass
+
+
+def _download(url: str, part: Path, size: int, progress: Progress) -> None:
+    """Fills `part` in a thread of its own, since a read from a silent network can be neither interrupted nor reported on."""
+    transfer = _Transfer()
+
+    def work() -> None:
+        with part.open("ab") as file:
+            _attempts(url, file, size, transfer)
+
+    worker = Worker(work)
+    try:
+        worker.result(lambda: progress("download", transfer.done))
+    finally:
+        transfer.stop.set()
+        worker.wait(1.0)  # after this it writes nothing more, even where it still waits for the network
+
+
+def _attempts(url: str, file: BinaryIO, size: int, transfer: _Transfer) -> None:
+    import requests
+
+    if file.tell() > size:  # left over from another version of the file
+        _restart(file)
+    transfer.done = file.tell()
+    failures = 0
+    while (before := file.tell()) < size and not transfer.stop.is_set():
+        try:
+            _receive(url, file, size, transfer)
+            reason = "the connection was cut"
+        except requests.RequestException as error:
+            reason = str(error)
+        if file.tell() >= size or transfer.stop.is_set():
+            continue
+        failures = 0 if file.tell() > before else failures
+        if failures == len(WAITS):
+            raise MagiError(
+                f"{url} could not be downloaded: {reason}. What has come is kept: check the network (a proxy goes in HTTPS_PROXY; HF_ENDPOINT "
+                f"names a mirror of huggingface.co) and run this again to go on. {_by_hand(file)}"
+            )
+        transfer.stop.wait(WAITS[failures])
+        failures += 1
+
+
+def _receive(url: str, file: BinaryIO, size: int, transfer: _Transfer) -> None:
+    """One request: appends what the server sends after the bytes that `file` has."""
+    import requests
+
+    start = transfer.done = file.tell()
+    headers = {"Accept-Encoding": "identity"}  # compressed, neither lengths nor ranges would be the file's
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUTS) as response:
+        _check_status(url, response.status_code, start, file)
+        if start and not (
+            response.status_code == 206 and f"bytes {start}-" in response.headers.get("Content-Range", "")
+        ):
+            _restart(file)
+            if response.status_code != 200:
+                return
+        for block in response.iter_content(BLOCK):
+            if transfer.stop.is_set():
+                return
+            file.write(block)
+            file.flush()  # so that a thread given up in a silent network has nothing left to write later
+            transfer.done = file.tell()
+            if transfer.done > size:
+                _restart(file)
+                raise MagiError(
+                    f"{url} sends more than the {size:,} bytes it should. Run this again; if it happens twice, use another mirror."
+                )
+
+
+def _check_status(url: str, status: int, start: int, file: BinaryIO) -> None:
+    import requests
+
+    if status in (401, 403, 404, 410):
+        raise MagiError(
+            f"{url} answers {status}: the file was moved or closed to the public. Update this program. {_by_hand(file)}"
+        )
+    # 416 to a request for the rest: what is there is not the start of this file.
+    if not (status in (200, 206) or (status == 416 and start)):
+        raise requests.HTTPError(f"the server answers {status}")
+
+
+def _by_hand(file: BinaryIO) -> str:
+    return f"By hand: fetch it in a browser and save it as {file.name.removesuffix('.part')!r}."
+
+
+def _restart(file: BinaryIO) -> None:
+    file.seek(0)
+    file.truncate()

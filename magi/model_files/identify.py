@@ -1,0 +1,228 @@
+"""What a weight file is, told from its tensors' names, shapes and types; nothing of it is loaded.
+
+Only "distilled or not" cannot be seen in the tensors. It is taken from a config beside the file, the file's metadata or the
+official names, and asked for where none of them says.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ..checkpoint.mapped_file import TensorInfo
+from ..checkpoint.reader import Checkpoint
+from ..config import PRESETS, MagiConfig, ModelConfig
+from ..errors import MagiError
+from ..transformer.weights import has_fp8
+
+Kind = Literal["transformer", "magi-1.1", "vae", "t5", "unknown"]
+_NAMES = {
+    "transformer": "a MAGI-1 transformer",
+    "magi-1.1": "a MAGI-1.1 transformer",
+    "vae": "a MAGI-1 VAE",
+    "t5": "a T5 text encoder",
+    "unknown": "no MAGI-1 file",
+}
+_LAYER = re.compile(r"videodit_blocks\.layers\.(\d+)\.")
+_ATTENTION = "videodit_blocks.layers.0.self_attention."
+# What of a ModelConfig does not show in the tensors
+_UNSEEN = (
+    "layernorm_epsilon",
+    "apply_layernorm_1p",
+    "x_rescale_factor",
+    "params_dtype",
+    "xattn_cond_hidden_ratio",
+    "cond_gating_ratio",
+    "model_name",
+)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a file was found to be.
+
+    Attributes:
+        kind: of file.
+        model: sizes of a transformer, None for anything else.
+        fp8: it holds official fp8 layers.
+        distilled: True or False where something says so, else None.
+        evidence: what says so.
+        preset: name of the released model with these sizes ("4.5B", "24B"), None for another size.
+    """
+
+    kind: Kind
+    model: ModelConfig | None = None
+    fp8: bool = False
+    distilled: bool | None = None
+    evidence: str = ""
+    preset: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people: "MAGI-1 4.5B distill fp8" or what it is instead."""
+        if self.kind != "transformer":
+            return _NAMES[self.kind]
+        variant = {True: "distill", False: "base", None: "base or distill"}[self.distilled]
+        return f"MAGI-1 {self.preset or 'of another size'} {variant}{' fp8' if self.fp8 else ''}"
+
+
+def recognise(path: str | Path) -> Recognised:
+    """What the file or folder holds. Raises MagiError only where it cannot be read as safetensors at all."""
+    with Checkpoint(path) as checkpoint:
+        return recognise_tensors(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
+
+
+def recognise_tensors(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], path: Path) -> Recognised:
+    """As `recognise`, from a header. `path` serves only for its names and the configs beside it."""
+    kind = _kind(tensors)
+    if kind != "transformer":
+        return Recognised(kind)
+    fp8 = has_fp8(tensors)
+    model = _model_config(tensors)
+    preset = next((name.split("_")[0] for name, config in PRESETS.items() if config.model == model), None)
+    distilled, evidence = (True, "the float8 layers") if fp8 and preset else _distilled(metadata, path, model)
+    return Recognised(kind, model, fp8, distilled, evidence, preset)
+
+
+def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled: bool | None = None) -> MagiConfig:
+    """The config to load a transformer with: the given one if it fits the file, else one made from the file.
+
+    `distilled` is the variant somebody chose, for files that do not tell it.
+
+    Raises:
+        MagiError: the file is no MAGI-1 transformer, base and distilled are mixed up, or nothing says which it is.
+    """
+    if config is not None and distilled is not None and config.engine.distill != distilled:
+        chosen, settings = ("distill", "base") if distilled else ("base", "distill")
+        raise MagiError(
+            f"The variant {chosen} is chosen, but the settings are for {settings} weights. Leave out one of them."
+        )
+    found = recognise_tensors(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
+    label = repr(str(checkpoint.path))
+    if found.kind == "magi-1.1":
+        raise MagiError(
+            f"{label} is a MAGI-1.1 checkpoint, whose stacked tensors have another layout that is not supported. "
+            "Use a MAGI-1 one: `python -m magi download --list` names them."
+        )
+    if found.kind != "transformer" or found.model is None:
+        hint = {"vae": "Give it as the VAE.", "t5": "Give it as the text encoder."}.get(
+            found.kind, "Choose another file."
+        )
+        known = f"{found.name}, " if found.kind in ("vae", "t5") else ""
+        raise MagiError(f"{label} is {known}not a MAGI-1 transformer. {hint}")
+    asked = config.engine.distill if config else distilled
+    if asked is None and found.distilled is None:
+        raise MagiError(
+            f"{label} does not tell whether it holds base or distilled weights (their tensors look alike), and the wrong "
+            "choice ruins the picture. Choose the variant: base or distill."
+        )
+    if None not in (asked, found.distilled) and asked != found.distilled:
+        holds, settings = ("distilled", "base") if found.distilled else ("base", "distilled")
+        raise MagiError(
+            f"{label} holds {holds} weights (so says {found.evidence}), but the settings are for {settings} ones. "
+            f"Choose the variant {'distill' if found.distilled else 'base'}."
+        )
+    if config is not None:
+        return config
+    variant = bool(found.distilled if asked is None else asked)
+    beside = (c for _, c in _configs_beside(checkpoint.path, found.model) if c.engine.distill == variant)
+    return next(beside, None) or _made_config(found, found.model, variant)
+
+
+def _made_config(found: Recognised, model: ModelConfig, distilled: bool) -> MagiConfig:
+    name = f"{found.preset}_{'distill' if distilled else 'base'}{'_quant' if found.fp8 else ''}"
+    if name in PRESETS:
+        return PRESETS[name]
+    return MagiConfig(model).as_variant(distilled, found.fp8)
+
+
+def _kind(tensors: Mapping[str, TensorInfo]) -> Kind:
+    if "videodit_blocks.layers.self_attention.linear_qkv.weight" in tensors:
+        return "magi-1.1"
+    if "x_embedder.weight" in tensors and any(_LAYER.match(name) for name in tensors):
+        return "transformer"
+    if "decoder.last_layer.weight" in tensors or "encoder.patch_embed.proj.weight" in tensors:
+        return "vae"
+    if "encoder.block.0.layer.0.SelfAttention.q.weight" in tensors:
+        return "t5"
+    return "unknown"
+
+
+def _model_config(tensors: Mapping[str, TensorInfo]) -> ModelConfig | None:
+    """The sizes, read off the shapes; None where the tensors needed for that are missing."""
+    try:
+        hidden, channels, t_patch, patch, _ = tensors["x_embedder.weight"].shape
+        head = tensors[_ATTENTION + "q_layernorm.weight"].shape[0]
+        caption_length, caption_channels = tensors["y_embedder.null_caption_embedding"].shape
+        ffn = tensors["videodit_blocks.layers.0.mlp.linear_fc2.weight"].shape[-1]
+        cond = tensors["t_embedder.mlp.2.weight"].shape[0]
+        duplicated = channels == 32  # latents have 16 channels
+        return ModelConfig(
+            num_layers=1 + max(int(m[1]) for m in map(_LAYER.match, tensors) if m),
+            hidden_size=hidden,
+            ffn_hidden_size=ffn,
+            num_attention_heads=hidden // head,
+            num_query_groups=tensors[_ATTENTION + "linear_qkv.k.weight"].shape[-2] // head,
+            kv_channels=head,
+            x_rescale_factor=0.1 if duplicated else 1,  # the released models go by this rule
+            half_channel_vae=duplicated,
+            patch_size=patch,
+            t_patch_size=t_patch,
+            in_channels=channels,
+            out_channels=tensors["final_linear.linear.weight"].shape[0] // (patch * patch * t_patch),
+            cond_hidden_ratio=cond / hidden,
+            caption_channels=caption_channels,
+            caption_max_length=caption_length,
+            gated_linear_unit=tensors["videodit_blocks.layers.0.mlp.linear_fc1.weight"].shape[-2] == 2 * ffn,
+        )
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, MagiError):
+        return None
+
+
+def _configs_beside(path: Path, model: ModelConfig) -> list[tuple[Path, MagiConfig]]:
+    """Configs of a transformer of these sizes, in the folder of the weights or else in the one above."""
+    path = path.absolute()
+    for folder in (path, path.parent) if path.is_dir() else (path.parent, path.parent.parent):
+        found = []
+        for file in sorted(folder.glob("*config*.json")):
+            try:
+                data = json.loads(file.read_text(encoding="utf-8"))
+                config = MagiConfig.from_dict(data) if "model_config" in data else None
+            except (OSError, ValueError, TypeError, MagiError):
+                continue  # some other json: it says nothing about this model
+            if config is not None and _same_sizes(config.model, model):
+                found.append((file, config))
+        if found:
+            return found
+    return []
+
+
+def _same_sizes(config: ModelConfig, model: ModelConfig) -> bool:
+    return replace(config, **{name: getattr(model, name) for name in _UNSEEN}) == model
+
+
+def _distilled(metadata: Mapping[str, str], path: Path, model: ModelConfig | None) -> tuple[bool | None, str]:
+    path = path.absolute()  # for the names of the folders around it
+    configs = _configs_beside(path, model) if model else []
+    if len({config.engine.distill for _, config in configs}) == 1:
+        file, config = configs[0]
+        return config.engine.distill, f"the config {file.name}"
+    for key in ("variant", "distill", "model"):
+        if key in metadata and (variant := _variant_in(metadata[key], metadata=True)) is not None:
+            return variant, f"the metadata of {path.name}"
+    # Official names: 4.5B_base/inference_weight, 4.5B_distill/inference_weight.distill, ...
+    for name in (path.name, path.parent.name, path.parent.parent.name):
+        if re.search(r"magi|\d+b[_.-]|inference_weight", name.lower()) and (variant := _variant_in(name)) is not None:
+            return variant, f"the name {name}"
+    return None, ""
+
+
+def _variant_in(text: str, metadata: bool = False) -> bool | None:
+    words = set(re.split(r"[^a-z]+", text.lower()))
+    if words & {"distill", "distilled"} or (metadata and "true" in words):
+        return True
+    if "base" in words or (metadata and "false" in words):
+        return False
+    return None

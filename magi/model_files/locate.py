@@ -1,0 +1,120 @@
+"""Which files make up a model, and where they are expected: the tree that `python -m magi download` makes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import PRESETS
+from ..errors import MagiError
+from ..sampling.special_tokens import FILE_NAME as SPECIAL_TOKENS
+from ..sampling.special_tokens import SpecialTokens, find_special_tokens
+
+MODELS = Path("ckpt/magi")
+VAE = Path("ckpt/vae")
+TEXT_ENCODER = Path("ckpt/t5/t5-v1_1-xxl")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Paths of a model's parts.
+
+    Attributes:
+        transformer: file or folder.
+        vae: file or folder.
+        text_encoder: file or folder.
+        special_tokens: file; None where there is none.
+        tokenizer: folder or file; None: beside the text encoder.
+    """
+
+    transformer: Path
+    vae: Path
+    text_encoder: Path
+    special_tokens: Path | None = None
+    tokenizer: Path | None = None
+
+
+def find_files(
+    models: str | Path,
+    transformer: str,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    special_tokens: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+) -> ModelFiles:
+    """The files to use: those given, the rest where the official tree below `models` has them.
+
+    Args:
+        models: folder that holds `ckpt/` and special_tokens.npz.
+        transformer: name of a released model, or a path.
+        vae: path, or None.
+        text_encoder: path, or None.
+        special_tokens: path, or None.
+        tokenizer: path, or None.
+
+    Raises:
+        MagiError: a part is not there; it says where it should be and how to fetch it.
+    """
+    models = Path(models).expanduser()
+    weights = find_transformer(models, transformer)
+    return ModelFiles(
+        transformer=weights,
+        vae=_part(models, vae, VAE, "VAE", "vae"),
+        text_encoder=_part(models, text_encoder, TEXT_ENCODER, "text encoder", "t5"),
+        special_tokens=_special_tokens(models, special_tokens, weights),
+        tokenizer=Path(tokenizer) if tokenizer else None,
+    )
+
+
+def _special_tokens(models: Path, given: str | Path | None, weights: Path) -> Path | None:
+    """The file given or in its place, else the published one wherever it lies near; a run that needs it asks for it."""
+    if given:
+        return _existing(Path(given).expanduser(), "special-token file", models, "special_tokens")
+    return special_tokens_near(weights, [models])
+
+
+def special_tokens_near(weights: Path, folders: Sequence[Path]) -> Path | None:
+    """The special tokens beside a model's weights or in the folders: by their usual name, else the published file by its hash."""
+    beside = weights if weights.is_dir() else weights.parent
+    places = [beside, *folders]  # what lies with the model belongs to it
+    usual = (folder / SPECIAL_TOKENS for folder in places)
+    return next((file for file in usual if file.is_file()), None) or find_special_tokens(places)
+
+
+def load_special_tokens(files: ModelFiles) -> SpecialTokens | None:
+    """The model's special tokens, None where it has no file of them."""
+    return SpecialTokens.load(files.special_tokens) if files.special_tokens else None
+
+
+def find_transformer(models: Path, name: str) -> Path:
+    """The folder of a released model's weights below `models`, or the path that `name` is.
+
+    Raises:
+        MagiError: it is not there.
+    """
+    if name not in PRESETS:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise MagiError(
+                f"There is no transformer at {name!r}, and no released model has that name. Give a path, or one of: {', '.join(PRESETS)}."
+            )
+        return path
+    found = released_weights(models, name)
+    return found or _existing(models / MODELS / name / "inference_weight", "transformer", models, name)
+
+
+def released_weights(models: Path, name: str) -> Path | None:
+    """The folder of a released model's weights below `models`, None where it is not there."""
+    return next((f for f in sorted((models / MODELS / name).glob("inference_weight*")) if f.is_dir()), None)
+
+
+def _part(models: Path, given: str | Path | None, usual: Path, what: str, item: str) -> Path:
+    return _existing(Path(given).expanduser() if given else models / usual, what, models, item)
+
+
+def _existing(path: Path, what: str, models: Path, item: str) -> Path:
+    if not path.exists():
+        raise MagiError(
+            f"The {what} is not at {str(path)!r}. Give its path, or fetch it with "
+            f"`python -m magi download {item} --folder {models}`."
+        )
+    return path

@@ -1,0 +1,1 @@
+"""Where weights and K/V wait, and how they reach the device in time."""

@@ -1,0 +1,350 @@
+"""Prompt, picture or video in, frames out: the parts tied together, each loaded when its turn comes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+import torch
+
+from ..checkpoint.reader import Checkpoint
+from ..config import MagiConfig
+from ..errors import MagiError
+from ..media.frames import from_model, to_model
+from ..model_files.embedded import embedded_files
+from ..model_files.identify import recognise
+from ..model_files.load import check_transformer
+from ..model_files.locate import ModelFiles, load_special_tokens
+from ..planning.placement import MemoryOptions, Placement
+from ..runs.autosave import SAVE_SECONDS, Keeper
+from ..runs.identity import UNKNOWN
+from ..runs.store import RunStore
+from ..sampling.captions import Caption, caption_per_chunk
+from ..sampling.prepare import make_sampler
+from ..sampling.special_tokens import SpecialTokens
+from ..sampling.state import Chunk, ProgressEvent
+from ..system.device import is_out_of_memory, pick_device
+from ..system.whole_files import tensor_digest
+from ..text.embedding_cache import EmbeddingCache
+from ..text.encode import encode_prompts
+from ..text.encoder import encoder_fingerprint
+from ..transformer.weights import Precision
+from ..vae.video_vae import load_vae
+from .progress import Stage, StageProgress, counted
+from .request import Media, Plan, Request, make_plan, request_settings
+from .resident_models import LoadedModels
+
+__all__ = ["Clip", "MagiPipeline", "Media", "Plan", "Request", "Stage", "StageProgress"]
+_CAPTION, _PREFIX = "caption", "prefix"  # in a store's inputs
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Finished frames: uint8 (T, H, W, 3) RGB on the CPU, and the number of the first one."""
+
+    first_frame: int
+    frames: torch.Tensor
+
+
+class MagiPipeline:
+    """A model's files and how to run them. Nothing is loaded before `run`; the transformer and VAE then stay loaded."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        config: MagiConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        vae_dtype: torch.dtype = torch.bfloat16,
+        text_device: torch.device | str | None = "cpu",
+        text_dtype: torch.dtype | None = None,
+        cache: EmbeddingCache | None = None,
+        offload: bool | None = None,
+        precision: Precision = "auto",
+        attention: str = "auto",
+        memory: MemoryOptions | None = None,
+    ) -> None:
+        """`from_files` checks the files first; arguments are described there."""
+        self.files = files
+        self.config = config
+        self.device = pick_device(device)
+        self._dtype = dtype
+        self._vae_dtype = vae_dtype
+        self._text_device = text_device
+        self._text_dtype = text_dtype
+        self._cache = cache
+        self._precision: Precision = precision
+        self._attention = attention
+        memory = memory or MemoryOptions()
+        self._models = LoadedModels(
+            files,
+            config,
+            self.device,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            precision=precision,
+            attention=attention,
+            memory=memory if offload is None else replace(memory, streaming=offload),
+        )
+
+    @classmethod
+    def from_files(
+        cls,
+        transformer: str | Path,
+        vae: str | Path,
+        text_encoder: str | Path,
+        special_tokens: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        *,
+        config: MagiConfig | None = None,
+        distilled: bool | None = None,
+        **options: Any,
+    ) -> "MagiPipeline":
+        """A pipeline over checked files; only their headers are read.
+
+        Args:
+            transformer: file or folder.
+            vae: file or folder.
+            text_encoder: T5 v1.1 XXL, file or folder.
+            special_tokens: special_tokens.npz; without it style, duration and negative tokens must be off.
+            tokenizer: where it is not beside the text encoder.
+            config: official config; None tells it from the file.
+            distilled: the variant, where nothing in the file tells it.
+            **options: `device` and `dtype` to compute on and in (None: the best there is; bfloat16), `vae_dtype`,
+                `text_device` ("cpu") and `text_dtype` (float32) for T5, `cache` for embeddings, `offload`
+                (None: as many layers as do not fit the device), `precision` ("fp8": half the memory for bf16 weights),
+                `attention` and `memory` as for `load_transformer`.
+
+        Raises:
+            MagiError: a file is missing, damaged or something else, or base and distilled are mixed up.
+        """
+        files = ModelFiles(
+            Path(transformer),
+            Path(vae),
+            Path(text_encoder),
+            Path(special_tokens) if special_tokens else None,
+            Path(tokenizer) if tokenizer else None,
+        )
+        how = {name: options[name] for name in ("device", "dtype", "precision", "attention") if name in options}
+        config = check_transformer(transformer, config, distilled, **how)
+        found = recognise(vae)
+        if found.kind != "vae":
+            raise MagiError(f"{str(vae)!r} is {found.name}, not a MAGI-1 VAE. Choose another file.")
+        load_vae(vae, "meta")  # reads no weights, but finds those that are missing
+        pipeline = cls(files, config, **options)
+        _ = pipeline._special_tokens  # a wrong file is found here
+        return pipeline
+
+    @classmethod
+    def embedded(cls, folder: str | Path, **options: Any) -> "MagiPipeline":
+        """The small demo model, its files made below `folder` on first use."""
+        files = embedded_files(folder)
+        options = {"vae_dtype": torch.float32, **options}
+        return cls.from_files(**vars(files), **options)
+
+    def plan(self, request: Request, store: RunStore | None = None) -> Plan:
+        """Checks a request, finds room for it and reads its image or video, unless `store` holds a run, with that, to go on with.
+
+        Raises:
+            MagiError: anything about it that cannot work.
+        """
+        saved = store.inputs() if store else None
+        plan = make_plan(request, self.config, self._special_tokens, (saved or {}).get(_PREFIX))
+        placement, wanted = self._placement(plan), plan.config.runtime.window_size
+        if placement.window != wanted:
+            warn(
+                f"There is too little memory for a window of {wanted} chunks at this size: {placement.window} are denoised at "
+                "a time, which changes the video.",
+                stacklevel=2,
+            )
+        return replace(plan, config=plan.config.with_runtime(window_size=placement.window), placement=placement)
+
+    def _placement(self, plan: Plan) -> Placement:
+        given = plan.given // plan.config.runtime.chunk_width
+        return self._models.place(plan.config, given, may_narrow=plan.request.window_size is None)
+
+    def settings(self, plan: Plan) -> dict[str, Any]:
+        """Everything that decides how a plan's video becomes, by readable names, for `RunStore.open`. Loads no weights."""
+        files, special = self.files, self._special_tokens
+        with Checkpoint(files.transformer) as model, Checkpoint(files.vae) as vae:
+            prints = {"model": model.fingerprint(), "vae": vae.fingerprint()}
+        try:
+            encoder = encoder_fingerprint(files.text_encoder, files.tokenizer, self._text_dtype)
+        except MagiError:  # not needed, where the captions are known already
+            encoder = UNKNOWN
+        return {
+            **request_settings(plan),
+            **prints,
+            "text_encoder": encoder,
+            "special_tokens": None if special is None else tensor_digest(special.caption, special.logo, special.other),
+            "dtype": str(self._dtype or "auto"),
+            "precision": self._precision,
+            "attention": self._attention,
+            "vae_dtype": str(self._vae_dtype),
+        }
+
+    def generate(
+        self,
+        *,
+        progress: StageProgress | None = None,
+        state: str | Path | None = None,
+        resume: bool = False,
+        **request: Any,
+    ) -> Iterator[Clip]:
+        """Plans and runs a request given by keywords: yields frames as soon as they are done.
+
+        Args:
+            progress: told how far the work is; what it raises ends the run.
+            state: folder in which the run is kept until it is finished, so that it can be gone on with.
+            resume: go on with the run that is kept there, if there is one: its frames come from the first one on, those of
+                finished chunks from what is kept.
+            **request: the fields of `Request`.
+
+        Raises:
+            MagiError: anything about the request that cannot work, or a run is kept in `state` that is not to be gone on
+                with, has other settings or is damaged.
+        """
+        store = None if state is None else RunStore(state)
+        if store is not None and store.exists and not resume:
+            raise MagiError(
+                f"There is an unfinished run in {str(store.folder)!r}. Go on with it (resume=True), or remove the folder."
+            )
+        plan = self.plan(Request(**request), store)
+        if store is None:
+            return self.run(plan, progress)
+        store.open(self.settings(plan))
+        return self._run_and_discard(plan, progress, store)
+
+    def _run_and_discard(self, plan: Plan, progress: StageProgress | None, store: RunStore) -> Iterator[Clip]:
+        yield from self.run(plan, progress, store)
+        store.discard()
+
+    def run(
+        self,
+        plan: Plan,
+        progress: StageProgress | None = None,
+        store: RunStore | None = None,
+        save_seconds: float = SAVE_SECONDS,
+    ) -> Iterator[Clip]:
+        """Runs a plan. What `progress` raises ends it.
+
+        Args:
+            plan: made by `plan`.
+            progress: told how far the work is.
+            store: opened with the plan's `settings`; the run is kept there, and gone on with if it was begun.
+            save_seconds: the longest time between two states that are saved.
+
+        Raises:
+            MagiError: the text encoder's files are not as they should be (found before anything else is loaded), or the
+                device runs out of memory.
+        """
+        try:
+            yield from self._run(plan, progress, store, save_seconds)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MagiError(
+                f"{self.device} ran out of memory at {plan.config.runtime.video_size_w}x{plan.config.runtime.video_size_h} "
+                f"with a window of {plan.config.runtime.window_size}. Try a smaller size, or offloading."
+            ) from error
+
+    def _run(
+        self, plan: Plan, progress: StageProgress | None, store: RunStore | None, save_seconds: float
+    ) -> Iterator[Clip]:
+        if store is not None and store.saved is not None and store.saved.finished == plan.chunks:
+            chunks, given = store.chunks(), plan.latents
+        else:
+            captions, given = self._inputs(plan, progress, store)
+            chunks = self._sample(plan, captions, given, progress, store, save_seconds)
+        first = 0
+        # A clip's frames come before what is made. The sampler leaves them out, but keeps a lone latent, as an image's.
+        skip = 1 if plan.request.video is not None and given is not None and given.shape[2] == 1 else 0
+        latents = (chunk.latents[:, :, skip if chunk.index == 0 else 0 :] for chunk in chunks)
+        for video in self._models.vae.decode_chunks(latents, progress=counted(progress, "decode")):
+            frames = from_model(video).cpu()
+            yield Clip(first, frames)
+            first += len(frames)
+
+    def _inputs(
+        self, plan: Plan, progress: StageProgress | None, store: RunStore | None
+    ) -> tuple[list[Caption], torch.Tensor | None]:
+        """The captions and the given latents: made, or those that a saved run was given."""
+        request, model = plan.request, self.config.model
+        saved = store.inputs() if store is not None and store.saved is not None else None
+        if saved is not None:
+            embeds = [saved[f"{_CAPTION}.{i}"] for i in range(sum(name != _PREFIX for name in saved))]
+        else:
+            embeds = encode_prompts(
+                [request.prompt] if isinstance(request.prompt, str) else list(request.prompt),
+                self.files.text_encoder,
+                tokenizer=self.files.tokenizer,
+                cache=self._cache,
+                device=self._text_device,
+                dtype=self._text_dtype,
+                clean=request.clean_prompt,
+                max_tokens=model.caption_max_length,
+                channels=model.caption_channels,
+                progress=counted(progress, "text"),
+            )
+        captions = [Caption(e) for e in embeds]
+        # Another model's encoder: say so before loading.
+        caption_per_chunk(captions, plan.chunks, model, None, (), False)
+        prefix = plan.latents
+        if plan.prefix is not None:
+            prefix = self._models.vae.encode(to_model(plan.prefix), progress=counted(progress, "prefix"))
+        if store is not None:
+            held = {f"{_CAPTION}.{i}": e.clone() for i, e in enumerate(embeds)}
+            store.keep_inputs(held if prefix is None else {**held, _PREFIX: prefix})
+        return captions, prefix
+
+    def _sample(
+        self,
+        plan: Plan,
+        captions: list[Caption],
+        prefix: torch.Tensor | None,
+        progress: StageProgress | None,
+        store: RunStore | None,
+        save_seconds: float,
+    ) -> Iterator[Chunk]:
+        """The chunks; what the store has of them is not made again."""
+        request, placement = plan.request, plan.placement or self._placement(plan)
+        transformer = self._models.transformer(placement, counted(progress, "load"))
+        keeper = None if store is None else Keeper(store, transformer, save_seconds)
+        done = [0, 1]  # iterations done and in all, for the heartbeat between them
+
+        def sampled(event: ProgressEvent) -> None:
+            done[:] = event.iteration, event.total
+            if keeper:
+                keeper.alive()
+            if progress:
+                progress(Stage("sample", event.iteration, event.total, event))
+
+        def heartbeat(fraction: float) -> None:
+            if keeper:
+                keeper.alive()
+            if progress:
+                progress(Stage("sample", done[0] + min(fraction, 0.999), done[1]))
+
+        sampler = make_sampler(
+            transformer,
+            plan.config,
+            caption=captions,
+            special_tokens=self._special_tokens,
+            style_tokens=request.style_tokens,
+            duration_tokens=request.duration_tokens,
+            negative_tokens=request.negative_tokens,
+            seed=request.seed,
+            prefix=prefix,
+            state=keeper.state if keeper else None,
+            progress=sampled,
+            heartbeat=heartbeat,
+        )
+        done[:] = sampler.state.iteration, sampler.total
+        return self._models.alternately(keeper.chunks(sampler) if keeper else iter(sampler))
+
+    @cached_property
+    def _special_tokens(self) -> SpecialTokens | None:
+        return load_special_tokens(self.files)

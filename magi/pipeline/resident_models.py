@@ -1,0 +1,139 @@
+"""A pipeline's transformer and VAE: each loaded on first use, and laid out so that both find room."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import torch
+
+from ..checkpoint.reader import Checkpoint
+from ..config import MagiConfig
+from ..errors import MagiError
+from ..model_files.load import load_transformer
+from ..model_files.locate import ModelFiles
+from ..planning.footprint import weight_sizes
+from ..planning.placement import MemoryOptions, Placement, place
+from ..sampling.state import Chunk
+from ..system.device import empty_cache, free_memory
+from ..system.host_memory import memory_beside
+from ..transformer.inputs import TOKEN_BLOCK
+from ..transformer.model import Transformer
+from ..transformer.weights import Precision
+from ..vae.footprint import makes_scores, tile_bytes
+from ..vae.tiling import Tiling
+from ..vae.video_vae import VideoVAE, load_vae
+
+
+class LoadedModels:
+    """Both models and the memory they share. They stay loaded for the next run."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        config: MagiConfig,
+        device: torch.device,
+        *,
+        dtype: torch.dtype | None,
+        vae_dtype: torch.dtype,
+        precision: Precision,
+        attention: str,
+        memory: MemoryOptions,
+    ) -> None:
+        """Loads nothing; arguments as for `MagiPipeline.from_files`."""
+        self._files, self._config, self._device = files, config, device
+        self._dtype, self._vae_dtype = dtype, vae_dtype
+        self._precision: Precision = precision
+        self._attention = attention
+        self._memory = memory
+        self._transformer: Transformer | None = None
+        self._placement: Placement | None = None
+        self._vae: VideoVAE | None = None
+        self._parks = False  # the VAE, while the transformer works
+
+    def place(self, run: MagiConfig, given_chunks: int, may_narrow: bool) -> Placement:
+        """What goes where in a run, from headers and what memory is free now; what is loaded here counts as free.
+
+        Args:
+            run: with its size, length and window.
+            given_chunks: whole chunks of a given video.
+            may_narrow: a smaller window may be taken where nothing else helps.
+
+        Raises:
+            MagiError: the run cannot fit.
+        """
+        with Checkpoint(self._files.transformer) as checkpoint:
+            sizes = weight_sizes(checkpoint.tensors, run.model, self._device, self._precision, self._dtype)
+
+        def placed(free: int | None, companion: int) -> Placement:
+            host = memory_beside(self._device)
+            return place(
+                run, sizes, free, self._memory, given_chunks, free_host=host, may_narrow=may_narrow, companion=companion
+            )
+
+        empty_cache(self._device)
+        free = free_memory(self._device)
+        self._parks = False
+        if free is None:
+            return placed(None, 0)
+        free += self._held()
+        vae, tile = self._vae_needs()
+        with suppress(MagiError):
+            roomy = placed(free - vae, tile)
+            best = ("device", self._memory.token_block or TOKEN_BLOCK, run.runtime.window_size)
+            if not roomy.streaming and (roomy.cache, roomy.token_block, roomy.window) == best:
+                return roomy
+        self._parks = True
+        return placed(free, vae + tile)
+
+    def transformer(self, placement: Placement, progress: Callable[[int, int], None] | None = None) -> Transformer:
+        """The transformer, placed so; read anew only if other layers are to stay on the device than do, or fewer pass through."""
+        loaded = self._placement
+        if self._transformer is not None and loaded is not None:
+            roomy = placement.streaming and loaded.slots > placement.slots
+            if (loaded.on_device, loaded.on_host) == (placement.on_device, placement.on_host) and not roomy:
+                self._transformer.cache_device = placement.cache
+                self._transformer.token_block = placement.token_block
+                return self._transformer
+            self._transformer = None
+            empty_cache(self._device)
+        self._transformer = load_transformer(
+            self._files.transformer,
+            self._config,
+            self._device,
+            self._dtype,
+            progress=progress,
+            precision=self._precision,
+            attention=self._attention,
+            placement=placement,
+        )
+        self._placement = placement
+        return self._transformer
+
+    @property
+    def vae(self) -> VideoVAE:
+        """The VAE; it comes back to the device by itself when it is used."""
+        if self._vae is None:
+            self._vae = load_vae(self._files.vae, self._device, self._vae_dtype)
+        return self._vae
+
+    def alternately(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The sampler's chunks. Where memory is short the VAE is off the device while they are made: each has the other's room."""
+        while True:
+            if self._parks and self._vae is not None:
+                self._vae.park()
+            chunk = next(chunks, None)
+            if chunk is None:
+                return
+            if self._parks:
+                empty_cache(self._device)
+            yield chunk
+
+    def _vae_needs(self) -> tuple[int, int]:
+        """Bytes of the VAE, and of a tile on its way through it."""
+        vae = self._vae or load_vae(self._files.vae, "meta", self._vae_dtype)
+        scores = makes_scores(self._device, self._vae_dtype, vae.config)
+        return vae.nbytes, tile_bytes(vae.config, Tiling(), self._vae_dtype, scores)
+
+    def _held(self) -> int:
+        """Bytes that these models have on the device."""
+        held = self._transformer.nbytes if self._transformer else 0
+        return held + (self._vae.device_bytes if self._vae else 0)

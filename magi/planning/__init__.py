@@ -1,0 +1,1 @@
+"""Memory and time, worked out before anything is loaded."""

@@ -1,0 +1,217 @@
+"""How much memory a model and a run need: pure functions on headers and settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoint.mapped_file import TensorInfo
+from ..config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig, ModelConfig
+from ..offload.packing import HeaderShapes, packed_bytes
+from ..sampling.guidance import chunk_count
+from ..sampling.schedule import Iteration, Schedule, time_grid
+from ..system.device import pick_device
+from ..transformer.float8 import CONVERTED, Fp8Weight, StoredFp8, keeps_sums, multiplies_float8
+from ..transformer.inputs import TOKEN_BLOCK
+from ..transformer.weights import BlockWeights, WeightReader, compute_dtype, has_fp8, tensors_in
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a device's matrix products do without copies of their factors in another form.
+
+    Attributes:
+        keeps_sums: 16-bit factors with float32 results.
+        float8: float8 factors.
+    """
+
+    keeps_sums: bool = True
+    float8: bool = True
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Kernels":
+        """Those of a device."""
+        return cls(keeps_sums(device), multiplies_float8(device))
+
+
+@dataclass(frozen=True)
+class WeightSizes:
+    """Bytes of a transformer's weights in the form they are used in.
+
+    Attributes:
+        outer: of what lies outside the layers.
+        blocks: of each layer.
+        packed: of each layer as one run of bytes, as it is fetched.
+        itemsize: of the compute dtype.
+        fp8: the layers are official float8 ones.
+        stored_fp8: float8 storage of a file that is not: fetched layers must wait in host memory.
+        converted: of the largest part of a matrix that a product needs in another form than it is kept in.
+        widened: products need float32 copies of what is multiplied.
+    """
+
+    outer: int
+    blocks: tuple[int, ...]
+    packed: tuple[int, ...]
+    itemsize: int
+    fp8: bool
+    stored_fp8: bool
+    converted: int
+    widened: bool
+
+    @property
+    def total(self) -> int:
+        """Of everything."""
+        return self.outer + sum(self.blocks)
+
+
+def weight_sizes(
+    tensors: Mapping[str, TensorInfo],
+    config: ModelConfig,
+    device: torch.device | str | None = None,
+    precision: str = "auto",
+    dtype: torch.dtype | None = None,
+    kernels: Kernels | None = None,
+) -> WeightSizes:
+    """What a transformer takes, from its headers alone.
+
+    Args:
+        tensors: of a checkpoint that fits `config`.
+        config: the transformer's shape.
+        device: tells only in which form products need their matrices; None: the best there is.
+        precision: as for `load_transformer`.
+        dtype: likewise.
+        kernels: of a device that is not here, instead of `device`.
+
+    Raises:
+        MagiError: precision or device cannot be had.
+    """
+    kernels = kernels or Kernels.of(pick_device(device))
+    low, fp8 = compute_dtype(tensors, precision, dtype), has_fp8(tensors)
+    store = precision == "fp8" and not fp8
+    reader = WeightReader(HeaderShapes(tensors), config, torch.device("meta"), low, store)
+    blocks = [reader.block(i) for i in range(config.num_layers)]
+    return WeightSizes(
+        outer=_nbytes(reader.outer()),
+        blocks=tuple(_nbytes(block) for block in blocks),
+        packed=tuple(packed_bytes(block) for block in blocks),
+        itemsize=low.itemsize,
+        fp8=fp8,
+        stored_fp8=store,
+        converted=max(_converted(block, low.itemsize, kernels) for block in blocks),
+        widened=low.itemsize < 4 and not kernels.keeps_sums,
+    )
+
+
+def _nbytes(weights: object) -> int:
+    return sum(t.nbytes for t in tensors_in(weights))
+
+
+def _converted(block: BlockWeights, itemsize: int, kernels: Kernels) -> int:
+    """Bytes of the largest part of a matrix in another form than it is kept in: dense, or float32 where a product needs that."""
+    widened = 0 if itemsize == 4 or kernels.keeps_sums else 4
+    sizes = [widened * _part(block.proj.weight)]
+    for part in (block.q, block.q_x, block.k, block.v, block.proj, block.fc1, block.fc2):
+        if isinstance(part, StoredFp8):
+            sizes.append((itemsize + (widened if part is block.proj else 0)) * _part(part.weight))
+        elif isinstance(part, Fp8Weight) and not kernels.float8:
+            sizes.append((2 if kernels.keeps_sums else 4) * _part(part.weight))
+    return max(sizes)
+
+
+def _part(weight: torch.Tensor) -> int:
+    """Numbers of a matrix that are converted at a time."""
+    return min(weight.numel(), CONVERTED)
+
+
+def chunk_tokens(config: MagiConfig) -> int:
+    """Tokens of a chunk of a run of this size."""
+    runtime, side = config.runtime, SPATIAL_DOWNSAMPLE * config.model.patch_size
+    return runtime.chunk_width * (runtime.video_size_h // side) * (runtime.video_size_w // side)
+
+
+def key_bytes(config: MagiConfig, given_chunks: int = 0, itemsize: int = 2) -> int:
+    """Bytes of the keys and values of finished chunks that are kept, of one layer."""
+    cached = schedule_of(config, given_chunks).cached_chunks
+    return cached * chunk_tokens(config) * _keys_a_token(config.model, itemsize)
+
+
+def _keys_a_token(c: ModelConfig, itemsize: int) -> int:
+    return 2 * c.num_query_groups * c.kv_channels * itemsize
+
+
+def schedule_of(config: MagiConfig, given_chunks: int = 0) -> Schedule:
+    """The schedule of a run of the config's length after so many given chunks."""
+    runtime = config.runtime
+    generated = -(-(runtime.num_frames // runtime.temporal_downsample_factor) // runtime.chunk_width)
+    return Schedule.of(runtime, given_chunks + generated, given_chunks)
+
+
+def fullest_stage(schedule: Schedule) -> list[Iteration]:
+    """The iterations of a stage in which the window is as full as it ever is, if possible after a chunk was finished."""
+    made = schedule.chunks - schedule.prefix_chunks
+    stage = (
+        min(schedule.window, made + schedule.window - 2) if made > schedule.window else min(schedule.window, made) - 1
+    )
+    return [schedule[stage * schedule.steps_per_stage + step] for step in range(schedule.steps_per_stage)]
+
+
+def working_bytes(
+    config: MagiConfig,
+    *,
+    given_chunks: int = 0,
+    cache_on_device: bool = True,
+    token_block: int = TOKEN_BLOCK,
+    itemsize: int = 2,
+    fp8: bool | None = None,
+    widened: bool = False,
+) -> int:
+    """Bytes on the device at the peak of a run, beside weights: keys and values, every chunk on its way, one token block's layer.
+
+    Args:
+        config: the model, and the size, steps, window and frames of the run.
+        given_chunks: whole chunks of a given video.
+        cache_on_device: the cache of keys and values is there; else only what of it is on its way.
+        token_block: tokens that are taken through a layer at a time.
+        itemsize: bytes of the compute dtype.
+        fp8: the layers are official float8 ones; None: what the config says.
+        widened: products need float32 copies of what is multiplied.
+    """
+    c, runtime, e = config.model, config.runtime, itemsize
+    schedule = schedule_of(config, given_chunks)
+    generated = schedule.chunks - given_chunks
+    active = min(runtime.window_size, generated)
+    refresh = int(generated > 1)  # the chunk that has just become clean
+    times = [float(t) for t in time_grid(runtime.num_steps, config.engine.shortcut_mode)]
+    streams = max(chunk_count(it, schedule, times, config) for it in fullest_stage(schedule))
+    places = active + refresh + (0 if config.engine.distill else 1)
+    tokens = chunk_tokens(config)
+    latents = tokens * c.patch_size**2
+    keys = _keys_a_token(c, e)
+    rope = places * tokens * 2 * 3 * (c.kv_channels // 8) * 4
+    captions = (active + 1) * c.caption_max_length * (c.hidden_size * e + keys)
+    # On the host two layers' keys are on the device at a time: the one in use and the next.
+    cached = key_bytes(config, given_chunks, e) * (c.num_layers if cache_on_device else min(2, c.num_layers))
+    scratch = (active + max(schedule.cached_chunks, refresh)) * tokens * keys
+    on_their_way = streams * (tokens * c.hidden_size * e + 2 * LATENT_CHANNELS * latents * 4)
+    fp8 = config.engine.fp8_quant if fp8 is None else fp8
+    rows = min(token_block, tokens)
+    return cached + scratch + captions + rope + on_their_way + rows * _bytes_a_token(c, e, fp8, widened)
+
+
+def _bytes_a_token(c: ModelConfig, e: int, fp8: bool, widened: bool) -> int:
+    """What a token of the block in work takes within a layer where it takes most. Each sum is what is alive at once."""
+    d, ffn, hidden = c.hidden_size, c.ffn_hidden_size, c.fc1_size
+    wide = 4 if widened else 0
+    # Queries: their input, themselves, and float32 before, during and after the rotation.
+    rotation = 2 * e * d + 11 * d
+    # Both attentions, side by side, interleaved, and their projection in float32.
+    projection = 7 * e * d + max(4 * d, 2 * wide * d)
+    held = 4 * e * d  # during the MLP: both attentions, the new hidden states and their norm
+    between = 4 * ffn + e * ffn if c.gated_linear_unit and e < 4 else e * ffn
+    activation = held + e * hidden + between
+    widest = max(rotation, projection, activation)
+    if fp8:
+        sums = held + (4 + (e if e < 4 else 0)) * hidden  # products in float32, then cast
+        quotient = held + (e + 4 + 2) * ffn + (4 * ffn if widened else 0)  # of the second matrix: float32, then 16 bits
+        widest = max(widest, sums, quotient)
+    return widest

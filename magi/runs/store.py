@@ -1,0 +1,267 @@
+"""A run on disk: what it needs to go on bit for bit in another process, whenever this one ends.
+
+A folder holds run.json (the settings, to be read by people too), inputs.safetensors (captions and given latents, so that going on
+needs neither text encoder nor picture), chunk-00000.safetensors and so on (finished latents) and state.safetensors (where
+it stands). Every file is written whole or not at all, the state last: what it speaks of is there.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+import torch
+
+from ..config import LATENT_CHANNELS
+from ..errors import MagiError
+from ..sampling.state import Chunk, SamplerState
+from ..system.whole_files import DamagedFileError, pack, unpack, write_whole
+from .identity import differences, run_key
+
+_FORMAT = 1
+_SETTINGS, _INPUTS, _STATE, _PARTIALS = "run.json", "inputs.safetensors", "state.safetensors", "partials.json"
+_CHUNKS = "chunk-?????.safetensors"
+_MOST_WAITING = 64  # files that could not be written and are kept for another try: memory must not grow with the video
+_ANEW = "To begin anew, give --overwrite instead of --resume, or remove that folder."
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where a saved run stands.
+
+    Attributes:
+        state: the sampler's, on the CPU.
+        finished: chunks that are finished and on disk.
+        how: what decides the last bits beside the settings, as `RunStore.save` was given it.
+    """
+
+    state: SamplerState
+    finished: int
+    how: dict[str, Any]
+
+
+class RunStore:
+    """One run's folder. Nothing is read or written before a method is called; no folder is made before there is a state to save.
+
+    A folder that cannot be written never ends the run: it is reported once, the last good state stays, and every later
+    `save` tries again.
+
+    Attributes:
+        folder: where it is.
+        saved: what `open` found to go on with.
+        report: is told, in a sentence, what a user should know.
+    """
+
+    def __init__(self, folder: str | Path, report: Callable[[str], None] | None = None) -> None:
+        """By default a report is a UserWarning."""
+        self.folder = Path(folder).expanduser().absolute()
+        self.saved: Saved | None = None
+        self.report = report or (lambda text: warn(text, stacklevel=4))
+        self._reported = False
+        self._key = ""
+        self._waiting: dict[str, bytes] = {}  # by name, in the order in which they are to be written
+        self._written: set[str] = set()
+        self._saved_at = _place(SamplerState())
+
+    @property
+    def exists(self) -> bool:
+        """Whether a state is saved here."""
+        try:
+            return self._path(_STATE).is_file()
+        except OSError:  # a folder that cannot be looked into
+            return False
+
+    def open(self, settings: Mapping[str, Any]) -> None:
+        """Begins a run of these settings, or makes ready to go on with the one that is saved here; `saved` tells which.
+
+        Args:
+            settings: JSON values by readable names; `run_settings.UNKNOWN` agrees with every value.
+
+        Raises:
+            MagiError: the saved run has other settings, each is named with both values; or its files are damaged.
+        """
+        self.saved, self._waiting, self._written, self._saved_at = None, {}, set(), _place(SamplerState())
+        if self.exists:
+            found = self._settings()
+            if different := differences(json.loads(json.dumps(settings)), found):
+                raise MagiError(
+                    f"The run saved in {str(self.folder)!r} has other settings: {'; '.join(different)}. "
+                    f"Give the saved run's settings. {_ANEW}"
+                )
+            self._key = run_key(found)
+            self.saved = self._read_state()
+            self._saved_at = _place(self.saved.state)
+            self._written = {_SETTINGS, *map(_chunk_name, range(self.saved.finished))}
+        else:
+            self.discard()  # what a run left that ended before its first state
+            self._key = run_key(settings)
+            text = json.dumps({"format": _FORMAT, "settings": settings}, indent=1, ensure_ascii=False)
+            self._waiting[_SETTINGS] = text.encode(errors="backslashreplace")  # what no UTF-8 is, as JSON's escapes
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def keep_inputs(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keeps what the run was given beside its settings; it is written with the first state."""
+        if self.saved is None:
+            self._waiting[_INPUTS] = self._pack(tensors)
+
+    def add(self, chunk: Chunk) -> None:
+        """Keeps a finished chunk; it is written with the next state."""
+        if self._key:
+            self._waiting[_chunk_name(chunk.index)] = self._pack({"latents": chunk.latents.float()})
+        if len(self._waiting) > _MOST_WAITING:  # the states to come would speak of chunks that are lost
+            self._key, self._waiting = "", {}
+
+    def save(self, state: SamplerState, finished: int, how: Mapping[str, Any]) -> None:
+        """Saves where the run stands, after all that was added. Never raises for want of space or rights.
+
+        Args:
+            state: the sampler's.
+            finished: chunks that had been finished, and added, when it stood there.
+            how: JSON values that decide the last bits, to be compared when it goes on.
+        """
+        if not self._key or _place(state) == self._saved_at:
+            return
+        try:
+            if lost := sorted(name for name in self._written if not self._path(name).is_file()):
+                raise FileNotFoundError(f"{lost[0]} has been removed")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in list(self._waiting):
+                write_whole(self._path(name), self._waiting[name])
+                self._written.add(name)
+                del self._waiting[name]
+            tensors = {f"window.{c}": x for c, x in state.window.items()}
+            tensors |= {f"clean.{c}": x for c, x in state.clean.items()}
+            content = {**_place(state), "finished": finished, "how": dict(how)}
+            write_whole(self._path(_STATE), self._pack(tensors, content))
+        except (OSError, RuntimeError) as error:  # RuntimeError: the device failed, and with it the copy from there
+            if not self._reported:
+                self._reported = True
+                self.report(
+                    f"The state of the run cannot be saved in {str(self.folder)!r} ({error}). The run goes on; "
+                    f"it is tried again, and what was saved before stays."
+                )
+        else:
+            self._saved_at = _place(state)
+
+    def remember(self, partial: Path) -> None:
+        """Notes an unfinished video beside the folder, which is of no use once the run is finished."""
+        with suppress(OSError):  # it would only be left lying
+            names = sorted({*self._partial_names(), partial.name})
+            write_whole(self._path(_PARTIALS), json.dumps(names).encode())
+
+    def partials(self) -> list[Path]:
+        """The videos that were noted."""
+        return [self.folder.with_name(name) for name in self._partial_names()]
+
+    def discard(self) -> None:
+        """Removes what is saved, the state first; other files in the folder stay."""
+        self.saved = None
+        try:
+            for name in (_STATE, _SETTINGS, _INPUTS, _PARTIALS, _CHUNKS):
+                for file in [*self.folder.glob(name), *self.folder.glob(f"{name}.{'?' * 32}.tmp")]:
+                    file.unlink(missing_ok=True)
+            if self.folder.is_dir() and not any(self.folder.iterdir()):
+                self.folder.rmdir()
+        except OSError as error:
+            self.report(f"The saved run in {str(self.folder)!r} could not be removed ({error}). Remove it by hand.")
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def inputs(self) -> dict[str, torch.Tensor] | None:
+        """What the saved run was given, None where none is saved.
+
+        Raises:
+            MagiError: its files are damaged.
+        """
+        if not self.exists:
+            return None
+        self._key = run_key(self._settings())
+        return self._read(_INPUTS)[0]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The saved run's finished chunks, each read when its turn comes.
+
+        Raises:
+            MagiError: a file is damaged or missing.
+        """
+        for index in range(self.saved.finished if self.saved else 0):
+            yield Chunk(index, self._chunk(index))
+
+    def _read_state(self) -> Saved:
+        tensors, content = self._read(_STATE)
+        held: dict[str, dict[int, torch.Tensor]] = {"window": {}, "clean": {}}
+        try:
+            for name, x in sorted(tensors.items()):
+                kind, _, chunk = name.partition(".")
+                held[kind][int(chunk)] = x
+            state = SamplerState(
+                window=held["window"], clean=held["clean"], **{k: content[k] for k in _place(SamplerState())}
+            )
+            saved = Saved(state, int(content["finished"]), dict(content["how"]))
+        except (KeyError, ValueError, TypeError) as error:
+            raise self._damaged(_STATE, f"it lacks {error}") from error
+        sizes = {tuple(x.shape[3:]) for x in tensors.values()}
+        for index in range(saved.finished):  # every one is looked at now, before anything expensive
+            sizes.add(tuple(self._chunk(index).shape[3:]))
+        if len(sizes) > 1:
+            raise self._damaged(_STATE, "its latents and those of the chunks are of different sizes")
+        return saved
+
+    def _chunk(self, index: int) -> torch.Tensor:
+        name = _chunk_name(index)
+        latents = self._read(name)[0].get("latents")
+        if latents is None or latents.ndim != 5 or latents.shape[:2] != (1, LATENT_CHANNELS):
+            raise self._damaged(name, "it holds no latents")
+        return latents
+
+    def _settings(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self._path(_SETTINGS).read_text(encoding="utf-8"))
+            version, settings = found["format"], dict(found["settings"])
+        except FileNotFoundError as error:
+            raise self._damaged(_SETTINGS, "it is missing") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(_SETTINGS, str(error)) from error
+        if version != _FORMAT:
+            raise self._damaged(_SETTINGS, f"its format is {version!r}, this version reads {_FORMAT}")
+        return settings
+
+    def _read(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        try:
+            tensors, content = unpack(self._path(name).read_bytes())
+        except FileNotFoundError as error:
+            raise self._damaged(name, "it is missing") from error
+        except (OSError, DamagedFileError) as error:
+            raise self._damaged(name, str(error)) from error
+        if content.get("run") != self._key:
+            raise self._damaged(name, "it belongs to another run")
+        return tensors, content
+
+    def _pack(self, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any] | None = None) -> bytes:
+        return pack(tensors, {"run": self._key, **(content or {})})
+
+    def _partial_names(self) -> list[str]:
+        try:
+            names = json.loads(self._path(_PARTIALS).read_text(encoding="utf-8"))
+            return [name for name in names if name == Path(name).name]
+        except (OSError, ValueError, TypeError):
+            return []
+
+    def _damaged(self, name: str, why: str) -> MagiError:
+        return MagiError(f"The saved run in {str(self.folder)!r} cannot be gone on with: {name}: {why}. {_ANEW}")
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name
+
+
+def _place(state: SamplerState) -> dict[str, int | None]:
+    """Where in its schedule a state stands."""
+    return {"iteration": state.iteration, "window_size": state.window_size, "done": state.done}
+
+
+def _chunk_name(index: int) -> str:
+    return f"chunk-{index:05d}.safetensors"

@@ -1,0 +1,1 @@
+"""Which chunk is denoised, when, and under which guidance."""

@@ -1,0 +1,112 @@
+"""From text embeddings to what each chunk's cross attention sees: special tokens in front, cut to length."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import MagiError
+from .special_tokens import SpecialTokens, check_styles
+
+NULL_TOKENS = 50  # unmasked tokens of the null caption, whatever stands in front of it
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A prompt's text-encoder output: (tokens, caption_channels), real tokens only. No token at all: unconditional."""
+
+    embeds: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.embeds.ndim != 2:
+            raise MagiError(f"A caption is (tokens, channels); this one has the shape {tuple(self.embeds.shape)}.")
+
+
+def null_caption(embedding: torch.Tensor, special: SpecialTokens | None, negative: bool) -> torch.Tensor:
+    """The caption of unconditional passes and clean chunks: (50, channels).
+
+    Args:
+        embedding: the model's learned null caption, (caption_max_length, channels).
+        special: the token file, needed for negative tokens.
+        negative: put the tokens for burnt-in captions, logos, transitions and borders in front.
+    """
+    if not negative:
+        return embedding[:NULL_TOKENS]
+    tokens = _require(special, "negative tokens", embedding.shape[1]).negative()
+    return torch.cat([tokens.to(embedding), embedding])[:NULL_TOKENS]
+
+
+def caption_per_chunk(
+    captions: Caption | Sequence[Caption],
+    chunks: int,
+    model: ModelConfig,
+    special: SpecialTokens | None,
+    styles: Sequence[str] = ("hq",),
+    durations: bool = True,
+) -> list[torch.Tensor]:
+    """The caption of each generated chunk, (tokens, channels); chunks that look alike share one tensor.
+
+    Args:
+        captions: one for all chunks, or one a chunk; the last of a short list holds to the end.
+        chunks: generated chunks.
+        model: for the length and width of captions.
+        special: the token file; None only without styles and durations.
+        styles: style tokens in front.
+        durations: tell each chunk how many are still to come.
+
+    Raises:
+        MagiError: a caption has the wrong width, tokens are asked for without a file, or there are more captions than chunks.
+    """
+    check_styles(styles)
+    every = [captions] if isinstance(captions, Caption) else list(captions)
+    if not every:
+        raise MagiError("The list of captions is empty. Give at least one.")
+    if len(every) > chunks:
+        raise MagiError(
+            f"There are {len(every)} captions for {chunks} generated chunks. Give at most one a chunk, or a longer video."
+        )
+    for caption in every:
+        if caption.embeds.shape[1] != model.caption_channels:
+            raise MagiError(
+                f"The caption has {caption.embeds.shape[1]} channels, the model takes {model.caption_channels}. "
+                "Encode the prompt with the text encoder that belongs to the model (T5 v1.1 XXL for the released ones)."
+            )
+        if len(caption.embeds) > model.caption_max_length:
+            warnings.warn(
+                f"The caption has {len(caption.embeds)} tokens; the model sees {model.caption_max_length}.",
+                stacklevel=2,
+            )
+    if (styles or durations) and any(len(c.embeds) for c in every):
+        _require(special, "style and duration tokens", model.caption_channels)
+    made: dict[tuple[int, int | None], torch.Tensor] = {}
+    result = []
+    for i in range(chunks):
+        which, after = min(i, len(every) - 1), min(chunks - 1 - i, 7) if durations else None
+        if (which, after) not in made:
+            tokens = _with_tokens(every[which].embeds, special, styles, after)
+            made[which, after] = tokens[: model.caption_max_length]
+        result.append(made[which, after])
+    return result
+
+
+def _with_tokens(
+    embeds: torch.Tensor, special: SpecialTokens | None, styles: Sequence[str], after: int | None
+) -> torch.Tensor:
+    if not len(embeds) or special is None or not (styles or after is not None):
+        return embeds
+    return torch.cat([special.prefix(styles, after).to(embeds), embeds])
+
+
+def _require(special: SpecialTokens | None, what: str, width: int) -> SpecialTokens:
+    if special is None:
+        raise MagiError(
+            f"The {what} need the special-token file. Give special_tokens.npz (`python -m magi download special_tokens` "
+            "fetches it, 3 MB), or switch them off."
+        )
+    if special.width != width:
+        raise MagiError(
+            f"The special tokens are {special.width} wide, the model's captions {width}. Use the file of the model."
+        )
+    return special

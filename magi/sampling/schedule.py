@@ -1,0 +1,194 @@
+"""When each chunk is denoised, at which times, and what it sees: pure functions on ints and floats.
+
+A video of `chunks` chunks, the first `prefix_chunks` of them given, is made by a window that slides over it: every stage
+takes each chunk in the window through one of `window` segments of the time grid, then the oldest leaves clean and a new one
+enters as noise (paper section 2.3).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+
+from ..config import RuntimeConfig
+from ..errors import MagiError
+
+_UNLIMITED_CLEAN_RANGE = 8  # what given chunks see where neither they nor the others are limited
+SHORTCUT_STEPS = 12  # this step count uses the distilled models' uneven steps
+# Mode -> (entries of the quarter grid that start a step, step lengths as multiples of the shortest)
+_SHORTCUTS = {"8,16,16": ((0, 2, 3), (2, 1, 1)), "16,16,8": ((0, 1, 2), (1, 1, 2))}
+
+
+def time_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> torch.Tensor:
+    """Times 0 (noise) .. 1 (clean) between which a chunk is stepped: (num_steps + 1,) float32."""
+    if num_steps == SHORTCUT_STEPS:
+        quarter = torch.linspace(0, 1, 5) / 4
+        starts = quarter[list(_SHORTCUTS[shortcut_mode][0])]
+        u = torch.cat([starts + offset for offset in (0, 0.25, 0.5, 0.75, 1)])[: num_steps + 1]
+    else:
+        u = torch.linspace(0, 1, num_steps + 1)
+    squared = u**2
+    shift = 1 / 3
+    return shift * squared / (1 + (shift - 1) * squared)
+
+
+def step_size_signal(num_steps: int, step: int, shortcut_mode: str = "8,16,16") -> float:
+    """The second scalar that distilled models embed beside the time: how long the step is.
+
+    Args:
+        num_steps: steps a chunk takes in all.
+        step: index within the stage.
+        shortcut_mode: pattern of the 12-step schedule.
+    """
+    if num_steps == SHORTCUT_STEPS:
+        return 8 / _SHORTCUTS[shortcut_mode][1][step % 3]
+    return num_steps / 2
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One forward iteration: which chunks are active and where on the time grid each one stands."""
+
+    index: int
+    step: int  # within the stage
+    chunks: range  # active, oldest first
+    grid: tuple[int, ...]  # per active chunk: steps it has had; it goes from time_grid[g] to time_grid[g + 1]
+    refresh: int | None  # the chunk that has just become clean, to be shown to the model once more
+    finishes: int | None  # the chunk that is clean after this iteration
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All iterations of a run.
+
+    Attributes:
+        chunks: chunks in all, the given ones included.
+        prefix_chunks: whole chunks given.
+        num_steps: steps a chunk takes.
+        window: chunks denoised at a time.
+        key_ranges: chunks seen (the chunk itself included) in each of len(key_ranges) equal parts of the steps; empty: all.
+        clean_key_range: the same for clean chunks.
+    """
+
+    chunks: int
+    prefix_chunks: int
+    num_steps: int
+    window: int
+    key_ranges: tuple[int, ...] = (5, 4, 3, 2)
+    clean_key_range: int = 1
+
+    def __post_init__(self) -> None:
+        check_steps(self.num_steps, self.window, self.key_ranges)
+
+    @classmethod
+    def of(cls, runtime: RuntimeConfig, chunks: int, prefix_chunks: int) -> "Schedule":
+        """The schedule of `runtime`'s settings for a video of so many chunks."""
+        return cls(
+            chunks,
+            prefix_chunks,
+            runtime.num_steps,
+            runtime.window_size,
+            runtime.noise2clean_kvrange,
+            _clean_key_range(runtime),
+        )
+
+    @property
+    def steps_per_stage(self) -> int:
+        """Forward iterations of one stage."""
+        return self.num_steps // self.window
+
+    def __len__(self) -> int:
+        return self.steps_per_stage * (self.chunks + self.window - 1 - self.prefix_chunks)
+
+    def __getitem__(self, index: int) -> Iteration:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        stage, step = divmod(index, self.steps_per_stage)
+        stage += self.prefix_chunks
+        chunks = range(max(self.prefix_chunks, stage - self.window + 1), min(self.chunks, stage + 1))
+        # Chunk c entered in stage c, so it is now in segment stage - c: the oldest stands highest.
+        grid = tuple((stage - c) * self.steps_per_stage + step for c in chunks)
+        return Iteration(
+            index,
+            step,
+            chunks,
+            grid,
+            refresh=chunks[0] - 1 if step == 0 and chunks[0] > self.prefix_chunks else None,
+            finishes=chunks[0] if grid[0] == self.num_steps - 1 else None,
+        )
+
+    def __iter__(self) -> Iterator[Iteration]:
+        return (self[i] for i in range(len(self)))
+
+    def first_key(self, chunk: int, steps_done: int) -> int:
+        """First chunk that `chunk` sees in its step number `steps_done` (0-based)."""
+        if not self.key_ranges:
+            return 0
+        part = steps_done // (self.num_steps // len(self.key_ranges))
+        return max(0, chunk + 1 - self.key_ranges[part])
+
+    def first_clean_key(self, chunk: int) -> int:
+        """First chunk that a clean `chunk` sees. Without key ranges made chunks see all, given ones still as many as they may."""
+        if not self.key_ranges and chunk >= self.prefix_chunks:
+            return 0
+        return max(0, chunk + 1 - self.clean_key_range)
+
+    @property
+    def cached_chunks(self) -> int:
+        """How many finished chunks' keys must be kept, at most, for all iterations: the size of the cache ring.
+
+        It does not depend on the number of chunks once there are more than the window holds, unless chunks see everything.
+        """
+        if not self.key_ranges:
+            return self.chunks
+        # The geometry repeats itself once the window slides, so the first stages hold the extreme.
+        reach = self.clean_key_range - 1
+        for it in islice(self, self.steps_per_stage * 3 * (self.window + max(self.key_ranges))):
+            reach = max(reach, *(it.chunks[0] - self.first_key(c, g) for c, g in zip(it.chunks, it.grid, strict=True)))
+        return min(reach, self.chunks)
+
+    @property
+    def kept_chunks(self) -> int:
+        """How many finished chunks' latents a run keeps: what fills the cache anew, even with the window made smaller."""
+        return max(1, self.replayed_chunks, *(n - 1 for n in self.key_ranges))
+
+    def narrowed(self, window: int, done: int) -> "Schedule":
+        """The schedule of what is left when `done` chunks are there, given ones included, and the window becomes smaller."""
+        return replace(self, window=window, prefix_chunks=done)
+
+    @property
+    def replayed_chunks(self) -> int:
+        """How many finished chunks must be shown to the model to fill the cache anew.
+
+        Where clean chunks see only themselves these are the cached ones; else every one depends on all before it.
+        """
+        return self.cached_chunks if self.clean_key_range == 1 else self.chunks
+
+
+def _clean_key_range(runtime: RuntimeConfig) -> int:
+    if runtime.clean_chunk_kvrange != -1:
+        return runtime.clean_chunk_kvrange
+    return runtime.noise2clean_kvrange[-1] if runtime.noise2clean_kvrange else _UNLIMITED_CLEAN_RANGE
+
+
+def smaller_windows(num_steps: int, window: int) -> list[int]:
+    """Windows below `window` that the steps can be split over, the largest first."""
+    return [n for n in reversed(range(1, window)) if num_steps % n == 0]
+
+
+def check_steps(num_steps: int, window: int, key_ranges: Sequence[int]) -> None:
+    """Refuses step counts that do not divide evenly. Raises MagiError with the nearest valid counts."""
+    if window < 1:
+        raise MagiError(f"The window is {window} chunks; it must be at least 1.")
+    if num_steps < 1:
+        raise MagiError(f"The number of steps is {num_steps}; it must be at least 1.")
+    parts = len(key_ranges) or 1
+    if num_steps % window or num_steps % parts:
+        good = [n for n in range(1, num_steps + window * parts + 1) if not (n % window or n % parts)]
+        below, above = max((n for n in good if n < num_steps), default=None), min(n for n in good if n > num_steps)
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise MagiError(
+            f"{num_steps} steps cannot be split evenly over the window of {window} chunks and the {parts} key-range stages. "
+            f"Use {nearest} steps."
+        )

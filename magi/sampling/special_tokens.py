@@ -1,0 +1,119 @@
+"""The learned 4096-vectors that stand in front of captions for style, duration and unwanted things."""
+
+import hashlib
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import MagiError
+
+FILE_NAME = "special_tokens.npz"
+SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b5cd6be5a7"
+_OFFICIAL_WIDTH = 4096
+_HOW = f"Use the official {FILE_NAME} (`python -m magi download special_tokens` fetches it, 3 MB)."
+
+# What numpy raises for files that are something else, .npy ones and pickles among them
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError)
+
+# Rows of other_tokens
+_TRANSITION = 0
+_STYLES = {"hq": 1, "static": 2, "dynamic": 3, "borderness": 4, "3d_model": 15, "2d_anime": 16}
+_DURATION = 7  # of one chunk; the seven rows after it are for two to eight
+_LONGEST_DURATION = 7
+# Prepended in this order, so that the last one stands first.
+_STYLE_ORDER = ("static", "dynamic", "borderness", "hq", "3d_model", "2d_anime")
+
+STYLES = tuple(_STYLES)
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The vectors, float32 (rounded to float16 first, as the models were trained).
+
+    Attributes:
+        caption: (1, width).
+        logo: (1, width).
+        other: (100, width).
+    """
+
+    caption: torch.Tensor
+    logo: torch.Tensor
+    other: torch.Tensor
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SpecialTokens":
+        """Reads special_tokens.npz.
+
+        Raises:
+            MagiError: the file is missing, no such archive, or lacks the tokens.
+        """
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise MagiError(f"There is no special-token file {str(path)!r}. {_HOW}")
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {key: archive[key] for key in ("caption_token", "logo_token", "other_tokens")}
+            caption, logo, other = (torch.from_numpy(a.astype(np.float16)).float() for a in arrays.values())
+        except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
+            raise MagiError(f"{str(path)!r} is not the special-token file ({error}). {_HOW}") from error
+        rows = _STYLES["2d_anime"] + 1
+        if not (
+            caption.ndim == logo.ndim == other.ndim == 2
+            and len(other) >= rows
+            and logo.shape == caption.shape == (1, other.shape[1])
+        ):
+            shapes = ", ".join(f"{k} {a.shape}" for k, a in arrays.items())
+            raise MagiError(f"{str(path)!r} is not the special-token file: it holds {shapes}. {_HOW}")
+        if other.shape[1] == _OFFICIAL_WIDTH and not is_official(path):
+            warnings.warn(f"{str(path)!r} is not the published special-token file; using it as given.", stacklevel=2)
+        return cls(caption, logo, other)
+
+    @property
+    def width(self) -> int:
+        """Length of a token vector: the caption channels it goes with."""
+        return self.other.shape[1]
+
+    def prefix(self, styles: Iterable[str] = (), chunks_after: int | None = None) -> torch.Tensor:
+        """What stands in front of a chunk's caption: (tokens, width).
+
+        Args:
+            styles: names out of `STYLES`.
+            chunks_after: chunks that follow this one, for the duration token; None leaves it out.
+
+        Raises:
+            MagiError: a style is unknown.
+        """
+        styles = set(styles)
+        check_styles(styles)
+        rows = [_STYLES[name] for name in _STYLE_ORDER if name in styles]
+        if chunks_after is not None:
+            rows.append(_DURATION + min(chunks_after, _LONGEST_DURATION))
+        return self.other[rows[::-1]]
+
+    def negative(self) -> torch.Tensor:
+        """What stands in front of the null caption to steer away from: (4, width)."""
+        return torch.cat([self.other[[_STYLES["borderness"], _TRANSITION]], self.logo, self.caption])
+
+
+def find_special_tokens(folders: Iterable[str | Path]) -> Path | None:
+    """The published file wherever it lies and whatever it is called, by its hash: any .npz in the folders, or None."""
+    files = (file for folder in folders for file in sorted(Path(folder).glob("*.npz")))
+    return next((file for file in files if is_official(file)), None)
+
+
+def check_styles(styles: Iterable[str]) -> None:
+    """Raises MagiError for a name that is no style token."""
+    for name in styles:
+        if name not in _STYLES:
+            raise MagiError(f"There is no style token {name!r}. Choose among {', '.join(STYLES)}.")
+
+
+def is_official(path: Path) -> bool:
+    """Whether this is the published file, by size first and then by hash."""
+    return path.stat().st_size == 3_343_124 and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256

@@ -1,1 +1,0 @@
-"""Runs kept on disk, to be gone on with."""

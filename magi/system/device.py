@@ -1,0 +1,64 @@
+"""Which device to compute on, how much room it has, and telling that memory ran out."""
+
+import torch
+
+from ..errors import MagiError
+
+_SAID = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+)  # Not every backend raises the error made for it: Metal; the CPU on Windows; elsewhere
+
+
+def pick_device(device: torch.device | str | None = None) -> torch.device:
+    """The named device, or the best there is: CUDA (NVIDIA, AMD), XPU, MPS, CPU. Raises MagiError if it is not there."""
+    if device is None:
+        return torch.device(next((kind for kind in ("cuda", "xpu", "mps") if _is_available(kind)), "cpu"))
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise MagiError(f"There is no device {device!r}. Use cuda, cuda:1, xpu, mps or cpu.") from error
+    if chosen.type in ("cuda", "xpu", "mps") and not _is_available(chosen.type):
+        raise MagiError(
+            f"The device {str(device)!r} is not available to torch {torch.__version__}. Use cpu, or install the torch build "
+            "for your graphics card."
+        )
+    if chosen.index is not None and chosen.type in ("cuda", "xpu"):
+        count = getattr(torch, chosen.type).device_count()
+        if chosen.index >= count:
+            raise MagiError(f"There is no device {str(device)!r}: torch sees {count} of its kind, numbered from 0.")
+    return chosen
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes on an accelerator; None where memory is the host's own."""
+    if device.type in ("cuda", "xpu"):
+        return int(getattr(torch, device.type).mem_get_info(device)[0])
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return None
+
+
+def empty_cache(device: torch.device) -> None:
+    """Gives memory that torch holds but does not use back to the device."""
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all it was given."""
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device or the host had too little memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+
+
+def _is_available(kind: str) -> bool:
+    backend = getattr(torch.backends, "mps", None) if kind == "mps" else getattr(torch, kind, None)
+    return backend is not None and bool(backend.is_available())

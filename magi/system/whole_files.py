@@ -1,0 +1,109 @@
+"""Files that are whole or not there: written aside, synced and renamed; read with a check of every byte."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+_CONTENT, _CHECKSUM = "content", "sha256"
+_SAMPLE_BYTES, _SAMPLES = 1 << 20, 5
+
+
+class DamagedFileError(ValueError):
+    """A file is not as `pack` made it."""
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Puts `data` under `path`, in the place of what was there; after a crash at any point one of the two is there, whole.
+
+    Raises:
+        OSError: it could not be written; what was there still is.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def pack(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> bytes:
+    """A safetensors file of tensors from any device and of `content`, JSON, in its header; with a checksum over all."""
+    held = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    text = json.dumps(content, sort_keys=True)
+    return save(held, {_CONTENT: text, _CHECKSUM: _checksum(held, text)})
+
+
+def unpack(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What `pack` was given, the tensors on the CPU.
+
+    Raises:
+        DamagedFileError: the bytes are not a file that `pack` made, or not all of it.
+    """
+    try:
+        tensors = {name: x.clone() for name, x in load(data).items()}  # clones, as `load` places them at odd addresses
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        text, checksum = metadata[_CONTENT], metadata[_CHECKSUM]
+        content = dict(json.loads(text))
+    except Exception as error:  # safetensors raises whatever its parser stumbles over
+        raise DamagedFileError("it is cut short or no saved state") from error
+    if checksum != _checksum(tensors, text):
+        raise DamagedFileError("its bytes have changed")
+    return tensors, content
+
+
+def file_fingerprint(path: str | Path) -> str:
+    """64 hexadecimal digits that tell a file from others: of its size and five MB spread evenly over it, or of all it has.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        if size <= _SAMPLE_BYTES * _SAMPLES:
+            digest.update(file.read())
+        else:
+            for i in range(_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def tensor_digest(*tensors: torch.Tensor) -> str:
+    """SHA-256 of tensors' types, shapes and values: 64 hexadecimal digits."""
+    return _checksum({str(i): x.detach().cpu().contiguous() for i, x in enumerate(tensors)}, "")
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)} ".encode())
+        digest.update(x.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Has the system note a renaming for good. Windows cannot, nor can some network drives."""
+    if os.name == "nt":
+        return
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

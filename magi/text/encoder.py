@@ -1,0 +1,249 @@
+"""The T5 v1.1 text encoder: a prompt in, one vector per token out.
+
+Weights stay as they are stored and mapped from disk; where that type is not the one computed in, each layer is converted
+when it runs. So the 4.7 billion parameters never stand in memory twice, and a float16 file, whose activations T5 is known
+to overflow, is computed in float32 like every other. A device too small for all of them gets each layer in its turn.
+"""
+
+import gc
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+from warnings import warn
+
+import torch
+from torch import nn
+
+from ..errors import MagiError
+from ..system.device import empty_cache, free_memory, is_out_of_memory
+from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5
+from .t5_model import WORKING_BYTES, Progress, build_t5, resident_bytes
+from .t5_tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+
+MAX_TOKENS = 800
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
+
+_Result = TypeVar("_Result")
+_SAMPLE_BYTES = 1 << 20
+_STREAMS = (
+    "The text encoder does not fit into the memory of {}. Its weights stay on the host, and each layer's is copied over when it "
+    "runs, which is slower. A float8 file, dtype bfloat16 or device 'cpu' avoid that."
+)
+
+
+class TextEncoder:
+    """A loaded T5 encoder with its tokenizer. `with TextEncoder.load(...) as encoder:` frees it at the end."""
+
+    def __init__(
+        self,
+        checkpoint: T5Checkpoint,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        dtype: torch.dtype,
+        key: str,
+        stream: bool,
+        progress: Progress | None,
+    ) -> None:
+        """Use `load`."""
+        self.d_model = checkpoint.shape.d_model
+        self.num_blocks = checkpoint.shape.num_layers
+        self.device = device
+        self.dtype = dtype
+        self.fingerprint = key
+        self.streaming = stream
+        self._tokenizer = tokenizer
+        self._checkpoint: T5Checkpoint | None = checkpoint
+        self._model: Any = None
+        self._or_streaming(lambda: self._build(progress))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        tokenizer: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+        *,
+        stream: bool | None = None,
+        make_room: Callable[[int], None] | None = None,
+    ) -> "TextEncoder":
+        """Loads a T5 v1.1 encoder.
+
+        Args:
+            path: the official folder (`.bin` shards), a folder of safetensors, or one file (`t5xxl_*.safetensors` in
+                float32, bfloat16, float16, float8 or scaled float8).
+            tokenizer: folder or file of the tokenizer, where it is not beside the weights.
+            device: where it runs; the CPU by default, where the weights are only mapped.
+            dtype: what is computed in, torch.float32 (default, as the reference) or torch.bfloat16. Weights wider than
+                this are narrowed, others stay as they are stored: bfloat16 halves what a float32 file takes on a card.
+            progress: counts the tensors placed.
+            stream: the weights stay mapped on the host, and each layer's is brought to the device when it runs: slower, the
+                same to the bit. None: where they do not fit into what is free on the device, or turn out not to. On the CPU
+                it keeps no narrowed copies of wider weights.
+            make_room: called with the bytes of device memory wanted for all weights and for running, before what is free is
+                looked at; not on the CPU, nor if `stream` is True.
+
+        Raises:
+            MagiError: files missing or damaged, not a T5 v1.1, no tokenizer or another model's, a device or dtype that
+                cannot be used, or too little memory on the device.
+        """
+        dtype = _compute_dtype(dtype)
+        target = _usable_device(device)
+        words = load_tokenizer(find_tokenizer(path, tokenizer))
+        checkpoint = read_t5(path)
+        if words.vocab_size > checkpoint.shape.vocab_size:
+            raise MagiError(
+                f"The tokenizer {str(words.file)!r} has {words.vocab_size:,} entries, the text encoder {str(path)!r} only "
+                f"{checkpoint.shape.vocab_size:,}: they belong to different models. Give the tokenizer of t5-v1_1-xxl."
+            )
+        key = encoder_fingerprint(path, tokenizer, dtype)
+        if stream is None:
+            stream = not _fits(resident_bytes(checkpoint, target, dtype) + WORKING_BYTES, target, make_room)
+        return cls(checkpoint, words, target, dtype, key, stream, progress)
+
+    def encode(self, text: str, *, max_tokens: int = MAX_TOKENS, progress: Progress | None = None) -> torch.Tensor:
+        """The encoder's output for one text, as is: clean it first.
+
+        Only the text's own tokens are run. That equals a run padded to `max_tokens` and masked, as T5's positions are
+        relative, and is a hundred times less work for a sentence.
+
+        Args:
+            text: any text; what goes beyond `max_tokens` is cut off, with a warning.
+            max_tokens: the most tokens, the end token included.
+            progress: counts the encoder blocks done.
+
+        Returns:
+            (tokens, d_model), float32, on the CPU. The last token is the end token.
+
+        Raises:
+            MagiError: the encoder is closed, memory ran out, or the weights give values that are not finite.
+        """
+        if self._checkpoint is None:
+            raise MagiError("This text encoder is closed. Load it again.")
+        ids = self._tokenizer.encode(text)
+        if len(ids) > max_tokens:
+            warn(f"The prompt has {len(ids)} tokens; only the first {max_tokens} are used.", stacklevel=2)
+            ids = [*ids[: max_tokens - 1], ids[-1]]
+        embeds = self._or_streaming(lambda: self._run(ids, progress))
+        if not embeds.isfinite().all():
+            raise MagiError(
+                "The text encoder gave values that are not finite: its weights are damaged. Download it again."
+            )
+        return embeds
+
+    def close(self) -> None:
+        """Frees the weights, on the device too. May be called twice."""
+        self._checkpoint = None
+        self._free()
+
+    def _build(self, progress: Progress | None) -> None:
+        assert self._checkpoint is not None  # noqa: S101 (not closed)
+        self._model = build_t5(self._checkpoint, self.device, self.dtype, self.streaming, progress)
+
+    def _free(self) -> None:
+        self._model = None
+        gc.collect()
+        empty_cache(self.device)
+
+    @torch.no_grad()
+    def _run(self, ids: Sequence[int], progress: Progress | None) -> torch.Tensor:
+        if self._model is None:
+            self._build(None)
+        with _block_progress(self._model.encoder.block, progress):
+            hidden = self._model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state
+        return hidden[0].to("cpu", torch.float32)
+
+    def _or_streaming(self, work: Callable[[], _Result]) -> _Result:
+        """The work's result; where the device runs out of memory under resident weights, once more with streaming ones."""
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.streaming:
+                    raise MagiError(
+                        f"The text encoder does not fit into the memory of {self.device}. "
+                        "Use device 'cpu', dtype bfloat16 or a float8 file."
+                    ) from error
+            # Out of the handler, whose traceback holds on to what is to be freed.
+            warn(_STREAMS.format(self.device), stacklevel=3)
+            self.streaming = True
+            self._free()
+
+    def __enter__(self) -> "TextEncoder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def encoder_fingerprint(path: str | Path, tokenizer: str | Path | None = None, dtype: torch.dtype | None = None) -> str:
+    """What `TextEncoder.load(...).fingerprint` would be, without loading anything.
+
+    It is the same for the same weights and tokenizer computed in the same dtype, wherever the files lie and whatever they
+    are called. Only a few MB are read: sizes, headers and samples of the files.
+
+    Raises:
+        MagiError: the weights or the tokenizer are not there, or `dtype` cannot be computed in.
+    """
+    digest = hashlib.sha256(f"t5 {_compute_dtype(dtype)} ".encode())
+    digest.update(load_tokenizer(find_tokenizer(path, tokenizer)).fingerprint().encode())
+    for file in find_t5_files(path):
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with file.open("rb") as stream:
+            for start in (0, size // 2, size - _SAMPLE_BYTES):
+                stream.seek(max(0, start))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _compute_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    dtype = torch.float32 if dtype is None else dtype
+    if dtype not in COMPUTE_DTYPES:
+        raise MagiError(
+            f"The text encoder cannot compute in {dtype} (T5 overflows float16). Use torch.float32 or torch.bfloat16; "
+            "weights stored in other types are used as they are."
+        )
+    return dtype
+
+
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    try:
+        target = torch.device("cpu" if device is None else device)
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch without CUDA asserts
+        raise MagiError(f"The device {str(device)!r} cannot be used ({error}). Use 'cpu'.") from error
+    return target
+
+
+def _fits(nbytes: int, device: torch.device, make_room: Callable[[int], None] | None) -> bool:
+    if make_room and device.type != "cpu":
+        make_room(nbytes)
+    empty_cache(device)
+    free = free_memory(device)
+    if free is None or nbytes <= free:
+        return True
+    warn(_STREAMS.format(device), stacklevel=3)
+    return False
+
+
+@contextmanager
+def _block_progress(blocks: nn.ModuleList, progress: Progress | None) -> Iterator[None]:
+    """Calls `progress` after every block; what it raises comes out of the model's forward."""
+    handles = []
+    if progress:
+        for done, block in enumerate(blocks, 1):
+            handles.append(block.register_forward_hook(lambda *_, done=done: progress(done, len(blocks))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

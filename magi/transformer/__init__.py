@@ -1,0 +1,1 @@
+"""The network as mathematics: no file, no plan, no cache policy."""

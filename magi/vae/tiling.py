@@ -1,0 +1,197 @@
+"""Tiles in space and time: how a video is cut, and how the pieces are joined without a seam.
+
+Along time tiles follow one another without overlap. In space they overlap, and each fades in over the tile above it
+and then over the one to its left.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import MagiError
+
+PATCH_FRAMES = 4  # video frames of one latent frame
+PATCH_SIZE = 8  # pixels of one latent pixel, along height and along width
+
+ProgressCallback = Callable[[int, int], None]  # (tiles done, tiles known so far)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The tile the VAE works on at a time; it alone sets the peak memory.
+
+    Attributes:
+        frames: video frames of a tile, a multiple of 4. The official 12 is half a second.
+        size: height and width of a tile in pixels, a multiple of 8.
+        overlap: the part of `size` that neighbouring tiles share, at least 0 and below 1; a multiple of 8 pixels.
+
+    Raises:
+        MagiError: a value breaks the rules above.
+    """
+
+    frames: int = 12
+    size: int = 256
+    overlap: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name, value, unit in (("frames", self.frames, PATCH_FRAMES), ("size", self.size, PATCH_SIZE)):
+            if not isinstance(value, int) or value < unit or value % unit:
+                raise MagiError(
+                    f"Tiling {name} {value!r} is not a positive multiple of {unit}. {_nearest(value, unit)}"
+                )
+        if not 0 <= self.overlap < 1:
+            raise MagiError(f"Tiling overlap {self.overlap!r} is not in 0..1 (1 excluded). The official value is 0.25.")
+        if abs(self.size * self.overlap - self.latent_overlap * PATCH_SIZE) > 1e-3:
+            raise MagiError(
+                f"Tiling overlap {self.overlap} of size {self.size} is {self.size * self.overlap:g} pixels, not a multiple of "
+                f"{PATCH_SIZE}. Choose overlap {self.latent_overlap * PATCH_SIZE / self.size:.6g}, or a size that is a multiple of 32 with overlap 0.25."
+            )
+
+    @property
+    def latent_frames(self) -> int:
+        """Latent frames of a tile."""
+        return self.frames // PATCH_FRAMES
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of a tile in latent pixels."""
+        return self.size // PATCH_SIZE
+
+    @property
+    def latent_overlap(self) -> int:
+        """Latent pixels that neighbouring tiles share."""
+        # The largest step below 1 keeps the stride at one latent pixel or more.
+        return min(round(self.size * self.overlap / PATCH_SIZE), self.latent_size - 1)
+
+    def starts(self, length: int) -> range:
+        """First latent pixel of every tile along an axis of `length` latent pixels; a last sliver is a tile of its own."""
+        return range(0, length, self.latent_size - self.latent_overlap)
+
+    def tile_count(self, frames: int, height: int, width: int) -> int:
+        """Tiles of `frames` x `height` x `width` latents."""
+        return -(-frames // self.latent_frames) * len(self.starts(height)) * len(self.starts(width))
+
+
+def _nearest(value: object, unit: int) -> str:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 2**31:
+        return f"Choose a multiple of {unit}."
+    return f"The nearest is {max(unit, round(value / unit) * unit)}."
+
+
+class TileProgress:
+    """Counts finished tiles for a callback, and lets it cancel inside a long tile too.
+
+    The callback stops the work by raising. Long tiles call `alive` often; it asks the callback at most every
+    `interval` seconds, so that a fast device is not slowed by it.
+    """
+
+    interval = 0.5
+
+    def __init__(self, callback: ProgressCallback | None) -> None:
+        self.done = 0
+        self.total = 0
+        self._callback = callback
+        self._asked = time.monotonic()
+
+    def finished(self) -> None:
+        """One more tile is done."""
+        self.done += 1
+        self._ask()
+
+    def alive(self) -> None:
+        """A part of a tile is done."""
+        if time.monotonic() - self._asked >= self.interval:
+            self._ask()
+
+    def _ask(self) -> None:
+        if self._callback is not None:
+            self._callback(self.done, self.total)
+        self._asked = time.monotonic()
+
+
+def recut(blocks: Iterable[torch.Tensor], length: int) -> Iterator[torch.Tensor]:
+    """Cuts a stream of (B, C, t, H, W) blocks of any t into pieces of `length` along t, each as soon as it is whole.
+
+    The last piece holds what is left. At most one piece and the current block are kept.
+    """
+    held: list[torch.Tensor] = []
+    count = 0
+    for block in blocks:
+        start = 0
+        while start < block.shape[2]:
+            part = block[:, :, start : start + length - count]
+            start += part.shape[2]
+            count += part.shape[2]
+            held.append(part)
+            if count == length:
+                yield _joined(held)
+                held, count = [], 0
+    if held:
+        yield _joined(held)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def map_tiles(
+    run: Callable[[torch.Tensor], torch.Tensor],
+    source: torch.Tensor,
+    result: torch.Tensor,
+    tiling: Tiling,
+    *,
+    scale_in: int,
+    scale_out: int,
+    chained: bool,
+) -> None:
+    """Fills `result` (..., h * scale_out, w * scale_out) with `run` over the spatial tiles of `source` (..., h * scale_in, w * scale_in).
+
+    Args:
+        run: maps a tile of `source` to the same tile of `result`; may return any floating dtype and device.
+        source: what is cut, h x w latent pixels.
+        result: what is filled; a tile is copied to its device and dtype. Blending is in float32.
+        tiling: the tiles.
+        scale_in: units of `source` per latent pixel.
+        scale_out: units of `result` per latent pixel.
+        chained: fade in over neighbours that are themselves blended (encoding), or over what `run` gave (decoding).
+    """
+    extent = tiling.latent_overlap * scale_out
+    keep = (tiling.latent_size - tiling.latent_overlap) * scale_out
+    above: list[torch.Tensor] = []  # the lower edges of the row before: all that blending needs of it
+    for y in tiling.starts(source.shape[-2] // scale_in):
+        edges: list[torch.Tensor] = []
+        left = None
+        for column, x in enumerate(tiling.starts(source.shape[-1] // scale_in)):
+            rows, columns = (slice(s * scale_in, (s + tiling.latent_size) * scale_in) for s in (y, x))
+            tile = run(source[..., rows, columns]).float()
+            lower, right = _end(tile, extent, -2), _end(tile, extent, -1)
+            if above:
+                _fade_in(tile, above[column], -2)
+            if left is not None:
+                _fade_in(tile, left, -1)
+            if chained:
+                lower, right = _end(tile, extent, -2), _end(tile, extent, -1)
+            tile = tile[..., :keep, :keep]
+            top, start = y * scale_out, x * scale_out
+            result[..., top : top + tile.shape[-2], start : start + tile.shape[-1]] = tile
+            edges.append(lower)
+            left = right
+        above = edges
+
+
+def _end(tile: torch.Tensor, extent: int, dim: int) -> torch.Tensor:
+    extent = min(extent, tile.shape[dim])
+    return tile.narrow(dim, tile.shape[dim] - extent, extent).clone()  # a view would keep the whole tile in memory
+
+
+def _fade_in(tile: torch.Tensor, before: torch.Tensor, dim: int) -> None:
+    """Blends the start of `tile`, in place, from the end of `before` to its own values."""
+    # A sliver is narrower than the overlap and ends where the tile before it ends: the ends line up, and the fade is as long as it.
+    extent = min(before.shape[dim], tile.shape[dim])
+    weight = torch.arange(extent, device=tile.device, dtype=tile.dtype) / max(extent, 1)
+    if dim == -2:
+        weight = weight[:, None]
+    start = tile.narrow(dim, 0, extent)
+    start.copy_(before.narrow(dim, before.shape[dim] - extent, extent).lerp(start, weight))

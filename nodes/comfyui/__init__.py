@@ -1,0 +1,1 @@
+"""Everything that adapts ComfyUI, or the pipeline to it."""

@@ -1,0 +1,189 @@
+"""Everything that is asked of ComfyUI: folders, device, memory manager, progress, previews and interrupts."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from server import PromptServer
+
+if TYPE_CHECKING:
+    from .memory import Managed
+
+Interrupted = comfy.model_management.InterruptProcessingException  # raised where the user has cancelled
+FOLDER = "magi1"  # below ComfyUI's models/: the tree that `python -m magi download` makes
+_PREVIEW_SIZE = 512
+_WATCH_SECONDS = 0.01
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def register_folder() -> None:
+    """Makes models/magi1 known to ComfyUI, beside what extra_model_paths.yaml says of it."""
+    default = str(home())
+    paths, extensions = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
+    paths = [*paths, *([] if default in paths else [default])]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {*extensions, ".safetensors"})
+
+
+def home() -> Path:
+    """The folder that MAGI-1's files belong in."""
+    return Path(folder_paths.models_dir) / FOLDER
+
+
+def model_folders(kind: str = FOLDER) -> list[Path]:
+    """The folders in which ComfyUI looks for models of a kind."""
+    return [Path(p) for p in folder_paths.get_folder_paths(kind)]
+
+
+def model_names(kind: str) -> list[str]:
+    """The files there, relative, with forward slashes on every system."""
+    return [name.replace("\\", "/") for name in folder_paths.get_filename_list(kind)]
+
+
+def cache_folder() -> Path:
+    """Where embeddings and the embedded model are kept."""
+    return Path(folder_paths.get_user_directory()) / FOLDER
+
+
+def temp_folder() -> Path:
+    """Where files stay until ComfyUI ends."""
+    return Path(folder_paths.get_temp_directory())
+
+
+def t5_tokenizer() -> Path:
+    """The tokenizer of T5 that ComfyUI ships for its own text encoders."""
+    return Path(comfy.model_management.__file__).parent / "text_encoders" / "t5_tokenizer"
+
+
+# -- device and memory -------------------------------------------------------------------------------------------------
+
+
+def device() -> torch.device:
+    """What ComfyUI computes on."""
+    return comfy.model_management.get_torch_device()
+
+
+def vae_device() -> torch.device:
+    """What ComfyUI computes VAEs on: the same, unless it was started with --cpu-vae."""
+    return comfy.model_management.vae_device()
+
+
+def usable_memory() -> int | None:
+    """Device memory in bytes that could be had if everything else were evicted; None where it is the host's own."""
+    where = device()
+    if where.type == "cpu":
+        return None
+    models = [m for m in comfy.model_management.loaded_models() if m is not None]  # None: dropped, not yet cleared away
+    evictable = sum(model.loaded_size() for model in models if model.load_device == where)
+    return int(
+        comfy.model_management.get_free_memory(where) + evictable - comfy.model_management.extra_reserved_memory()
+    )
+
+
+def make_room(nbytes: int) -> None:
+    """Has ComfyUI evict models until so much of the device is free."""
+    comfy.model_management.free_memory(nbytes, device())
+
+
+def load(*models: "Managed", working: int = 0, progress: Callable[[int, int], None] | None = None) -> list[Any]:
+    """What the models hold, on the device, with `working` bytes to spare there; other models make room.
+
+    `progress(parts placed, parts)` is called while weights are read; what it raises ends that.
+    """
+    for model in models:
+        model.held.progress = progress
+    try:
+        comfy.model_management.load_models_gpu(list(models), memory_required=working)
+    except BaseException:
+        # Those that ComfyUI had taken off its list for the time of loading are not to stay behind unseen.
+        known = comfy.model_management.loaded_models()
+        for model in models:
+            if not any(model is other for other in known):
+                model.detach()
+        release()
+        raise
+    finally:
+        for model in models:
+            model.held.progress = None
+    return [model.held.content for model in models]
+
+
+@contextmanager
+def device_work(what: str, remedy: str) -> Iterator[None]:
+    """Around heavy work: what torch then holds unused goes back to the device, and running out of memory is said clearly.
+
+    Raises:
+        MagiError: the device ran out of memory doing `what`; it names the `remedy`.
+    """
+    from ...magi.errors import MagiError
+    from ...magi.system.device import is_out_of_memory
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MagiError(f"{device()} ran out of memory {what}. {remedy}") from error
+    finally:
+        release()
+
+
+def release() -> None:
+    """Gives what torch holds but does not use back to the device."""
+    comfy.model_management.soft_empty_cache()
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+def check_interrupt() -> None:
+    """Raises `Interrupted` if the user has cancelled. The cancel stays known, for nodes that run beside this one; the next run forgets it."""
+    if comfy.model_management.processing_interrupted():
+        raise Interrupted
+
+
+@contextmanager
+def interrupt_watched() -> Iterator[Callable[[], bool]]:
+    """For work in a thread: gives what tells whether the user has cancelled, also where a node beside it is told first.
+
+    ComfyUI takes a cancel for done once one node has been told of it. Hardly any node asks as often as this does.
+    """
+    found, over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_WATCH_SECONDS):
+            if comfy.model_management.processing_interrupted():
+                found.set()
+
+    threading.Thread(target=watch, name="magi-interrupt", daemon=True).start()
+    try:
+        yield found.is_set
+    finally:
+        over.set()
+
+
+def show_progress(node_id: str | None, value: int, total: int, picture: torch.Tensor | None = None) -> None:
+    """Moves a node's bar, with a picture, uint8 (H, W, 3), as its preview."""
+    preview = None
+    if picture is not None:
+        from PIL import Image
+
+        preview = ("JPEG", Image.fromarray(picture.numpy()), _PREVIEW_SIZE)
+    try:
+        comfy.utils.ProgressBar(total, node_id=node_id).update_absolute(value, total, preview)
+    except Interrupted:  # ComfyUI asks here, too, and takes it for done then
+        comfy.model_management.interrupt_current_processing()
+        raise
+
+
+def show_text(node_id: str | None, text: str) -> None:
+    """Writes a line under a node."""
+    if node_id is not None and getattr(PromptServer, "instance", None) is not None:
+        PromptServer.instance.send_progress_text(text, node_id)

@@ -1,0 +1,162 @@
+"""What the loaders' menus offer, and where it lies. Names use forward slashes, so that a workflow works on every system."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import host
+
+if TYPE_CHECKING:
+    from ...magi.model_files.locate import ModelFiles
+
+# The same names as in `magi`, from which nothing is imported for a menu.
+EMBEDDED = "embedded demo model"
+RELEASED = ("4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill_quant", "24B_distill", "24B_base")
+VAE = "ckpt/vae"
+TEXT_ENCODER = "ckpt/t5/t5-v1_1-xxl"
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+_PACK = Path(__file__).resolve().parent.parent
+
+
+def model_menu() -> list[str]:
+    """The demo, the released models (whether they are there or not), and what else lies in the folders for models."""
+    return [EMBEDDED, *RELEASED, *_found("diffusion_models")]
+
+
+def vae_menu() -> list[str]:
+    """The demo's VAE, the official one, and files in the folders for VAEs."""
+    return [EMBEDDED, VAE, *_found("vae")]
+
+
+def encoder_menu() -> list[str]:
+    """The demo's text encoder, the official one, and files in the folders for text encoders."""
+    return [EMBEDDED, TEXT_ENCODER, *_found("text_encoders")]
+
+
+def find_model(name: str) -> Path:
+    """The transformer of a name in the menu.
+
+    Raises:
+        MagiError: it is not there; it says which folder it belongs in and where it can be had.
+    """
+    if name == EMBEDDED:
+        return _embedded().transformer
+    if name in RELEASED:
+        from ...magi.model_files.locate import released_weights
+
+        found = next(filter(None, (released_weights(folder, name) for folder in host.model_folders())), None)
+        if found is not None:
+            return found
+        raise _missing(name, f"ckpt/magi/{name}", "its folder inference_weight... with the .safetensors files", name)
+    return _find(name, "diffusion_models")
+
+
+def find_vae(name: str) -> Path:
+    """The VAE of a name in the menu; raises MagiError where it is not there."""
+    if name == EMBEDDED:
+        return _embedded().vae
+    if name == VAE:
+        return _official(VAE, "The VAE", "diffusion_pytorch_model.safetensors and config.json", "vae")
+    return _find(name, "vae")
+
+
+def find_encoder(name: str) -> tuple[Path, Path | None]:
+    """The text encoder of a name in the menu and its tokenizer (None: beside it).
+
+    Raises:
+        MagiError: one of them is not there.
+    """
+    if name == EMBEDDED:
+        return _embedded().text_encoder, None
+    if name == TEXT_ENCODER:
+        return _official(
+            TEXT_ENCODER, "The text encoder", "pytorch_model-*.bin, config.json and spiece.model", "t5"
+        ), None
+    path = _find(name, "text_encoders")
+    return path, _tokenizer(path)
+
+
+def find_special_tokens(model: Path) -> Path:
+    """The special tokens that go with a transformer.
+
+    Raises:
+        MagiError: they are not there.
+    """
+    from ...magi.model_files.download import SPECIAL_TOKENS_URL
+    from ...magi.model_files.locate import SPECIAL_TOKENS, special_tokens_near
+
+    found = special_tokens_near(model, [model.parent, *host.model_folders()])
+    if found is None:
+        raise _error(
+            f"{SPECIAL_TOKENS} (3 MB) is not in {host.home()}. Download {SPECIAL_TOKENS_URL} into that folder."
+        )
+    return found
+
+
+def _embedded() -> "ModelFiles":
+    from ...magi.model_files.embedded import embedded_files
+
+    return embedded_files(host.cache_folder())
+
+
+def _tokenizer(encoder: Path) -> Path | None:
+    """Where a single file has no tokenizer beside it: the official one, else the one that ComfyUI itself ships."""
+    from ...magi.errors import MagiError
+    from ...magi.text.t5_tokenizer import find_tokenizer
+
+    for folder in (None, *_places(TEXT_ENCODER), host.t5_tokenizer()):
+        try:
+            find_tokenizer(encoder, folder)
+        except MagiError:
+            continue
+        return folder
+    return None
+
+
+def _official(place: str, what: str, files: str, item: str) -> Path:
+    found = next(_places(place), None)
+    if found is None:
+        raise _missing(what, place, files, item)
+    return found
+
+
+def _places(place: str) -> Iterator[Path]:
+    """The folders of this name in the official tree, in all folders for MAGI-1's models."""
+    return (folder / place for folder in host.model_folders() if (folder / place).is_dir())
+
+
+def _find(name: str, kind: str) -> Path:
+    for folder in (*host.model_folders(), *host.model_folders(kind)):
+        # A name comes from a workflow file: it must not lead out of the folders.
+        if (folder / name).exists() and not Path(name).is_absolute() and ".." not in Path(name).parts:
+            return folder / name
+    raise _error(
+        f"There is no {name!r} in {host.home()} or {host.model_folders(kind)[0]}. Choose another one, or put it there and reload the page."
+    )
+
+
+def _found(kind: str) -> list[str]:
+    """Files, and folders of shards instead of the shards, in a native folder and our own (outside the official tree)."""
+    own = [name for name in host.model_names(host.FOLDER) if not name.startswith("ckpt/")]
+    names = [n for n in (*own, *host.model_names(kind)) if n.lower().endswith((".safetensors", ".sft"))]
+    folded = (name.rpartition("/")[0] if _SHARD.search(name) and "/" in name else name for name in names)
+    return list(dict.fromkeys(folded))
+
+
+def _missing(what: str, place: str, files: str, item: str) -> Exception:
+    from ...magi.model_files.download import HUB, REPOSITORY
+
+    home = host.home()
+    more = " (with the VAE, text encoder and special tokens)" if item in RELEASED else ""
+    return _error(
+        f"{what} is not in {home / place}.\nDownload {files} from {HUB}/{REPOSITORY}/tree/main/{place} into that folder.\n"
+        f'Or fetch it{more} with this, run in {_PACK}:\n"{sys.executable}" -m magi download {item} --folder "{home}"'
+    )
+
+
+def _error(message: str) -> Exception:
+    from ...magi.errors import MagiError
+
+    return MagiError(message)

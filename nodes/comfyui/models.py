@@ -1,0 +1,176 @@
+"""What the loaders hand on: files that were found and checked, and weights that are read when a node needs them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import host
+from .memory import Held, Managed
+
+if TYPE_CHECKING:
+    from ...magi.config import MagiConfig
+    from ...magi.planning.placement import MemoryOptions, Placement
+    from ...magi.sampling.special_tokens import SpecialTokens
+
+
+class MagiTransformer(Held):
+    """The transformer, wholly on the device or streamed to it, as the run that is to come allows."""
+
+    def __init__(
+        self, path: Path, config: "MagiConfig", precision: str, attention: str, options: "MemoryOptions"
+    ) -> None:
+        """Reads headers only; `config` fits the file."""
+        from ...magi.checkpoint.reader import Checkpoint
+        from ...magi.planning.footprint import weight_sizes
+
+        super().__init__()
+        self.path, self._config = path, config
+        self.precision, self.attention, self._options = precision, attention, options
+        with Checkpoint(path) as checkpoint:
+            self._sizes = weight_sizes(checkpoint.tensors, config.model, host.device(), precision)
+        self._run, self._given_chunks, self._may_narrow = config, 0, False
+        self.placement: Placement | None = None  # of the run that is to come
+
+    def plan(self, run: "MagiConfig", given_chunks: int, may_narrow: bool = False) -> "Placement":
+        """What goes where in a run, if all that is evictable makes room for it.
+
+        Args:
+            run: with its size, length and window.
+            given_chunks: whole chunks of a given video.
+            may_narrow: a smaller window may be taken where nothing else helps.
+
+        Raises:
+            MagiError: the run cannot fit.
+        """
+        self._run, self._given_chunks, self._may_narrow = run, given_chunks, may_narrow
+        self.placement = self._place(host.usable_memory())
+        return self.placement
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are on the device at a time."""
+        if self.content is not None:
+            return int(self.content.nbytes)
+        return self.placement.weight_bytes if self.placement else self._sizes.total
+
+    def fits(self, room: float) -> bool:
+        """Whether what is loaded may stay: too many layers can be dropped, a few too few are no reason to read all again."""
+        could = len(self._for(room).on_device)
+        return len(self.content.blocks.on_device) >= could - max(2, len(self.content.blocks) // 8)
+
+    def read(self, room: float) -> Any:
+        """The transformer, as many of its layers on the device as the room allows."""
+        from ...magi.model_files.load import load_transformer
+
+        return load_transformer(
+            self.path,
+            self._config,
+            host.device(),
+            progress=self.progress,
+            precision=self.precision,
+            attention=self.attention,
+            placement=self._for(room),
+        )
+
+    def load(self, room: float) -> None:
+        """Also has what this run wants and needs no reading: fewer layers on the device, keys elsewhere, other token blocks."""
+        super().load(room)
+        wanted, model = self._for(room), self.content
+        staying = sorted(model.blocks.on_device)
+        if len(staying) > len(wanted.on_device):
+            from ...magi.planning.placement import spread
+
+            model.blocks.keep_on_device([staying[i] for i in spread(len(staying), len(wanted.on_device))])
+        model.cache_device, model.token_block = wanted.cache, wanted.token_block
+
+    def _for(self, room: float) -> "Placement":
+        """The placement with `room` bytes for weights besides what is spared for the work; the planned one where that is too little."""
+        from ...magi.errors import MagiError
+
+        planned = self.placement or self.plan(self._config, 0)
+        usable = host.usable_memory()
+        if usable is None:
+            return planned
+        try:
+            return self._place(int(min(usable, room + planned.spare_bytes)))
+        except MagiError:
+            return planned
+
+    def _place(self, free: int | None) -> "Placement":
+        from ...magi.planning.placement import place
+        from ...magi.system.host_memory import memory_beside
+
+        return place(
+            self._run,
+            self._sizes,
+            free,
+            self._options,
+            self._given_chunks,
+            free_host=memory_beside(host.device()),
+            may_narrow=self._may_narrow,
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A transformer and what belongs to it. Nothing of it is loaded before a sampler runs."""
+
+    name: str
+    config: "MagiConfig"
+    special_tokens: "SpecialTokens | None"
+    patcher: Managed
+
+    @property
+    def transformer(self) -> MagiTransformer:
+        """The managed transformer."""
+        held = self.patcher.held
+        assert isinstance(held, MagiTransformer)  # noqa: S101 (made so)
+        return held
+
+    def __repr__(self) -> str:
+        return f"MAGI-1 model {self.name!r}"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A T5 text encoder's files and where to run it; it is loaded for a prompt that is not in the cache, and freed again."""
+
+    path: Path
+    tokenizer: Path | None
+    device: torch.device
+    dtype: torch.dtype
+    nbytes: int
+
+
+class MagiVideoVAE(Held):
+    """The VAE's weights."""
+
+    def __init__(self, path: Path, dtype: torch.dtype) -> None:
+        """Finds damaged and wrong files by their header.
+
+        Raises:
+            MagiError: the file is not a MAGI-1 VAE.
+        """
+        from ...magi.vae.video_vae import load_vae
+
+        super().__init__()
+        self._path, self._dtype = path, dtype
+        # On the meta device nothing is read, but all that is missing is found.
+        self._nbytes = load_vae(path, "meta", dtype).nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return self._nbytes
+
+    def fits(self, room: float) -> bool:
+        """It has no other way to be loaded."""
+        return True
+
+    def read(self, room: float) -> Any:
+        """The VAE."""
+        from ...magi.vae.video_vae import load_vae
+
+        return load_vae(self._path, host.vae_device(), self._dtype, self.progress)

@@ -1,0 +1,255 @@
+"""Where the loaders look for files, what their menus offer, and what they say of missing and wrong files."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from magi.model_files.embedded import embedded_files
+from magi.model_files.locate import ModelFiles
+from tests.support.comfy_host import PACK
+from tests.support.graph import InvalidGraph, NodeError
+from tests.support.magi_graphs import filled, node, text_to_video, widgets
+
+HUB = "https://huggingface.co/sand-ai/MAGI-1/tree/main"
+TOKENS = "special_tokens.npz"
+MODEL, VAE, ENCODER = "Magi1ModelLoader", "Magi1VAELoader", "Magi1TextEncoderLoader"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> ModelFiles:
+    """The embedded model's files, to be put where downloaded ones would be."""
+    return embedded_files(tmp_path_factory.mktemp("demo"))
+
+
+def put(source: Path, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path((shutil.copytree if source.is_dir() else shutil.copy)(source, target))
+
+
+def problem(comfy, class_type: str, **inputs) -> str:
+    """What validation says of one node, "" where nothing."""
+    return "\n".join(comfy.errors(filled(comfy, {"loader": node(class_type, **inputs)})).get("loader", []))
+
+
+@pytest.mark.parametrize("name", ["4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill", "24B_base"])
+def test_a_released_model_that_is_not_there(comfy, name):
+    said = problem(comfy, MODEL, model=name)
+    assert str(comfy.base / "models" / "magi1" / "ckpt" / "magi" / name) in said
+    assert "inference_weight" in said
+    assert f"{HUB}/ckpt/magi/{name}" in said
+    assert f"download {name}" in said
+
+
+@pytest.mark.parametrize(
+    ("class_type", "widget", "name", "file"),
+    [
+        (VAE, "vae", "ckpt/vae", "diffusion_pytorch_model.safetensors"),
+        (ENCODER, "encoder", "ckpt/t5/t5-v1_1-xxl", "pytorch_model-*.bin"),
+    ],
+)
+def test_an_official_part_that_is_not_there(comfy, class_type, widget, name, file):
+    said = problem(comfy, class_type, **{widget: name})
+    assert str(comfy.base / "models" / "magi1" / Path(name)) in said
+    assert file in said
+    assert f"{HUB}/{name}" in said
+
+
+def test_missing_files_are_told_before_anything_runs(comfy):
+    graph = text_to_video(comfy)
+    graph["model"]["inputs"]["model"] = "24B_base"
+    with pytest.raises(InvalidGraph, match="24B_base"):
+        comfy.run(graph)
+    assert comfy.executed == []
+
+
+def test_missing_special_tokens(comfy, demo):
+    put(demo.transformer, comfy.base / "models/magi1/ckpt/magi/4.5B_distill/inference_weight.distill")
+    said = problem(comfy, MODEL, model="4.5B_distill")
+    assert TOKENS in said
+    assert str(comfy.base / "models" / "magi1") in said
+    assert "https://raw.githubusercontent.com/SandAI-org/MAGI-1/main/example/assets/special_tokens.npz" in said
+    put(demo.special_tokens, comfy.base / "models/magi1" / TOKENS)
+    assert problem(comfy, MODEL, model="4.5B_distill") == ""
+
+
+def test_the_official_tree_is_used(comfy, demo):
+    models = comfy.base / "models/magi1"
+    put(demo.transformer, models / "ckpt/magi/4.5B_distill/inference_weight.distill")
+    put(demo.vae, models / "ckpt/vae")
+    put(demo.text_encoder, models / "ckpt/t5/t5-v1_1-xxl")
+    put(demo.special_tokens, models / TOKENS)
+    graph = text_to_video(comfy)
+    demo_frames = comfy.run(graph)["decode"][0]
+    for part, widget, name in (
+        ("model", "model", "4.5B_distill"),
+        ("vae", "vae", "ckpt/vae"),
+        ("encoder", "encoder", "ckpt/t5/t5-v1_1-xxl"),
+    ):
+        graph[part]["inputs"][widget] = name
+    graph["vae"]["inputs"]["precision"] = "fp32"  # as the embedded VAE is run
+    assert torch.equal(comfy.run(graph)["decode"][0], demo_frames)
+
+
+def test_files_in_comfyuis_own_folders(comfy, demo):
+    models = comfy.base / "models"
+    put(demo.transformer / "model.safetensors", models / "diffusion_models/video/magi_distill.safetensors")
+    put(demo.vae / "diffusion_pytorch_model.safetensors", models / "vae/magi_vae.safetensors")
+    put(demo.vae / "config.json", models / "vae/config.json")
+    put(demo.text_encoder, models / "text_encoders/small_t5")
+    put(demo.special_tokens, models / "magi1" / TOKENS)
+    assert "video/magi_distill.safetensors" in widgets(comfy, MODEL)["model"]["options"]
+    assert "magi_vae.safetensors" in widgets(comfy, VAE)["vae"]["options"]
+    assert "small_t5/model.safetensors" in widgets(comfy, ENCODER)["encoder"]["options"]
+    graph = text_to_video(comfy)
+    graph["model"]["inputs"] |= {"model": "video/magi_distill.safetensors", "variant": "distilled"}
+    graph["vae"]["inputs"]["vae"] = "magi_vae.safetensors"
+    graph["encoder"]["inputs"]["encoder"] = "small_t5/model.safetensors"
+    frames = comfy.run(graph)["decode"][0]
+    assert frames.shape == (24, 48, 64, 3)
+
+
+def test_a_text_encoder_without_its_tokenizer_takes_the_official_one(comfy, demo):
+    put(demo.text_encoder / "model.safetensors", comfy.base / "models/text_encoders/t5.safetensors")
+    official = comfy.base / "models/magi1/ckpt/t5/t5-v1_1-xxl"
+    put(demo.text_encoder / "tokenizer_config.json", official / "tokenizer_config.json")
+    graph = text_to_video(comfy)
+    own = comfy.run(graph)["decode"][0]
+    graph["encoder"]["inputs"]["encoder"] = "t5.safetensors"
+    assert torch.equal(comfy.run(graph)["decode"][0], own)
+
+
+def test_shards_in_a_folder_are_one_model(comfy, demo):
+    folder = comfy.base / "models/magi1/mine"
+    put(demo.transformer / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    put(demo.transformer / "model.safetensors", folder / "model-00002-of-00002.safetensors")
+    put(demo.transformer / "model.safetensors", comfy.base / "models/magi1/ckpt/magi/x/model.safetensors")
+    put(demo.transformer / "config.json", comfy.base / "models/magi1/config.json")
+    offered = widgets(comfy, MODEL)["model"]["options"]
+    assert offered.count("mine") == 1
+    assert not [name for name in offered if name.startswith(("mine/", "ckpt/")) or name.endswith(".json")]
+
+
+def test_further_folders_of_extra_model_paths(comfy, demo, tmp_path):
+    import folder_paths
+
+    other = tmp_path / "elsewhere"
+    put(demo.transformer, other / "ckpt/magi/4.5B_distill/inference_weight.distill")
+    put(demo.special_tokens, other / TOKENS)
+    folder_paths.add_model_folder_path("magi1", str(other))
+    assert problem(comfy, MODEL, model="4.5B_distill") == ""
+
+
+def test_base_or_distilled_has_to_be_chosen_where_the_file_does_not_tell(comfy, demo):
+    put(demo.transformer / "model.safetensors", comfy.base / "models/diffusion_models/some.safetensors")
+    put(demo.special_tokens, comfy.base / "models/magi1" / TOKENS)
+    graph = text_to_video(comfy)
+    graph["model"]["inputs"]["model"] = "some.safetensors"
+    with pytest.raises((InvalidGraph, NodeError), match="variant") as caught:
+        comfy.run(graph)
+    assert "base" in str(caught.value)
+    assert "distill" in str(caught.value)
+
+
+def test_a_variant_that_the_file_contradicts(comfy):
+    graph = text_to_video(comfy)
+    graph["model"]["inputs"]["variant"] = "base"
+    with pytest.raises((InvalidGraph, NodeError), match="distilled weights"):
+        comfy.run(graph)
+
+
+FOLDER_OF = {MODEL: "diffusion_models", VAE: "vae", ENCODER: "text_encoders"}
+WIDGET_OF = {MODEL: "model", VAE: "vae", ENCODER: "encoder"}
+
+
+@pytest.mark.parametrize("class_type", FOLDER_OF)
+@pytest.mark.parametrize("content", ["something else", "cut short", "empty", "no safetensors"])
+def test_wrong_and_damaged_files(comfy, demo, class_type, content):
+    parts = {
+        MODEL: demo.transformer / "model.safetensors",
+        VAE: demo.vae / "diffusion_pytorch_model.safetensors",
+        ENCODER: demo.text_encoder / "model.safetensors",
+    }
+    file = comfy.base / "models" / FOLDER_OF[class_type] / "mine.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if content == "something else":
+        save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4)}, file)
+    elif content == "cut short":
+        file.write_bytes(parts[class_type].read_bytes()[:-1000])
+    else:
+        file.write_bytes(b"" if content == "empty" else b"<html>404 not found</html>" * 9)
+    put(demo.special_tokens, comfy.base / "models/magi1" / TOKENS)
+    said = problem(comfy, class_type, **{WIDGET_OF[class_type]: "mine.safetensors"})
+    assert "mine.safetensors" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("class_type", "part", "said"),
+    [
+        (MODEL, "vae/diffusion_pytorch_model", "is a MAGI-1 VAE, not a MAGI-1 transformer"),
+        (VAE, "transformer/model", "not a MAGI-1 VAE"),
+        (ENCODER, "transformer/model", "not a T5 encoder"),
+    ],
+)
+def test_one_part_in_the_place_of_another(comfy, demo, class_type, part, said):
+    source = demo.transformer.parent / f"{part}.safetensors"
+    put(source, comfy.base / "models" / FOLDER_OF[class_type] / "other.safetensors")
+    found = problem(comfy, class_type, **{WIDGET_OF[class_type]: "other.safetensors"})
+    assert "other.safetensors" in found
+    assert said in found
+
+
+@pytest.mark.parametrize("name", ["gone.safetensors", "../../secret.safetensors"])
+@pytest.mark.parametrize("class_type", FOLDER_OF)
+def test_names_of_other_peoples_workflows(comfy, demo, class_type, name):
+    put(demo.transformer / "model.safetensors", comfy.base / "secret.safetensors")
+    for folder in ("magi1", *FOLDER_OF.values()):
+        (comfy.base / "models" / folder).mkdir()
+    said = problem(comfy, class_type, **{WIDGET_OF[class_type]: name})
+    assert f"There is no {name!r}" in said
+    assert str(comfy.base) in said, "the folder it belongs in"
+
+
+def test_a_replaced_file_is_another_model(comfy, demo):
+    models = comfy.base / "models"
+    file = put(demo.transformer / "model.safetensors", models / "diffusion_models/magi_distill.safetensors")
+    put(demo.special_tokens, models / "magi1" / TOKENS)
+    graph = text_to_video(comfy)
+    graph["model"]["inputs"] |= {"model": file.name, "variant": "distilled"}
+    comfy.run(graph)
+    comfy.run(graph)
+    assert comfy.executed == []
+    os.utime(file, ns=(1, 1))
+    comfy.run(graph)
+    assert "model" in comfy.executed
+
+
+def test_the_embedded_model_makes_itself(comfy):
+    """A first run, with nothing in any folder."""
+    shutil.rmtree(comfy.base / "user" / "magi1")
+    graph = text_to_video(comfy)
+    assert comfy.errors(graph) == {}
+    assert len(comfy.run(graph)["decode"][0]) == 24
+
+
+def test_loading_the_pack_loads_nothing_of_the_pipeline(comfy):
+    """Nobody's ComfyUI starts slower for it."""
+    assert [name for name in sys.modules if name.startswith(f"{PACK}.magi")] == []
+    for name in comfy.nodes:
+        comfy.info(name)
+    assert [name for name in sys.modules if name.startswith(f"{PACK}.magi")] == []
+
+
+def test_the_demo_keeps_its_own_special_tokens_beside_those_of_the_released_models(comfy):
+    folder = comfy.base / "models" / "magi1"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {"caption_token": 1, "logo_token": 1, "other_tokens": 100}
+    np.savez(folder / TOKENS, **{name: np.zeros((n, 4096), np.float16) for name, n in rows.items()})
+    made = comfy.run(filled(comfy, {"model": node(MODEL)}))
+    assert made["model"][0].special_tokens.width == 64

@@ -1,0 +1,156 @@
+"""What the front end is told about each node, in every version of ComfyUI."""
+
+import re
+
+import pytest
+
+from tests.support.magi_graphs import EMBEDDED, widgets
+
+NAMES = {
+    "Magi1ModelLoader": "MAGI-1 Model Loader",
+    "Magi1MemoryOptions": "MAGI-1 Memory Options",
+    "Magi1VAELoader": "MAGI-1 VAE Loader",
+    "Magi1TextEncoderLoader": "MAGI-1 Text Encoder Loader",
+    "Magi1TextEncode": "MAGI-1 Text Encode",
+    "Magi1TextToVideo": "MAGI-1 Text to Video (size)",
+    "Magi1ImageToVideo": "MAGI-1 Image to Video",
+    "Magi1VideoToVideo": "MAGI-1 Video to Video",
+    "Magi1Sampler": "MAGI-1 Sampler",
+    "Magi1VAEDecode": "MAGI-1 VAE Decode",
+    "Magi1DemoImage": "MAGI-1 Demo Image",
+    "Magi1Remote": "MAGI-1 Remote (WaveSpeed)",
+}
+RELEASED = ["4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill_quant", "24B_distill", "24B_base"]
+
+# What a saved workflow relies on: a name here that changes breaks the workflows of everyone who uses the pack.
+SOCKETS = {
+    "Magi1ModelLoader": {"memory": "MAGI1_MEMORY"},
+    "Magi1MemoryOptions": {},
+    "Magi1VAELoader": {},
+    "Magi1TextEncoderLoader": {},
+    "Magi1TextEncode": {"encoder": "MAGI1_TEXT_ENCODER,CLIP"},
+    "Magi1TextToVideo": {},
+    "Magi1ImageToVideo": {"vae": "VAE", "image": "IMAGE"},
+    "Magi1VideoToVideo": {"video": "VIDEO,IMAGE,LATENT", "vae": "VAE"},
+    "Magi1Sampler": {"model": "MAGI1_MODEL", "text": "CONDITIONING", "start": "LATENT", "vae": "VAE"},
+    "Magi1VAEDecode": {"samples": "LATENT", "vae": "VAE", "before": "VIDEO,IMAGE"},
+    "Magi1DemoImage": {},
+    "Magi1Remote": {"image": "IMAGE"},
+}
+WIDGETS = {
+    "Magi1ModelLoader": ["model", "precision", "variant", "attention"],
+    "Magi1MemoryOptions": ["budget_gb", "streaming", "pinned_memory", "cache"],
+    "Magi1VAELoader": ["vae", "precision"],
+    "Magi1TextEncoderLoader": ["encoder", "device", "precision"],
+    "Magi1TextEncode": [
+        *("prompt", "schedule", "high_quality", "motion", "look"),
+        *("borders", "duration_tokens", "clean_prompt"),
+    ],
+    "Magi1TextToVideo": ["size", "shape", "width", "height"],
+    "Magi1ImageToVideo": ["size", "width", "height", "fit"],
+    "Magi1VideoToVideo": ["continue_seconds", "size", "width", "height", "fit", "fps"],
+    "Magi1Sampler": [
+        *("seconds", "seed", "steps", "window", "guidance"),
+        *("previous_guidance", "negative_tokens", "resume"),
+    ],
+    "Magi1VAEDecode": ["tile_size", "tile_frames"],
+    "Magi1DemoImage": [],
+    "Magi1Remote": [
+        *("prompt", "frames", "fps", "resolution", "aspect_ratio", "seed", "safety_checker"),
+        *("api_version", "base_url", "resume_id"),
+    ],
+}
+ADVANCED = {
+    "Magi1ModelLoader": {"attention"},
+    "Magi1VAELoader": {"precision"},
+    "Magi1TextEncoderLoader": {"precision"},
+    "Magi1TextEncode": {"borders", "duration_tokens", "clean_prompt"},
+    "Magi1VideoToVideo": {"fps"},
+    "Magi1Sampler": {"previous_guidance", "negative_tokens", "resume"},
+    "Magi1VAEDecode": {"tile_size", "tile_frames"},
+    "Magi1Remote": {"api_version", "base_url", "resume_id"},
+}
+OUTPUTS = {
+    "Magi1ModelLoader": {"model": "MAGI1_MODEL"},
+    "Magi1MemoryOptions": {"memory": "MAGI1_MEMORY"},
+    "Magi1VAELoader": {"vae": "VAE"},
+    "Magi1TextEncoderLoader": {"encoder": "MAGI1_TEXT_ENCODER"},
+    "Magi1TextEncode": {"text": "CONDITIONING"},
+    "Magi1TextToVideo": {"start": "LATENT"},
+    "Magi1ImageToVideo": {"start": "LATENT"},
+    "Magi1VideoToVideo": {"start": "LATENT"},
+    "Magi1Sampler": {"samples": "LATENT", "frames": "INT"},
+    "Magi1VAEDecode": {"frames": "IMAGE", "video": "VIDEO"},
+    "Magi1DemoImage": {"image": "IMAGE"},
+    "Magi1Remote": {"video": "VIDEO", "frames": "IMAGE", "task_id": "STRING", "url": "STRING"},
+}
+every_node = pytest.mark.parametrize("name", NAMES)
+
+
+def inputs_of(comfy, name: str) -> dict[str, tuple[str, dict]]:
+    found = comfy.info(name)["input"]
+    return found["required"] | found.get("optional", {})
+
+
+def test_the_list_of_nodes(comfy):
+    assert {name: comfy.info(name)["display_name"] for name in comfy.nodes} == NAMES
+
+
+@every_node
+def test_every_part_is_explained(comfy, name):
+    info = comfy.info(name)
+    assert info["category"] == "MAGI-1"
+    assert len(info["description"]) > 30
+    for id, (_, options) in inputs_of(comfy, name).items():
+        assert len(options.get("tooltip", "")) > 15, f"{id} has no tooltip"
+
+
+@every_node
+def test_inputs_and_outputs_that_workflows_rely_on(comfy, name):
+    found = inputs_of(comfy, name)
+    own = widgets(comfy, name)
+    assert {id: kind for id, (kind, _) in found.items() if id not in own} == SOCKETS[name]
+    assert list(own) == WIDGETS[name], "saved workflows hold widget values by position"
+    info = comfy.info(name)
+    assert dict(zip(info["output_name"], info["output"], strict=True)) == OUTPUTS[name]
+
+
+@every_node
+def test_widgets_have_a_valid_default(comfy, name):
+    for id, options in widgets(comfy, name).items():
+        if "options" in options:
+            assert len(set(options["options"])) == len(options["options"]), id
+            assert options.get("default", options["options"][0]) in options["options"], id
+            assert not [choice for choice in options["options"] if "\\" in choice], "the same on every system"
+        else:
+            assert "default" in options, id
+            if not isinstance(options["default"], str | bool):
+                assert options["min"] <= options["default"] <= options["max"], id
+
+
+@every_node
+def test_what_is_for_experts_is_marked(comfy, name):
+    marked = {id for id, (_, options) in inputs_of(comfy, name).items() if options.get("advanced")}
+    assert marked == ADVANCED.get(name, set())
+
+
+def test_menus_offer_what_always_works_first(comfy):
+    assert widgets(comfy, "Magi1ModelLoader")["model"]["options"] == [EMBEDDED, *RELEASED]
+    assert widgets(comfy, "Magi1VAELoader")["vae"]["options"] == [EMBEDDED, "ckpt/vae"]
+    assert widgets(comfy, "Magi1TextEncoderLoader")["encoder"]["options"] == [EMBEDDED, "ckpt/t5/t5-v1_1-xxl"]
+
+
+def test_sizes_and_seed(comfy):
+    for name in ("Magi1TextToVideo", "Magi1ImageToVideo", "Magi1VideoToVideo"):
+        for side in ("width", "height"):
+            options = widgets(comfy, name)[side]
+            assert (options["default"], options["min"], options["step"]) == (0, 0, 16)
+    seed = widgets(comfy, "Magi1Sampler")["seed"]
+    assert seed["control_after_generate"]
+    assert seed["max"] >= 2**32
+
+
+@every_node
+def test_ids_do_not_clash_with_the_authors_pack(name):
+    """Those are MagiImageLoader, MagiTextEncoder and so on, and MagiHuman_... of another pack."""
+    assert re.fullmatch(r"Magi1[A-Z]\w+", name)

@@ -1,0 +1,215 @@
+"""Prompts through the nodes: what they change, schedules, the cache on disk, and ComfyUI's own CLIP."""
+
+import re
+
+import pytest
+import torch
+
+from tests.support.graph import NodeError
+from tests.support.magi_graphs import filled, node, random_model, text_to_video
+
+LINES = "one line a second"
+
+
+def frames_for(comfy, seconds: float = 1.0, **text) -> torch.Tensor:
+    graph = text_to_video(comfy, seconds=seconds)
+    graph["text"]["inputs"] |= text
+    return comfy.run(graph)["decode"][0]
+
+
+def conditioning(comfy, **text) -> list:
+    graph = filled(comfy, {name: text_to_video(comfy)[name] for name in ("encoder", "text")})
+    graph["text"]["inputs"] |= text
+    return comfy.run(graph)["text"][0]
+
+
+def test_a_conditioning_as_other_nodes_know_it(comfy):
+    ((embeds, options),) = conditioning(comfy, prompt="A cat.")
+    assert embeds.shape[0] == 1
+    assert embeds.shape[2] == 64
+    assert embeds.dtype == torch.float32
+    assert isinstance(options, dict)
+
+
+def test_the_prompt_shows(comfy):
+    assert not torch.equal(frames_for(comfy, prompt="a cat"), frames_for(comfy, prompt="a dog"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {"high_quality": False},
+            {"motion": "static"},
+            {"motion": "dynamic"},
+            {"look": "3D model"},
+            {"look": "2D anime"},
+        ),
+        *({"borders": True}, {"duration_tokens": False}),
+    ],
+    ids=lambda change: str(*change.items()),
+)
+def test_every_wish_counts(comfy, change):
+    assert not torch.equal(frames_for(comfy, **change), frames_for(comfy))
+
+
+def test_cleaning(comfy):
+    messy = "  a&nbsp;cat  "
+    assert torch.equal(frames_for(comfy, prompt=messy), frames_for(comfy, prompt="a cat"))
+    assert not torch.equal(frames_for(comfy, prompt=messy, clean_prompt=False), frames_for(comfy, prompt="a cat"))
+
+
+def test_an_empty_prompt_is_no_wish(comfy):
+    with pytest.warns(UserWarning, match="unconditional"):
+        empty, blank = (frames_for(comfy, prompt=prompt) for prompt in ("", " \n"))
+    assert torch.equal(empty, blank)
+    assert not torch.equal(empty, frames_for(comfy, prompt="a cat"))
+
+
+def test_a_prompt_for_every_second(comfy):
+    both = frames_for(comfy, 2.0, prompt="a cat\n\na dog\n", schedule=LINES)
+    cat, dog = (frames_for(comfy, 2.0, prompt=prompt) for prompt in ("a cat", "a dog"))
+    assert torch.allclose(both[:20], cat[:20], atol=1e-3)
+    assert not torch.allclose(both[24:], cat[24:], atol=1e-3)
+    assert torch.equal(frames_for(comfy, 2.0, prompt="a cat", schedule=LINES), cat), "the last holds to the end"
+    assert not torch.equal(frames_for(comfy, 2.0, prompt="a cat\na dog"), both), "one prompt of two lines"
+    assert not torch.allclose(both[24:], dog[24:], atol=1e-3), "it goes on from the cat"
+
+
+def test_more_prompts_than_seconds(comfy):
+    with pytest.raises(NodeError) as caught:
+        frames_for(comfy, 2.0, prompt="one\ntwo\nthree", schedule=LINES)
+    assert "3" in caught.value.message
+    assert "2" in caught.value.message
+    assert comfy.management.loaded_models() == []
+
+
+def test_a_prompt_is_encoded_once(comfy, monkeypatch):
+    encoder = comfy.module("magi.text.encoder").TextEncoder
+    encoded = []
+    encode = encoder.encode
+    monkeypatch.setattr(
+        encoder, "encode", lambda self, text, **rest: encoded.append(text) or encode(self, text, **rest)
+    )
+    frames_for(comfy, prompt="a cat")
+    first = list(encoded)
+    assert len(first) == 1
+    frames_for(comfy, prompt="a cat", motion="static", schedule=LINES)
+    assert encoded == first, "wishes are added later"
+    frames_for(comfy, 2.0, prompt="a cat\na dog", schedule=LINES)
+    assert len(encoded) == 2
+    assert len(list((comfy.base / "user/magi1/text").rglob("*.safetensors"))) == 2
+
+
+# -- ComfyUI's own CLIP -------------------------------------------------------------------------------------------------
+
+
+class Clip:
+    """Stands in for ComfyUI's CLIP: words are tokens, an embedding tells its token and place."""
+
+    def __init__(self, names: tuple[str, ...] = ("t5xxl",), width: int = 4096, seed: int = 0) -> None:
+        self.names, self.width = names, width
+        self.encoded: list[int] = []
+        self.cond_stage_model = torch.nn.ModuleDict({"t5xxl": torch.nn.Linear(2, 2, bias=False)})
+        torch.nn.init.constant_(self.cond_stage_model["t5xxl"].weight, seed)
+
+    def tokenize(self, text, return_word_ids=False, **options):
+        words = [(len(word), 1.0) for word in text.split()]
+        least = (options.get("tokenizer_options") or {}).get("t5xxl_min_length", 77)
+        row = [*words, (1, 1.0)]
+        row += [(0, 1.0)] * max(0, least - len(row))
+        return {name: [list(row)] for name in self.names}
+
+    def encode_from_tokens(self, tokens, return_pooled=False, return_dict=False):
+        (row,) = tokens["t5xxl"]
+        self.encoded.append(len(row))
+        embeds = (
+            torch.tensor([[number, place] for place, (number, _) in enumerate(row)]).float().repeat(1, self.width // 2)
+        )
+        return {"cond": embeds[None], "pooled_output": None, "attention_mask": torch.ones(1, len(row))}
+
+
+def encode_natively(comfy, clip, prompt="a large cat", **text) -> list:
+    graph = {"clip": node(comfy.constant("CLIP", clip)), "text": node("Magi1TextEncode", encoder=["clip", 0])}
+    graph["text"]["inputs"] |= {"prompt": prompt} | text
+    return comfy.run(filled(comfy, graph))["text"][0]
+
+
+@pytest.mark.parametrize("names", [("t5xxl",), ("l", "t5xxl")])
+def test_a_native_clip(comfy, names):
+    clip = Clip(names)
+    ((embeds, _),) = encode_natively(comfy, clip)
+    assert embeds.shape == (1, 4, 4096), "three words and the end, no padding"
+    assert embeds[0, :, 0].tolist() == [1, 5, 3, 1]
+    assert embeds[0, :, 1].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:.*is not the published special-token file")
+def test_a_video_of_a_native_clips_text(comfy):
+    graph = text_to_video(comfy)
+    graph["model"]["inputs"]["model"] = random_model(comfy, "wide", caption_channels=4096)
+    graph["clip"] = node(comfy.constant("CLIP", Clip()))
+    graph["text"]["inputs"]["encoder"] = ["clip", 0]
+    del graph["encoder"]
+    cat = comfy.run(graph)["sampler"][0]["samples"]
+    graph["text"]["inputs"]["prompt"] = "a horse"
+    assert not torch.equal(comfy.run(graph)["sampler"][0]["samples"], cat)
+
+
+def test_a_native_clip_is_asked_once_for_a_prompt(comfy):
+    clip = Clip()
+    encode_natively(comfy, clip)
+    encode_natively(comfy, clip, motion="static")
+    assert len(clip.encoded) == 1
+    encode_natively(comfy, Clip(seed=1))
+    ((embeds, _),) = encode_natively(comfy, Clip(seed=1), prompt="a cat\na dog", schedule=LINES)[:1]
+    assert embeds.shape[1] == 3
+    other = Clip(seed=1)
+    encode_natively(comfy, other)
+    assert other.encoded == [], "the same weights in another object"
+
+
+def test_other_weights_are_another_encoder(comfy):
+    encode_natively(comfy, Clip())
+    other = Clip(seed=1)
+    encode_natively(comfy, other)
+    assert len(other.encoded) == 1
+
+
+def test_long_prompts_keep_their_end(comfy):
+    ((embeds, _),) = encode_natively(comfy, Clip(), prompt="word " * 900)
+    assert embeds.shape[1] == 800
+    assert embeds[0, -1, 0] == 1, "the end token"
+
+
+@pytest.mark.parametrize("clip", [Clip(("l", "g")), Clip(width=2048)], ids=["other encoders", "a smaller T5"])
+def test_clips_that_are_no_t5_xxl(comfy, clip):
+    with pytest.raises(NodeError) as caught:
+        encode_natively(comfy, clip)
+    assert caught.value.kind == "MagiError"
+    assert re.search(r"t5xxl.*mochi", caught.value.message, re.DOTALL)
+
+
+def test_text_of_another_width_than_the_models(comfy):
+    graph = text_to_video(comfy)
+    graph["clip"] = node(comfy.constant("CLIP", Clip()))
+    graph["text"]["inputs"]["encoder"] = ["clip", 0]
+    with pytest.raises(NodeError) as caught:
+        comfy.run(graph)
+    assert caught.value.kind == "MagiError"
+    assert "4096" in caught.value.message
+    assert "64" in caught.value.message
+    assert comfy.management.loaded_models() == []
+
+
+def test_a_conditioning_of_native_nodes(comfy):
+    """Padding that its mask leaves out does not count."""
+    embeds = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(1))
+    padded = torch.cat([embeds, torch.full((1, 3, 64), 9.0)], dim=1)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
+    graph = text_to_video(comfy)
+    made = []
+    for text in ([[embeds, {}]], [[padded, {"attention_mask": mask, "pooled_output": None}]]):
+        graph["text"] = node(comfy.constant("CONDITIONING", text))
+        made.append(comfy.run(graph)["decode"][0])
+    assert torch.equal(*made)

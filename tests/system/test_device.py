@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from magi.errors import MagiError
+from magi.system import device
+from magi.system.device import free_memory, pick_device
+
+
+@pytest.fixture
+def have(monkeypatch):
+    """(*kinds) -> only these accelerators are there."""
+    return lambda *kinds: monkeypatch.setattr(device, "_is_available", lambda kind: kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("there", "picked"), [(("cuda", "xpu", "mps"), "cuda"), (("xpu", "mps"), "xpu"), (("mps",), "mps"), ((), "cpu")]
+)
+def test_the_best_there_is(there, picked, have):
+    have(*there)
+    assert pick_device() == torch.device(picked)
+
+
+def test_a_named_device(have, monkeypatch):
+    have("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    with pytest.raises(MagiError, match="no device 'cuda:2': torch sees 2"):
+        pick_device("cuda:2")
+
+
+def test_devices_that_are_not_there(have):
+    have()
+    for name in ("cuda", "cuda:1", "mps", "xpu"):
+        with pytest.raises(MagiError, match=f"'{name}' is not available.*Use cpu"):
+            pick_device(name)
+    with pytest.raises(MagiError, match=r"no device 'gpu'\. Use cuda"):
+        pick_device("gpu")
+
+
+def test_free_memory_is_the_accelerators_and_the_host_has_none_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (1000 + where.index, 5000))
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 900)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 300)
+    assert free_memory(torch.device("cuda:1")) == 1001
+    assert free_memory(torch.device("mps")) == 600
+    assert free_memory(torch.device("cpu")) is None
