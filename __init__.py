@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .nodes.requirements import check_comfyui, check_packages
+from .nodes.comfyui.requirements import check_comfyui, check_packages
 
 check_comfyui()  # here: a ComfyUI without the V3 interface does not know `comfy_entrypoint`
 

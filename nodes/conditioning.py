@@ -5,6 +5,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..magi.errors import MagiError
+from ..magi.media.frames import check_size, complete_size, nearest_size, size_for, to_model
+from ..magi.media.frames import fit as fit_frames
+from ..magi.vae.tiling import Tiling
 from .comfyui import host, media, schema
 from .comfyui.progress import Progress
 from .comfyui.vae import magi_vae
@@ -38,9 +42,6 @@ class _Sized(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
         """Refuses impossible sizes before anything runs."""
-        from ..magi.errors import MagiError
-        from ..magi.media.frames import check_size
-
         try:
             check_size(height or 32, width or 32)
         except MagiError as error:
@@ -101,8 +102,6 @@ class Magi1ImageToVideo(_Sized):
     @classmethod
     def execute(cls, vae: Any, image: torch.Tensor, size: str, width: int, height: int, fit: str) -> io.NodeOutput:
         """Encodes it."""
-        from ..magi.media.frames import fit as fit_frames
-
         frames = media.frames_of(image[:1])
         target = _choose(size, width, height, frames.shape[2] / frames.shape[1], own=frames.shape[1:3])
         progress = Progress(cls.hidden.unique_id, load=0.3, encode=0.7)
@@ -171,8 +170,6 @@ class Magi1VideoToVideo(_Sized):
         vae: Any = None,
     ) -> io.NodeOutput:
         """Takes the end, and encodes it where it is not latents already."""
-        from ..magi.errors import MagiError
-
         if isinstance(video, dict):
             return io.NodeOutput(media.latent_tail(video, continue_seconds))
         if vae is None:
@@ -191,8 +188,6 @@ class Magi1VideoToVideo(_Sized):
 
 
 def _encoded(vae: Any, frames: torch.Tensor, progress: Progress) -> dict[str, torch.Tensor]:
-    from ..magi.media.frames import to_model
-    from ..magi.vae.tiling import Tiling
 
     report = progress.phase("encode", f"encoding {frames.shape[2]}x{frames.shape[1]}")
     with host.device_work("encoding", "Close what else uses it, or encode with ComfyUI's own VAE Encode (Tiled)."):
@@ -207,8 +202,6 @@ def _encoded(vae: Any, frames: torch.Tensor, progress: Progress) -> dict[str, to
 
 def _choose(size: str, width: int, height: int, aspect: float, own: tuple[int, int] | None = None) -> tuple[int, int]:
     """(height, width) to make."""
-    from ..magi.media.frames import complete_size, nearest_size, size_for
-
     if width or height:
         return complete_size(height or None, width or None, aspect)
     return nearest_size(*own) if size == _OWN and own else size_for(size, aspect)

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from comfy_api.latest import InputImpl, Types, io
 
+from ..magi.errors import MagiError
+from ..magi.vae.tiling import Tiling
 from .comfyui import host, media, schema
 from .comfyui.progress import Clock, Progress
-from .comfyui.vae import magi_vae
+from .comfyui.vae import decoded, magi_vae
 
 
 class Magi1VAEDecode(io.ComfyNode):
@@ -62,9 +64,6 @@ class Magi1VAEDecode(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, tile_size: int | None = None, tile_frames: int | None = None) -> bool | str:
         """Refuses tiles that cannot be."""
-        from ..magi.errors import MagiError
-        from ..magi.vae.tiling import Tiling
-
         try:
             Tiling(tile_frames or 12, tile_size or 256)
         except MagiError as error:
@@ -76,9 +75,6 @@ class Magi1VAEDecode(io.ComfyNode):
         cls, samples: dict[str, Any], vae: Any, before: Any = None, tile_size: int = 256, tile_frames: int = 12
     ) -> io.NodeOutput:
         """Decodes into one tensor, with the clip before it where there is one."""
-        from ..magi.vae.tiling import Tiling
-        from .comfyui.vae import decoded
-
         latents, tiling = media.check_latent(samples), Tiling(tile_frames, tile_size)
         chosen = None if tiling == Tiling() else tiling  # the published one gives way where memory is short
         made, height, width = 4 * latents.shape[2], 8 * latents.shape[3], 8 * latents.shape[4]

@@ -2,6 +2,8 @@
 
 from comfy_api.latest import io
 
+from ..magi.media.image import read_image
+from ..magi.model_files.embedded import DEMO_IMAGE
 from .comfyui import media, schema
 
 
@@ -23,7 +25,4 @@ class Magi1DemoImage(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         """Reads it."""
-        from ..magi.media.image import read_image
-        from ..magi.model_files.embedded import DEMO_IMAGE
-
         return io.NodeOutput(media.images_of(read_image(DEMO_IMAGE)))

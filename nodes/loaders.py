@@ -4,9 +4,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from comfy_api.latest import io
 
+from ..magi.errors import MagiError
+from ..magi.model_files.identify import recognise
+from ..magi.model_files.load import check_transformer
+from ..magi.planning.placement import MemoryOptions
+from ..magi.sampling.special_tokens import SpecialTokens
+from ..magi.text.t5_checkpoint import find_t5_files, read_t5
+from ..magi.text.t5_tokenizer import find_tokenizer
+from ..magi.vae.video_vae import load_vae
 from .comfyui import host, menus, schema
+from .comfyui.memory import Managed
+from .comfyui.models import Encoder, MagiTransformer, Model
+from .comfyui.vae import manage_vae
 
 _PRECISION = {"auto": "auto", "bf16": "bf16", "fp32": "fp32", "fp8 storage": "fp8"}
 _VARIANT = {"auto": None, "base": False, "distilled": True}
@@ -79,12 +91,6 @@ class Magi1ModelLoader(io.ComfyNode):
         cls, model: str, precision: str, variant: str, attention: str = "auto", memory: Any = None
     ) -> io.NodeOutput:
         """Reads headers."""
-        from ..magi.model_files.load import check_transformer
-        from ..magi.planning.placement import MemoryOptions
-        from ..magi.sampling.special_tokens import SpecialTokens
-        from .comfyui.memory import Managed
-        from .comfyui.models import MagiTransformer, Model
-
         path, kept = menus.find_model(model), _PRECISION[precision]
         config = check_transformer(
             path, distilled=_VARIANT[variant], device=host.device(), precision=kept, attention=attention
@@ -139,8 +145,6 @@ class Magi1MemoryOptions(io.ComfyNode):
     @classmethod
     def execute(cls, budget_gb: float, streaming: str, pinned_memory: str, cache: str) -> io.NodeOutput:
         """Hands them on."""
-        from ..magi.planning.placement import MemoryOptions
-
         budget = round(budget_gb * 1e9) or None
         return io.NodeOutput(MemoryOptions(budget, _SWITCH[streaming], _SWITCH[pinned_memory], cache))
 
@@ -187,9 +191,6 @@ class Magi1VAELoader(io.ComfyNode):
     @classmethod
     def execute(cls, vae: str, precision: str = "auto") -> io.NodeOutput:
         """Reads the header."""
-        import torch
-
-        from .comfyui.vae import manage_vae
 
         auto = torch.float32 if vae == menus.EMBEDDED else torch.bfloat16
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -247,10 +248,6 @@ class Magi1TextEncoderLoader(io.ComfyNode):
     @classmethod
     def execute(cls, encoder: str, device: str, precision: str = "fp32") -> io.NodeOutput:
         """Finds the tokenizer too."""
-        import torch
-
-        from ..magi.text.t5_checkpoint import find_t5_files
-        from .comfyui.models import Encoder
 
         path, tokenizer = menus.find_encoder(encoder)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -261,8 +258,6 @@ class Magi1TextEncoderLoader(io.ComfyNode):
 
 def _problem(check: Callable[[str], None], name: str | None) -> bool | str:
     """True, or what is wrong; a name that comes over a link is None before the graph runs."""
-    from ..magi.errors import MagiError
-
     try:
         if name is not None:
             check(name)
@@ -272,8 +267,6 @@ def _problem(check: Callable[[str], None], name: str | None) -> bool | str:
 
 
 def _check_model(name: str) -> None:
-    from ..magi.model_files.identify import recognise
-    from ..magi.model_files.load import check_transformer
 
     path = menus.find_model(name)
     # Where the file does not tell base from distilled, the other input does, which is looked at when the node runs.
@@ -282,14 +275,11 @@ def _check_model(name: str) -> None:
 
 
 def _check_vae(name: str) -> None:
-    from ..magi.vae.video_vae import load_vae
 
     load_vae(menus.find_vae(name), "meta")
 
 
 def _check_encoder(name: str) -> None:
-    from ..magi.text.t5_checkpoint import read_t5
-    from ..magi.text.t5_tokenizer import find_tokenizer
 
     path, tokenizer = menus.find_encoder(name)
     read_t5(path)
@@ -298,8 +288,6 @@ def _check_encoder(name: str) -> None:
 
 def _fingerprint(find: Callable[[str], Path], name: str | None) -> list[tuple[str, int, int]]:
     """Name, size and time of every file; nothing where there is none, which validation has told."""
-    from ..magi.errors import MagiError
-
     try:
         path = find(name or menus.EMBEDDED)
     except MagiError:

@@ -4,19 +4,23 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from comfy_api.latest import InputImpl, io
 
+from ..magi.errors import MagiError
+from ..magi.media.video_reader import read_video
+from ..magi.remote.address import BaseUrl
+from ..magi.remote.api import Api
+from ..magi.remote.client import Client, RemoteVideo
+from ..magi.remote.download import Facts
+from ..magi.remote.errors import Cancelled
+from ..magi.remote.key import find_key, refuse_key_in
+from ..magi.remote.request import RemoteRequest
 from .comfyui import host, media, schema
 from .comfyui.progress import Progress
 from .comfyui.threads import in_thread
-
-if TYPE_CHECKING:
-    from ..magi.remote.api import Api
-    from ..magi.remote.client import RemoteVideo
-    from ..magi.remote.download import Facts
 
 KEY_FILE = "wavespeed_api_key.txt"  # in the user folder, below magi1
 _FRAMES, _FPS = (96, 192), (5, 30)
@@ -120,8 +124,6 @@ class Magi1Remote(io.ComfyNode):
         cls, prompt: str | None = None, base_url: str | None = None, resume_id: str | None = None
     ) -> bool | str:
         """Refuses what cannot work before any node runs: above all a missing key."""
-        from ..magi.errors import MagiError
-
         try:
             if prompt is not None and not prompt.strip():
                 return 'The prompt is blank. Say what to show, for example "A lighthouse in a storm".'
@@ -152,10 +154,6 @@ class Magi1Remote(io.ComfyNode):
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         """Makes the request in a thread and waits for it."""
-        from ..magi.remote.client import Client
-        from ..magi.remote.errors import Cancelled
-        from ..magi.remote.request import RemoteRequest
-
         request = RemoteRequest(
             prompt,
             None if image is None else media.frames_of(image[:1])[0],
@@ -171,7 +169,7 @@ class Magi1Remote(io.ComfyNode):
         progress = Progress(cls.hidden.unique_id, make=0.95, frames=0.05)
         images: list[torch.Tensor] = []
 
-        def work(left: Callable[[], bool]) -> "RemoteVideo":
+        def work(left: Callable[[], bool]) -> RemoteVideo:
             def at(phase: str, part: float, text: str) -> None:
                 try:
                     progress.at(phase, part)
@@ -183,7 +181,7 @@ class Magi1Remote(io.ComfyNode):
                     raise _LeftError
                 progress.say(text)
 
-            def take(path: Path, facts: "Facts") -> None:
+            def take(path: Path, facts: Facts) -> None:
                 images.append(_frames(path, facts, lambda part: at("frames", part, f"taking the frames, {part:.0%}")))
 
             with host.interrupt_watched() as cancelled:
@@ -204,22 +202,16 @@ class _LeftError(Exception):
     """ComfyUI has ended the graph. The task goes on, and the same request finds it again."""
 
 
-def _api(base_url: str, version: str, *widgets: str | None) -> "Api":
+def _api(base_url: str, version: str, *widgets: str | None) -> Api:
     """The account. Raises MagiError where there is no key for it, or where the key stands in a widget."""
-    from ..magi.remote.address import BaseUrl
-    from ..magi.remote.api import Api
-    from ..magi.remote.key import find_key, refuse_key_in
-
     file = host.cache_folder() / KEY_FILE
     refuse_key_in(file, base_url, *filter(None, widgets))
     base = BaseUrl(base_url)
     return Api(base, version, find_key(file, base))
 
 
-def _frames(path: Path, facts: "Facts", progress: Callable[[float], None]) -> torch.Tensor:
+def _frames(path: Path, facts: Facts, progress: Callable[[float], None]) -> torch.Tensor:
     """A video as an IMAGE batch."""
-    from ..magi.media.video_reader import read_video
-
     remedy = f"The video itself is {str(path)!r}. Make room, and run it again: nothing is billed for that."
     media.check_room(facts.frames, facts.height, facts.width, remedy)
     return media.images_of(read_video(path, facts.fps, progress=lambda done, _: progress(done / facts.frames)))

@@ -3,24 +3,26 @@
 import logging
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from comfy_api.latest import io
 
-from .comfyui import host, media, runs, schema
+from ..magi.config import MagiConfig
+from ..magi.media.frames import from_model
+from ..magi.pipeline.request import Length, plan_length
+from ..magi.runs.autosave import Keeper
+from ..magi.runs.store import RunStore, Saved
+from ..magi.sampling.prepare import Run, make_sampler, prepare
+from ..magi.sampling.state import Chunk, ProgressEvent
+from ..magi.vae.preview import RoughDecoder
+from ..magi.vae.tiling import Tiling
+from ..magi.vae.video_vae import VideoVAE
+from .comfyui import host, media, memory, runs, schema
+from .comfyui.models import Model
 from .comfyui.progress import Clock, Progress
 from .comfyui.vae import magi_vae, working_memory
 from .text import captions_of
-
-if TYPE_CHECKING:
-    from ..magi.config import MagiConfig
-    from ..magi.pipeline.request import Length
-    from ..magi.runs.store import RunStore, Saved
-    from ..magi.sampling.prepare import Run
-    from ..magi.sampling.state import Chunk, ProgressEvent
-    from ..magi.vae.video_vae import VideoVAE
-    from .comfyui.models import Model
 
 _PREVIEW_SECONDS = 1.0  # between two rough previews
 _FROM_MODEL = "0: the model's own"
@@ -129,7 +131,7 @@ class Magi1Sampler(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: "Model",
+        model: Model,
         text: list[Any],
         seconds: float,
         seed: int,
@@ -143,9 +145,6 @@ class Magi1Sampler(io.ComfyNode):
         resume: bool = True,
     ) -> io.NodeOutput:
         """Checks everything, loads the transformer and runs."""
-        from ..magi.pipeline.request import plan_length
-        from ..magi.sampling.prepare import prepare
-
         config = model.config.with_guidance(guidance or None, previous_guidance or None)
         config = config.with_runtime(num_steps=steps or None, window_size=window or None)
         prefix, config = _start(start, config)
@@ -191,20 +190,15 @@ class Magi1Sampler(io.ComfyNode):
         return io.NodeOutput({"samples": torch.cat(finished, dim=2)}, length.frames)
 
 
-def _chunks(
-    loaded: Any, config: "MagiConfig", store: "RunStore | None", view: "_View", **settings: Any
-) -> "Iterator[Chunk]":
+def _chunks(loaded: Any, config: MagiConfig, store: RunStore | None, view: "_View", **settings: Any) -> Iterator[Chunk]:
     """The chunks, first those that the store has. The sampler goes with this, and with it its keys on the device."""
-    from ..magi.runs.autosave import Keeper
-    from ..magi.sampling.prepare import make_sampler
-
     if store is None:
         return iter(
             make_sampler(loaded, config, progress=view.sampled, heartbeat=view.heartbeat, report=view.note, **settings)
         )
     keeper = Keeper(store, loaded)
 
-    def sampled(event: "ProgressEvent") -> None:
+    def sampled(event: ProgressEvent) -> None:
         keeper.alive()
         view.sampled(event)
 
@@ -219,7 +213,7 @@ def _chunks(
     )
 
 
-def _start(start: dict[str, Any] | None, config: "MagiConfig") -> tuple[torch.Tensor | None, "MagiConfig"]:
+def _start(start: dict[str, Any] | None, config: MagiConfig) -> tuple[torch.Tensor | None, MagiConfig]:
     """Given latents, if any, and the config with the size of the video."""
     if start is None:
         return None, config
@@ -228,22 +222,20 @@ def _start(start: dict[str, Any] | None, config: "MagiConfig") -> tuple[torch.Te
     return (samples if samples.any() else None), config
 
 
-def _load(model: "Model", vae: Any, working: int, view: "_View") -> tuple[Any, "VideoVAE | None"]:
+def _load(model: Model, vae: Any, working: int, view: "_View") -> tuple[Any, VideoVAE | None]:
     """The transformer, and the VAE for previews where both fit without a change of what goes where."""
-    from ..magi.vae.tiling import Tiling
-
     if vae is not None:
         patcher = magi_vae(vae).patcher
         usable, both = host.usable_memory(), working + working_memory(Tiling(frames=4))  # of one latent frame
         if usable is None or model.patcher.model_size() + patcher.model_size() + both <= usable:
-            return tuple(host.load(model.patcher, patcher, working=both, progress=view.loading))
-    return host.load(model.patcher, working=working, progress=view.loading)[0], None
+            return tuple(memory.load(model.patcher, patcher, working=both, progress=view.loading))
+    return memory.load(model.patcher, working=working, progress=view.loading)[0], None
 
 
 class _View:
     """What a user sees of a run."""
 
-    def __init__(self, node_id: str | None, run: "Run", length: "Length") -> None:
+    def __init__(self, node_id: str | None, run: Run, length: Length) -> None:
         runtime = run.config.runtime
         self.size = f"{runtime.video_size_w}x{runtime.video_size_h}"
         self._chunks = length.made
@@ -258,10 +250,8 @@ class _View:
         self._rough: Any = None
         self._progress.say(f"{self._length}, {self.size}, {runtime.num_steps} steps a chunk", at_once=True)
 
-    def use(self, decoder: "VideoVAE | None") -> None:
+    def use(self, decoder: VideoVAE | None) -> None:
         """Makes ready for previews."""
-        from ..magi.vae.preview import RoughDecoder
-
         self._decoder, self._rough = decoder, RoughDecoder(decoder)
         self._progress.at("load", 1)
 
@@ -270,7 +260,7 @@ class _View:
         logging.warning(f"MAGI-1: {text}")
         self._note = f"\n{text}"
 
-    def resumed(self, saved: "Saved") -> None:
+    def resumed(self, saved: Saved) -> None:
         """A run that was begun before goes on."""
         self.taken_over, self._iteration = saved.finished, saved.state.iteration
         self._total = len(saved.state.schedule(self._schedule))
@@ -283,7 +273,7 @@ class _View:
         self._progress.at("load", 0.99 * done / total)
         self._progress.say(f"{self._length}: loading the model, {done / total:.0%}")
 
-    def sampled(self, event: "ProgressEvent") -> None:
+    def sampled(self, event: ProgressEvent) -> None:
         """A step has been made: shows the oldest chunk that is being denoised, as it is expected to become."""
         self._iteration, self._total = event.iteration, event.total
         self._where = f"chunk {max(0, event.first_chunk) + 1} of {self._chunks}"
@@ -304,8 +294,6 @@ class _View:
         """A chunk is clean: shows its last frame as it is."""
         picture = self._rough(latents)
         if self._decoder is not None:
-            from ..magi.media.frames import from_model
-
             video = self._decoder.decode(latents[:, :, -1:], progress=lambda *_: host.check_interrupt())
             picture = from_model(video[:, :, -1:])[0].cpu()
         self._where = f"chunk {index + 1} of {self._chunks} is done"

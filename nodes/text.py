@@ -1,17 +1,19 @@
 """Prompts to text embeddings: by our own T5 or a native CLIP, kept on disk, one for all or one a second."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from comfy_api.latest import io
 
+from ..magi.sampling.captions import Caption
+from ..magi.text.embedding_cache import EmbeddingCache
+from ..magi.text.encode import encode_prompts
+from ..magi.text.t5_checkpoint import read_t5
+from ..magi.text.t5_model import WORKING_BYTES
 from .comfyui import host, schema
+from .comfyui.clip import encode_with_clip
+from .comfyui.models import Encoder
 from .comfyui.progress import Progress
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..magi.sampling.captions import Caption
-    from .comfyui.models import Encoder
 
 _ONE, _LINES = "one prompt", "one line a second"
 _MOTION = {"any": (), "static": ("static",), "dynamic": ("dynamic",)}
@@ -91,16 +93,12 @@ class Magi1TextEncode(io.ComfyNode):
         clean_prompt: bool = True,
     ) -> io.NodeOutput:
         """Encodes."""
-        from .comfyui.models import Encoder
-
         texts = [line for line in prompt.splitlines() if line.strip()] if schedule == _LINES else []
         texts = texts or [prompt]
         progress = Progress(cls.hidden.unique_id, load=0.5, encode=0.5)
         if isinstance(encoder, Encoder):
             embeds = _encode(encoder, texts, clean_prompt, progress)
         else:
-            from .comfyui.clip import encode_with_clip
-
             embeds = encode_with_clip(encoder, texts, clean_prompt, progress)
         progress.at("encode", 1)
         blank = "" if all(len(e) for e in embeds) else ", an empty one: that part is made without text"
@@ -110,10 +108,7 @@ class Magi1TextEncode(io.ComfyNode):
         return io.NodeOutput([[e[None], dict(options)] for e in embeds])
 
 
-def _encode(encoder: "Encoder", texts: list[str], clean: bool, progress: Progress) -> list["torch.Tensor"]:
-    from ..magi.text.embedding_cache import EmbeddingCache
-    from ..magi.text.encode import encode_prompts
-    from ..magi.text.t5_checkpoint import read_t5
+def _encode(encoder: Encoder, texts: list[str], clean: bool, progress: Progress) -> list[torch.Tensor]:
 
     loading = True
 
@@ -139,19 +134,15 @@ def _encode(encoder: "Encoder", texts: list[str], clean: bool, progress: Progres
 
 def _make_room(nbytes: int) -> None:
     """Has ComfyUI evict what it must for T5, or for little where all of T5 cannot fit anyway: it is streamed then."""
-    from ..magi.text.t5_model import WORKING_BYTES
-
     usable = host.usable_memory()
     host.make_room(nbytes if usable is None or nbytes <= usable else WORKING_BYTES)
 
 
-def captions_of(text: list[Any]) -> tuple[list["Caption"], tuple[str, ...], bool]:
+def captions_of(text: list[Any]) -> tuple[list[Caption], tuple[str, ...], bool]:
     """The captions in a CONDITIONING, one a second, and what is to stand in front of them: styles, durations.
 
     Conditionings of native nodes serve too: padding that their mask leaves out is cut off.
     """
-    from ..magi.sampling.captions import Caption
-
     captions = []
     for embeds, options in text:
         mask = options.get("attention_mask")

@@ -112,7 +112,7 @@ def test_the_pictures_lie_where_the_registry_is_told(key, shape, most):
 
 
 def test_the_least_comfyui_is_the_one_the_nodes_ask_for():
-    spec = importlib.util.spec_from_file_location("pack_requirements", ROOT / "nodes" / "requirements.py")
+    spec = importlib.util.spec_from_file_location("pack_requirements", ROOT / "nodes" / "comfyui" / "requirements.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert f'requires-comfyui = ">={module.COMFYUI}"' in PYPROJECT

@@ -1,15 +1,15 @@
 """T5 through ComfyUI's own CLIP objects: the t5xxl file that people have for other models."""
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ...magi.errors import MagiError
+from ...magi.text.clean import clean_caption
+from ...magi.text.embedding_cache import EmbeddingCache, embedding_key
 from . import host
 from .progress import Progress
-
-if TYPE_CHECKING:
-    from ...magi.errors import MagiError
 
 MAX_TOKENS = 800
 _WIDTH = 4096
@@ -24,9 +24,6 @@ def encode_with_clip(clip: Any, texts: list[str], clean: bool, progress: Progres
     Raises:
         MagiError: the CLIP is not T5 v1.1 XXL.
     """
-    from ...magi.text.clean import clean_caption
-    from ...magi.text.embedding_cache import EmbeddingCache, embedding_key
-
     if set(clip.tokenize("a", disable_weights=True)) not in _KINDS:
         raise _other(clip)
     cache = EmbeddingCache(host.cache_folder() / "text")
@@ -69,8 +66,7 @@ def _fingerprint(clip: Any, progress: Progress) -> str:
     return digest.hexdigest()
 
 
-def _other(clip: Any) -> "MagiError":
-    from ...magi.errors import MagiError
+def _other(clip: Any) -> MagiError:
 
     return MagiError(
         "This CLIP is not T5 v1.1 XXL, which MAGI-1 was trained with. In Load CLIP choose a t5xxl file (fp16, or an fp8 one) "

@@ -4,16 +4,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
+from PIL import Image
 from server import PromptServer
 
-if TYPE_CHECKING:
-    from .memory import Managed
+from ...magi.errors import MagiError
+from ...magi.system.device import is_out_of_memory
 
 Interrupted = comfy.model_management.InterruptProcessingException  # raised where the user has cancelled
 FOLDER = "magi1"  # below ComfyUI's models/: the tree that `python -m magi download` makes
@@ -92,29 +92,6 @@ def make_room(nbytes: int) -> None:
     comfy.model_management.free_memory(nbytes, device())
 
 
-def load(*models: "Managed", working: int = 0, progress: Callable[[int, int], None] | None = None) -> list[Any]:
-    """What the models hold, on the device, with `working` bytes to spare there; other models make room.
-
-    `progress(parts placed, parts)` is called while weights are read; what it raises ends that.
-    """
-    for model in models:
-        model.held.progress = progress
-    try:
-        comfy.model_management.load_models_gpu(list(models), memory_required=working)
-    except BaseException:
-        # Those that ComfyUI had taken off its list for the time of loading are not to stay behind unseen.
-        known = comfy.model_management.loaded_models()
-        for model in models:
-            if not any(model is other for other in known):
-                model.detach()
-        release()
-        raise
-    finally:
-        for model in models:
-            model.held.progress = None
-    return [model.held.content for model in models]
-
-
 @contextmanager
 def device_work(what: str, remedy: str) -> Iterator[None]:
     """Around heavy work: what torch then holds unused goes back to the device, and running out of memory is said clearly.
@@ -122,9 +99,6 @@ def device_work(what: str, remedy: str) -> Iterator[None]:
     Raises:
         MagiError: the device ran out of memory doing `what`; it names the `remedy`.
     """
-    from ...magi.errors import MagiError
-    from ...magi.system.device import is_out_of_memory
-
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -173,8 +147,6 @@ def show_progress(node_id: str | None, value: int, total: int, picture: torch.Te
     """Moves a node's bar, with a picture, uint8 (H, W, 3), as its preview."""
     preview = None
     if picture is not None:
-        from PIL import Image
-
         preview = ("JPEG", Image.fromarray(picture.numpy()), _PREVIEW_SIZE)
     try:
         comfy.utils.ProgressBar(total, node_id=node_id).update_absolute(value, total, preview)

@@ -8,6 +8,13 @@ from typing import Any
 import torch
 from comfy_api.latest import InputImpl
 
+from ...magi.errors import MagiError
+from ...magi.media.frames import fit as fit_frames
+from ...magi.media.frames import over_white
+from ...magi.media.video_decoder import TimedFrame
+from ...magi.media.video_reader import probe, read_video, resample
+from ...magi.system.host_memory import free_host_memory
+
 LEAST = 8  # frames of two latents: a single one is taken for a picture
 FPS = 24
 _WHOLE = 0.5  # seconds by which two ways of telling a file's length may differ
@@ -35,8 +42,6 @@ class Clip:
         # Asked of a video that is no file, this would encode it.
         source = video.get_stream_source() if isinstance(video, InputImpl.VideoFromFile) else None
         if isinstance(source, str):
-            from ...magi.media.video_reader import probe
-
             info = probe(source)
             # A video may be a part of its file; then it alone knows which.
             if info.seconds is None or abs(video.get_duration() - info.seconds) < _WHOLE:
@@ -56,9 +61,6 @@ class Clip:
 
         `progress` is called while a file is read; what it raises ends that.
         """
-        from ...magi.media.frames import fit as fit_frames
-        from ...magi.media.video_reader import read_video
-
         if self.file is not None:
             size = {"height": height, "width": width, "mode": fit}
             return read_video(self.file, FPS, tail_seconds=tail_seconds, progress=progress, **size)
@@ -71,17 +73,12 @@ class Clip:
 
 def _frames_shown(count: int, fps: Fraction) -> list[int]:
     """Which of `count` frames, `fps` a second, stands at each tick of 24 a second."""
-    from ...magi.media.video_decoder import TimedFrame
-    from ...magi.media.video_reader import resample
-
     frames = (TimedFrame(i / fps, 1 / fps, lambda i=i: i) for i in range(count))
     return [frame.load() for frame in resample(frames, Fraction(FPS))]
 
 
 def frames_of(images: torch.Tensor) -> torch.Tensor:
     """IMAGE (T, H, W, C) in 0..1 -> uint8 (T, H, W, 3); what is transparent is put over white."""
-    from ...magi.media.frames import over_white
-
     frames = torch.empty(images.shape, dtype=torch.uint8)
     for image, frame in zip(images, frames, strict=True):  # one by one: no second float copy of a whole clip
         frame.copy_(image.mul(255).round().clamp(0, 255))
@@ -95,9 +92,6 @@ def images_of(frames: torch.Tensor) -> torch.Tensor:
 
 def check_room(count: int, height: int, width: int, remedy: str) -> None:
     """Raises MagiError where the host has no memory for so many images: it may not be refused before it is filled."""
-    from ...magi.errors import MagiError
-    from ...magi.system.host_memory import free_host_memory
-
     needed, free = 12 * count * height * width, free_host_memory()
     if free is not None and needed > free:
         raise MagiError(
@@ -114,8 +108,6 @@ def latent_tail(latent: dict[str, Any], seconds: float) -> dict[str, torch.Tenso
 
 def check_latent(latent: dict[str, Any]) -> torch.Tensor:
     """A LATENT's samples, (1, 16, T, h, w) float32. Raises MagiError for those of other models."""
-    from ...magi.errors import MagiError
-
     samples = latent["samples"]
     if samples.ndim != 5 or samples.shape[:2] != (1, 16) or 0 in samples.shape:
         raise MagiError(

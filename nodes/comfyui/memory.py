@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import torch
 
@@ -114,3 +115,26 @@ class Managed(comfy.model_patcher.ModelPatcher):
     def clone(self, *args: Any, **kwargs: Any) -> "Managed":
         """Without patches a clone could not differ."""
         return self
+
+
+def load(*models: Managed, working: int = 0, progress: Callable[[int, int], None] | None = None) -> list[Any]:
+    """What the models hold, on the device, with `working` bytes to spare there; other models make room.
+
+    `progress(parts placed, parts)` is called while weights are read; what it raises ends that.
+    """
+    for model in models:
+        model.held.progress = progress
+    try:
+        comfy.model_management.load_models_gpu(list(models), memory_required=working)
+    except BaseException:
+        # Those that ComfyUI had taken off its list for the time of loading are not to stay behind unseen.
+        known = comfy.model_management.loaded_models()
+        for model in models:
+            if not any(model is other for other in known):
+                model.detach()
+        host.release()
+        raise
+    finally:
+        for model in models:
+            model.held.progress = None
+    return [model.held.content for model in models]

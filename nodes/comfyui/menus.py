@@ -4,12 +4,13 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from ...magi.errors import MagiError
+from ...magi.model_files.download import HUB, REPOSITORY, SPECIAL_TOKENS_URL
+from ...magi.model_files.embedded import embedded_files
+from ...magi.model_files.locate import SPECIAL_TOKENS, ModelFiles, released_weights, special_tokens_near
+from ...magi.text.t5_tokenizer import find_tokenizer
 from . import host
-
-if TYPE_CHECKING:
-    from ...magi.model_files.locate import ModelFiles
 
 # The same names as in `magi`, from which nothing is imported for a menu.
 EMBEDDED = "embedded demo model"
@@ -17,7 +18,7 @@ RELEASED = ("4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill_quan
 VAE = "ckpt/vae"
 TEXT_ENCODER = "ckpt/t5/t5-v1_1-xxl"
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
-_PACK = Path(__file__).resolve().parent.parent
+_PACK = Path(__file__).resolve().parents[2]
 
 
 def model_menu() -> list[str]:
@@ -44,8 +45,6 @@ def find_model(name: str) -> Path:
     if name == EMBEDDED:
         return _embedded().transformer
     if name in RELEASED:
-        from ...magi.model_files.locate import released_weights
-
         found = next(filter(None, (released_weights(folder, name) for folder in host.model_folders())), None)
         if found is not None:
             return found
@@ -84,9 +83,6 @@ def find_special_tokens(model: Path) -> Path:
     Raises:
         MagiError: they are not there.
     """
-    from ...magi.model_files.download import SPECIAL_TOKENS_URL
-    from ...magi.model_files.locate import SPECIAL_TOKENS, special_tokens_near
-
     found = special_tokens_near(model, [model.parent, *host.model_folders()])
     if found is None:
         raise _error(
@@ -95,17 +91,13 @@ def find_special_tokens(model: Path) -> Path:
     return found
 
 
-def _embedded() -> "ModelFiles":
-    from ...magi.model_files.embedded import embedded_files
+def _embedded() -> ModelFiles:
 
     return embedded_files(host.cache_folder())
 
 
 def _tokenizer(encoder: Path) -> Path | None:
     """Where a single file has no tokenizer beside it: the official one, else the one that ComfyUI itself ships."""
-    from ...magi.errors import MagiError
-    from ...magi.text.t5_tokenizer import find_tokenizer
-
     for folder in (None, *_places(TEXT_ENCODER), host.t5_tokenizer()):
         try:
             find_tokenizer(encoder, folder)
@@ -146,7 +138,6 @@ def _found(kind: str) -> list[str]:
 
 
 def _missing(what: str, place: str, files: str, item: str) -> Exception:
-    from ...magi.model_files.download import HUB, REPOSITORY
 
     home = host.home()
     more = " (with the VAE, text encoder and special tokens)" if item in RELEASED else ""
@@ -157,6 +148,5 @@ def _missing(what: str, place: str, files: str, item: str) -> Exception:
 
 
 def _error(message: str) -> Exception:
-    from ...magi.errors import MagiError
 
     return MagiError(message)

@@ -2,29 +2,28 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from ...magi.checkpoint.reader import Checkpoint
+from ...magi.config import MagiConfig
+from ...magi.errors import MagiError
+from ...magi.model_files.load import load_transformer
+from ...magi.planning.footprint import weight_sizes
+from ...magi.planning.placement import MemoryOptions, Placement, place, spread
+from ...magi.sampling.special_tokens import SpecialTokens
+from ...magi.system.host_memory import memory_beside
+from ...magi.vae.video_vae import load_vae
 from . import host
 from .memory import Held, Managed
-
-if TYPE_CHECKING:
-    from ...magi.config import MagiConfig
-    from ...magi.planning.placement import MemoryOptions, Placement
-    from ...magi.sampling.special_tokens import SpecialTokens
 
 
 class MagiTransformer(Held):
     """The transformer, wholly on the device or streamed to it, as the run that is to come allows."""
 
-    def __init__(
-        self, path: Path, config: "MagiConfig", precision: str, attention: str, options: "MemoryOptions"
-    ) -> None:
+    def __init__(self, path: Path, config: MagiConfig, precision: str, attention: str, options: MemoryOptions) -> None:
         """Reads headers only; `config` fits the file."""
-        from ...magi.checkpoint.reader import Checkpoint
-        from ...magi.planning.footprint import weight_sizes
-
         super().__init__()
         self.path, self._config = path, config
         self.precision, self.attention, self._options = precision, attention, options
@@ -33,7 +32,7 @@ class MagiTransformer(Held):
         self._run, self._given_chunks, self._may_narrow = config, 0, False
         self.placement: Placement | None = None  # of the run that is to come
 
-    def plan(self, run: "MagiConfig", given_chunks: int, may_narrow: bool = False) -> "Placement":
+    def plan(self, run: MagiConfig, given_chunks: int, may_narrow: bool = False) -> Placement:
         """What goes where in a run, if all that is evictable makes room for it.
 
         Args:
@@ -62,8 +61,6 @@ class MagiTransformer(Held):
 
     def read(self, room: float) -> Any:
         """The transformer, as many of its layers on the device as the room allows."""
-        from ...magi.model_files.load import load_transformer
-
         return load_transformer(
             self.path,
             self._config,
@@ -80,15 +77,11 @@ class MagiTransformer(Held):
         wanted, model = self._for(room), self.content
         staying = sorted(model.blocks.on_device)
         if len(staying) > len(wanted.on_device):
-            from ...magi.planning.placement import spread
-
             model.blocks.keep_on_device([staying[i] for i in spread(len(staying), len(wanted.on_device))])
         model.cache_device, model.token_block = wanted.cache, wanted.token_block
 
-    def _for(self, room: float) -> "Placement":
+    def _for(self, room: float) -> Placement:
         """The placement with `room` bytes for weights besides what is spared for the work; the planned one where that is too little."""
-        from ...magi.errors import MagiError
-
         planned = self.placement or self.plan(self._config, 0)
         usable = host.usable_memory()
         if usable is None:
@@ -98,9 +91,7 @@ class MagiTransformer(Held):
         except MagiError:
             return planned
 
-    def _place(self, free: int | None) -> "Placement":
-        from ...magi.planning.placement import place
-        from ...magi.system.host_memory import memory_beside
+    def _place(self, free: int | None) -> Placement:
 
         return place(
             self._run,
@@ -118,8 +109,8 @@ class Model:
     """A transformer and what belongs to it. Nothing of it is loaded before a sampler runs."""
 
     name: str
-    config: "MagiConfig"
-    special_tokens: "SpecialTokens | None"
+    config: MagiConfig
+    special_tokens: SpecialTokens | None
     patcher: Managed
 
     @property
@@ -153,8 +144,6 @@ class MagiVideoVAE(Held):
         Raises:
             MagiError: the file is not a MAGI-1 VAE.
         """
-        from ...magi.vae.video_vae import load_vae
-
         super().__init__()
         self._path, self._dtype = path, dtype
         # On the meta device nothing is read, but all that is missing is found.
@@ -171,6 +160,4 @@ class MagiVideoVAE(Held):
 
     def read(self, room: float) -> Any:
         """The VAE."""
-        from ...magi.vae.video_vae import load_vae
-
         return load_vae(self._path, host.vae_device(), self._dtype, self.progress)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 COMFYUI = "0.3.64"
-REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 _MODULES = {"beautifulsoup4": "bs4", "pillow": "PIL"}  # packages whose module has another name
 _LINE = re.compile(r"(?P<name>[\w.-]+)\s*(?:>=\s*(?P<version>[\d.]+))?\s*(?:#.*)?")
 

@@ -3,23 +3,24 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from ...magi.checkpoint.reader import Checkpoint
+from ...magi.errors import MagiError
+from ...magi.runs.identity import config_settings, run_key
+from ...magi.runs.store import RunStore
+from ...magi.sampling.prepare import Run
+from ...magi.system.whole_files import tensor_digest
 from . import host
-
-if TYPE_CHECKING:
-    from ...magi.runs.store import RunStore
-    from ...magi.sampling.prepare import Run
-    from .models import Model
+from .models import Model
 
 _MOST = 5  # unfinished runs that are kept
 
 
 def open_run(
-    model: "Model", run: "Run", seed: int, prefix: torch.Tensor | None, negative: bool, report: Callable[[str], None]
-) -> "RunStore":
+    model: Model, run: Run, seed: int, prefix: torch.Tensor | None, negative: bool, report: Callable[[str], None]
+) -> RunStore:
     """The store of exactly this run, begun or to be gone on with; the oldest others are removed where there are too many.
 
     Args:
@@ -30,12 +31,6 @@ def open_run(
         negative: whether negative tokens are used.
         report: told, in a sentence, what a user should know of it.
     """
-    from ...magi.checkpoint.reader import Checkpoint
-    from ...magi.errors import MagiError
-    from ...magi.runs.identity import config_settings, run_key
-    from ...magi.runs.store import RunStore
-    from ...magi.system.whole_files import tensor_digest
-
     held, special = model.transformer, model.special_tokens
     with Checkpoint(held.path) as checkpoint:
         fingerprint = checkpoint.fingerprint()
@@ -64,8 +59,6 @@ def open_run(
 
 def _make_room(folder: Path) -> None:
     """Removes the oldest runs but a few, never the one in `folder`."""
-    from ...magi.runs.store import RunStore
-
     try:
         others = [run for run in folder.parent.iterdir() if run.is_dir() and run != folder]
         others.sort(key=lambda run: run.stat().st_mtime, reverse=True)

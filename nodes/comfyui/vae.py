@@ -1,17 +1,18 @@
 """The MAGI-1 VAE behind the interface of ComfyUI's own VAE objects, so that native VAE nodes take it too."""
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from . import host
+from ...magi.errors import MagiError
+from ...magi.vae.footprint import makes_scores, tile_bytes
+from ...magi.vae.model import VAEConfig
+from ...magi.vae.tiling import Tiling
+from ...magi.vae.video_vae import VideoVAE
+from . import host, memory
 from .memory import Managed
 from .models import MagiVideoVAE
-
-if TYPE_CHECKING:
-    from ...magi.vae.tiling import Tiling
-    from ...magi.vae.video_vae import VideoVAE
 
 _SMALLER = "Use smaller tiles."
 
@@ -35,11 +36,9 @@ class NativeVAE:
 
     # -- for this pack's nodes -----------------------------------------------------------------------------------------
 
-    def loaded(self, tiling: "Tiling | None" = None, progress: Callable[[int, int], None] | None = None) -> "VideoVAE":
+    def loaded(self, tiling: Tiling | None = None, progress: Callable[[int, int], None] | None = None) -> VideoVAE:
         """The VAE on the device, with room for a tile, the published one by default; so far as other models can make it."""
-        from ...magi.vae.tiling import Tiling
-
-        (vae,) = host.load(self.patcher, working=working_memory(tiling or Tiling()), progress=progress)
+        (vae,) = memory.load(self.patcher, working=working_memory(tiling or Tiling()), progress=progress)
         return vae
 
     # -- as ComfyUI's nodes call it ------------------------------------------------------------------------------------
@@ -95,11 +94,11 @@ class NativeVAE:
         """The weights by their names."""
         return self.loaded().state_dict()
 
-    def _decode(self, latents: torch.Tensor, tiling: "Tiling | None") -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, tiling: Tiling | None) -> torch.Tensor:
         with host.device_work("decoding", _SMALLER):
             return torch.cat(list(decoded(self.loaded(tiling), latents, tiling, _interruptible)))[None]
 
-    def _encode(self, pixels: torch.Tensor, tiling: "Tiling | None") -> torch.Tensor:
+    def _encode(self, pixels: torch.Tensor, tiling: Tiling | None) -> torch.Tensor:
         height, width = (side // 8 * 8 for side in pixels.shape[1:3])
         video = pixels[:, :height, :width, :3].permute(3, 0, 1, 2)[None].float() * 2 - 1
         with host.device_work("encoding", _SMALLER):
@@ -110,7 +109,6 @@ def magi_vae(vae: object) -> NativeVAE:
     """The VAE if it is MAGI-1's. Raises MagiError for any other."""
     if isinstance(vae, NativeVAE):
         return vae
-    from ...magi.errors import MagiError
 
     raise MagiError(f"This VAE ({type(vae).__name__}) is not MAGI-1's. Connect a MAGI-1 VAE Loader.")
 
@@ -121,25 +119,21 @@ def manage_vae(path: Any, dtype: torch.dtype) -> NativeVAE:
 
 
 def decoded(
-    vae: "VideoVAE", latents: torch.Tensor, tiling: "Tiling | None", progress: Callable[[int, int], None]
+    vae: VideoVAE, latents: torch.Tensor, tiling: Tiling | None, progress: Callable[[int, int], None]
 ) -> Iterator[torch.Tensor]:
     """Frames (t, H, W, 3) float32 in 0..1, a tile of time after the other; without a tiling by tiles for what is free."""
     for video in vae.decode_stream(latents, tiling, progress):
         yield video[0].permute(1, 2, 3, 0).add(1).div(2).clamp(0, 1)
 
 
-def working_memory(tiling: "Tiling") -> int:
+def working_memory(tiling: Tiling) -> int:
     """Bytes a tile takes on its way through the published VAE, in the precision that takes more."""
-    from ...magi.vae.footprint import makes_scores, tile_bytes
-    from ...magi.vae.model import VAEConfig
-
     config, device = VAEConfig(), host.vae_device()
     dtypes = (torch.bfloat16, torch.float32)
     return max(tile_bytes(config, tiling, dtype, makes_scores(device, dtype, config)) for dtype in dtypes)
 
 
-def _tiling(size: int, latent_frames: int | None) -> "Tiling":
-    from ...magi.vae.tiling import Tiling
+def _tiling(size: int, latent_frames: int | None) -> Tiling:
 
     return Tiling(frames=4 * (latent_frames or 3), size=max(64, size // 32 * 32))
 

@@ -220,7 +220,7 @@ def test_other_failures_are_not_taken_for_a_shortage(comfy, monkeypatch):
 
 
 def test_a_clip_that_memory_cannot_hold_is_refused_before_it_is_decoded(comfy, monkeypatch):
-    monkeypatch.setattr(comfy.module("magi.offload.pinned_memory"), "free_host_memory", lambda: 10_000)
+    monkeypatch.setattr(comfy.module("magi.system.host_memory"), "free_host_memory", lambda: 10_000)
     monkeypatch.setattr(comfy.module("nodes.comfyui.vae"), "decoded", lambda *_: pytest.fail("decoded for nothing"))
     with pytest.raises(NodeError, match=r"24 frames of 64x48 take 0\.0 GB.*0\.0 GB are free.*shorter") as caught:
         comfy.run(text_to_video(comfy))

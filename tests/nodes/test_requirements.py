@@ -26,7 +26,7 @@ def load(file: Path, name: str, **options):
 @pytest.fixture
 def requirements(monkeypatch):
     monkeypatch.setitem(sys.modules, "pack_requirements", None)  # taken out again afterwards
-    return load(ROOT / "nodes" / "requirements.py", "pack_requirements")
+    return load(ROOT / "nodes" / "comfyui" / "requirements.py", "pack_requirements")
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_comfyui_without_the_interface_is_refused(requirements, comfyui):
 
 
 def load_pack(monkeypatch):
-    for name in ("pack_root", "pack_root.nodes", "pack_root.nodes.requirements"):
+    for name in ("pack_root", "pack_root.nodes", "pack_root.nodes.comfyui", "pack_root.nodes.comfyui.requirements"):
         monkeypatch.setitem(sys.modules, name, None)
         del sys.modules[name]  # monkeypatch now takes out what is put there
     return load(ROOT / "__init__.py", "pack_root", submodule_search_locations=[str(ROOT)])

@@ -1,7 +1,5 @@
 """Memory by calculation, held against what a forward iteration really allocates."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -13,15 +11,16 @@ from magi.offload.streamed_blocks import StreamedBlocks
 from magi.planning import footprint
 from magi.planning.footprint import Kernels, key_bytes, weight_sizes, working_bytes
 from magi.planning.placement import MemoryOptions, place, smallest
+from magi.sampling import sampler
 from magi.sampling.sampler import Sampler
 from magi.sampling.schedule import Schedule
 from magi.sampling.state import Noise, SamplerState
-from magi.transformer import float8, layers, model
+from magi.transformer import float8, layers
 from magi.transformer.random_weights import RandomTensors
 from magi.transformer.weights import WeightReader, tensors_in
 from tests.conftest import MemorySource
 from tests.support.counting import PeakBytes
-from tests.support.lazy_engine import LazyBus
+from tests.support.lazy_engine import LazyBus, cache_with
 
 
 class Sizes(RandomTensors):
@@ -156,7 +155,7 @@ def test_on_the_host_two_layers_of_the_cache_are_left(tiny_config, tiny_model):
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_the_working_memory_with_keys_on_their_way_from_the_host(window, tiny_config, tiny_model, monkeypatch):
-    monkeypatch.setattr(model, "KVCache", partial(KVCache, bus=LazyBus(eager=True)))
+    monkeypatch.setattr(sampler, "KVCache", cache_with(bus=LazyBus(eager=True)))
     shape = {"num_layers": 4, "hidden_size": 256, "num_query_groups": 8, "kv_channels": 32, "caption_max_length": 20}
     sizes = {"window_size": window, "video_size_h": 96, "video_size_w": 96, "num_frames": 240, "num_steps": 8}
     config = tiny_config(True, shape=shape, **sizes)
