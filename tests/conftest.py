@@ -235,8 +235,8 @@ def reads(comfy, monkeypatch) -> list[str]:
     """What is read from disk, in order: "transformer", "vae"."""
     found: list[str] = []
     for module, function, name in (
-        ("magi.model_files.load", "load_transformer", "transformer"),
-        ("magi.vae.video_vae", "load_vae", "vae"),
+        ("nodes.comfyui.models", "load_transformer", "transformer"),
+        ("nodes.comfyui.models", "load_vae", "vae"),
     ):
         load = getattr(comfy.module(module), function)
 

@@ -146,7 +146,7 @@ def test_the_package_runs_without_the_repository_around_it(package, tmp_path):
         for module in pkgutil.walk_packages(pack.__path__, "custom_pack."):
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
-        assert sys.modules["custom_pack.magi.embedded"].DEMO_IMAGE.is_file()
+        assert sys.modules["custom_pack.magi.model_files.embedded"].DEMO_IMAGE.is_file()
         assert "magi" not in sys.modules
         print(*(node.GET_SCHEMA().node_id for node in nodes))
     """

@@ -181,7 +181,7 @@ def test_a_model_that_comfyui_made_just_enough_room_for_is_not_streamed(comfy, c
 
 def test_the_vae_runs_where_comfyui_runs_vaes(comfy, monkeypatch):
     """As with --cpu-vae, which leaves the card to the transformer."""
-    vae, asked = comfy.module("magi.vae.video_vae"), []
+    vae, asked = comfy.module("nodes.comfyui.models"), []
     load, elsewhere = vae.load_vae, torch.device("cpu", 0)
     monkeypatch.setattr(comfy.management, "vae_device", lambda: elsewhere)
     monkeypatch.setattr(vae, "load_vae", lambda path, device, *rest: asked.append(device) or load(path, device, *rest))

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 
 import pytest
 
@@ -86,7 +85,7 @@ SERVICE = {"key": KEY_PAGE, "tasks": TASKS_PAGE, "prices": f"https://wavespeed.a
 
 
 def test_links_are_those_that_the_messages_name(comfy, read):
-    files = sys.modules[comfy.nodes["Magi1ModelLoader"].__module__].files
+    files = comfy.module("nodes.comfyui.menus")
     links = {node: set(re.findall(r"\]\((.*?)\)", read(node))) for node in IDS}
     assert links.pop("Magi1Remote") == set(SERVICE.values())
     official = {f"{TREE}/ckpt/magi/{name}" for name in files.RELEASED}

@@ -127,7 +127,7 @@ def test_an_error_leaves_nothing_behind(comfy, monkeypatch):
 
 def test_a_file_that_goes_bad_while_it_is_read(comfy, monkeypatch):
     graph = text_to_video(comfy)
-    vae = comfy.module("magi.vae.video_vae")
+    vae = comfy.module("nodes.comfyui.models")
     load = vae.load_vae
 
     def broken(path, device=None, *args, **options):
@@ -181,7 +181,7 @@ def test_no_model_stays_unseen_when_another_cannot_be_read(comfy, monkeypatch, p
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
         ),
         (
-            "magi.model_files.load",
+            "nodes.comfyui.models",
             "load_transformer",
             RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB)"),
         ),
@@ -220,7 +220,7 @@ def test_other_failures_are_not_taken_for_a_shortage(comfy, monkeypatch):
 
 
 def test_a_clip_that_memory_cannot_hold_is_refused_before_it_is_decoded(comfy, monkeypatch):
-    monkeypatch.setattr(comfy.module("magi.system.host_memory"), "free_host_memory", lambda: 10_000)
+    monkeypatch.setattr(comfy.module("nodes.comfyui.media"), "free_host_memory", lambda: 10_000)
     monkeypatch.setattr(comfy.module("nodes.comfyui.vae"), "decoded", lambda *_: pytest.fail("decoded for nothing"))
     with pytest.raises(NodeError, match=r"24 frames of 64x48 take 0\.0 GB.*0\.0 GB are free.*shorter") as caught:
         comfy.run(text_to_video(comfy))

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,10 @@ from safetensors.torch import save_file
 
 from magi.model_files.embedded import embedded_files
 from magi.model_files.locate import ModelFiles
-from tests.support.comfy_host import PACK
+from tests.support.comfy_host import STAND_IN
 from tests.support.graph import InvalidGraph, NodeError
 from tests.support.magi_graphs import filled, node, text_to_video, widgets
+from tests.support.paths import ROOT
 
 HUB = "https://huggingface.co/sand-ai/MAGI-1/tree/main"
 TOKENS = "special_tokens.npz"
@@ -238,12 +241,29 @@ def test_the_embedded_model_makes_itself(comfy):
     assert len(comfy.run(graph)["decode"][0]) == 24
 
 
-def test_loading_the_pack_loads_nothing_of_the_pipeline(comfy):
-    """Nobody's ComfyUI starts slower for it."""
-    assert [name for name in sys.modules if name.startswith(f"{PACK}.magi")] == []
-    for name in comfy.nodes:
-        comfy.info(name)
-    assert [name for name in sys.modules if name.startswith(f"{PACK}.magi")] == []
+def test_loading_the_pack_brings_in_nothing_heavy(tmp_path):
+    """Nobody's ComfyUI starts slower for it: these packages take seconds, and wait until a node needs them."""
+    code = """
+        import asyncio, folder_paths, importlib.util, pathlib, sys
+        folder_paths.use_base(pathlib.Path(sys.argv[2]))
+        file = sys.argv[1] + "/__init__.py"
+        spec = importlib.util.spec_from_file_location("custom_pack", file, submodule_search_locations=[sys.argv[1]])
+        pack = sys.modules["custom_pack"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(pack)
+        for node in asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list()):
+            node.GET_SCHEMA()
+        print(*{name.split(".")[0] for name in sys.modules})
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), ROOT, tmp_path],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(STAND_IN)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    heavy = {"transformers", "sentencepiece", "huggingface_hub", "requests", "bs4", "ftfy", "torchvision", "triton"}
+    assert heavy & set(found.stdout.split()) == set()
 
 
 def test_the_demo_keeps_its_own_special_tokens_beside_those_of_the_released_models(comfy):

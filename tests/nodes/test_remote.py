@@ -151,7 +151,7 @@ def test_a_key_in_a_field(comfy, server, field, value):
 
 
 def test_too_little_memory_for_the_frames(comfy, server, monkeypatch):
-    monkeypatch.setattr(comfy.module("magi.system.host_memory"), "free_host_memory", lambda: 10**8)
+    monkeypatch.setattr(comfy.module("nodes.comfyui.media"), "free_host_memory", lambda: 10**8)
     with pytest.raises(NodeError, match="480p"):
         comfy.run(remote(comfy, server))
     assert server.requests == []

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -193,7 +192,7 @@ def test_it_has_a_picture_for_the_list_of_templates(name):
 
 @every_workflow
 def test_the_note_links_to_all_that_has_to_be_fetched(comfy, name):
-    files = sys.modules[comfy.nodes["Magi1ModelLoader"].__module__].files
+    files = comfy.module("nodes.comfyui.menus")
     workflow = load(UI, name)
     links = set(re.findall(r"\]\((.*?)\)", note(workflow)))
     wanted = set()
@@ -215,7 +214,7 @@ def test_the_note_links_to_all_that_has_to_be_fetched(comfy, name):
 
 
 def test_the_first_run_needs_no_file(comfy):
-    files = sys.modules[comfy.nodes["Magi1ModelLoader"].__module__].files
+    files = comfy.module("nodes.comfyui.menus")
     workflow = load(UI, FIRST)
     loaders = [node for node in workflow["nodes"] if node["type"].endswith("Loader")]
     assert [node["widgets_values"][0] for node in loaders] == [files.EMBEDDED] * 3
