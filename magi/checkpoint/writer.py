@@ -6,7 +6,6 @@ bytes, and the tensors without gaps, the widest types first, which keeps every o
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -17,6 +16,7 @@ from typing import BinaryIO
 import torch
 
 from ..errors import MagiError
+from ..system.whole_files import put_in_place, sync_file
 from .mapped_file import TensorInfo, TensorSource
 
 Progress = Callable[[int, int], None]
@@ -191,13 +191,13 @@ def _write(
                 done += len(file.header)
                 for name in file.names:
                     done = _append(stream, source.tensor(name), done, total, progress)
-                _sync(stream)
         for name, content in extras.items():
             with partial(folder / name).open("wb") as stream:
                 stream.write(content)
-                _sync(stream)
+        for written in made.values():  # all of them before the first gets its name: the disk may turn out to be full
+            sync_file(written)
         for path, written in made.items():
-            written.replace(path)
+            put_in_place(written, path)
         cleanup.pop_all()
 
 
@@ -210,12 +210,6 @@ def _append(stream: BinaryIO, tensor: torch.Tensor, done: int, total: int, progr
         if progress:
             progress(done, total)
     return done
-
-
-def _sync(stream: BinaryIO) -> None:
-    """Has the file on the disk before it gets its name."""
-    stream.flush()
-    os.fsync(stream.fileno())
 
 
 def _remove_empty(folder: Path) -> None:

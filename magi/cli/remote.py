@@ -18,6 +18,7 @@ from ..remote.client import Client
 from ..remote.key import VARIABLE, find_key, refuse_key_in, save_key
 from ..remote.progress import Progress
 from ..remote.request import ASPECTS, FPS, FRAMES, RESOLUTIONS, RemoteRequest
+from ..system.whole_files import put_in_place
 from .generate import default_cache
 
 _WIDTH = 100  # covers what the bar has left on the line
@@ -111,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _rename(path: Path, out: Path) -> None:
     try:
-        path.replace(out)
+        put_in_place(path, out)
     except OSError as error:
         raise MagiError(
             f"The video is {str(path)!r}; it could not be renamed to {str(out)!r} ({error.strerror})."

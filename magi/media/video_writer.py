@@ -16,6 +16,7 @@ from types import TracebackType
 import torch
 
 from ..errors import MagiError
+from ..system.whole_files import put_in_place
 from .frames import check_size
 from .mp4_fragments import boxes, find_encoder, tag_flags
 from .video_decoder import open_container
@@ -159,9 +160,7 @@ class VideoWriter:
             frames = self._remux(final)
             if frames != self.frames_written or not _is_whole(final):
                 raise MagiError(f"{str(self.path)!r} could not be finished. {self._kept()}")
-            with final.open("rb+") as file:
-                os.fsync(file.fileno())
-            final.replace(self.path)
+            put_in_place(final, self.path)
         except (OSError, av.error.FFmpegError) as error:
             raise self._failed("be finished", error) from error
         finally:

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from ..errors import MagiError
 from ..system.threads import Worker
+from ..system.whole_files import put_in_place
 
 # progress(phase, done): phase "download" or "verify", bytes of the file so far. Whatever it raises stops the work.
 Progress = Callable[[str, int], None]
@@ -73,7 +74,7 @@ def fetch(
                 f"The download of {target.name} is damaged (sha256 {found} instead of {sha256}) and was deleted. Run this again; "
                 "if it happens twice, a proxy or mirror on the way changes files: use another one."
             )
-        part.replace(target)
+        put_in_place(part, target)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "The disk is full: free some space" if full else "Choose a folder that can be written"

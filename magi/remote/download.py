@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from ..errors import MagiError
 from ..media.video_decoder import VideoFile, open_clip
 from ..system.threads import Worker, pause
+from ..system.whole_files import put_in_place
 from .address import shown
 from .api import Api
 from .errors import GoneError, RemoteError, TemporaryError
@@ -205,7 +206,7 @@ def inspect(path: Path, watch: Watch) -> Facts:
 
 def _rename(part: Path, whole: Path) -> None:
     try:
-        part.replace(whole)
+        put_in_place(part, whole)
     except OSError as error:  # Windows: somebody, such as a virus scanner, has it open
         raise _unwritable(whole.parent, error) from error
 

@@ -2,11 +2,11 @@
 
 import codecs
 import os
-import uuid
 from contextlib import suppress
 from pathlib import Path
 
 from ..errors import MagiError
+from ..system.whole_files import write_whole
 from .address import DEFAULT, BaseUrl
 
 VARIABLE = "WAVESPEED_API_KEY"
@@ -104,15 +104,10 @@ def save_key(file: Path, text: str) -> None:
     """
     ApiKey(text)
     rest = _lines(file)[1:]
-    new = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")  # an older one may be readable for others
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as opened:
-            opened.write("\n".join([text.strip(), *rest]) + "\n")
-        new.replace(file)
+        write_whole(file, ("\n".join([text.strip(), *rest]) + "\n").encode(), private=True)
     except OSError as error:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
         raise MagiError(
             f"The key cannot be written to {str(file)!r} ({error.strerror}). Choose another file."
         ) from error

@@ -1,9 +1,10 @@
-"""Work that waits for others, in a thread that can be watched and left behind."""
+"""Work in a thread of its own, which can be watched and left behind."""
 
 import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -11,51 +12,59 @@ T = TypeVar("T")
 _TICK = 0.1  # seconds between two looks at whether the user has cancelled
 
 
+def start(work: Callable[[], T], name: str) -> Future[T]:
+    """Runs `work` in a daemon thread of its own and returns the future of its outcome.
+
+    An executor's threads would not do: Python waits for them before it exits, and a wait for the network may take minutes.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome = work()
+        except BaseException as error:  # raised again by whoever asks for the result
+            if done.set_running_or_notify_cancel():
+                done.set_exception(error)
+        else:
+            if done.set_running_or_notify_cancel():
+                done.set_result(outcome)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return done
+
+
 class Worker(Generic[T]):
     """Work in a thread of its own: a wait for the network can be neither interrupted nor reported on, but left behind."""
 
     def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._made: list[T] = []
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="magi-worker", daemon=True)
-        self._thread.start()
+        self._done = start(work, "magi-worker")
 
-    def _run(self) -> None:
-        try:
-            self._made.append(self._work())
-        except BaseException as error:  # raised again by the thread that waits
-            self._failure = error
-
-    def result(self, alive: Callable[[], None], most: float = math.inf) -> T:
-        """What the work returns or raises. `alive` is called ten times a second; what it raises leaves the work behind.
+    def result(self, on_tick: Callable[[], None], most: float = math.inf) -> T:
+        """Returns or raises what the work does. `on_tick` is called ten times per second; what it raises leaves the work behind.
 
         Raises:
             TimeoutError: it takes more than `most` seconds, and is left behind.
         """
         end = time.monotonic() + most
-        while self._thread.is_alive():
-            self._thread.join(_TICK)
-            alive()
-            if time.monotonic() > end and self._thread.is_alive():
+        while not self._done.done():
+            wait([self._done], _TICK)
+            on_tick()
+            if time.monotonic() > end and not self._done.done():
                 raise TimeoutError
-        return self.outcome()
+        return self._done.result()
 
     def wait(self, seconds: float) -> None:
-        """Waits, but not long, for the work to end."""
-        self._thread.join(seconds)
+        """Waits at most so long for the work to end."""
+        wait([self._done], seconds)
 
     def outcome(self) -> T:
-        """Waits, however long it takes."""
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        return self._made[0]
+        """Waits for the work, however long it takes, and returns or raises what it does."""
+        return self._done.result()
 
 
-def pause(seconds: float, alive: Callable[[], None]) -> None:
-    """Waits; `alive` is called ten times a second and may raise."""
+def pause(seconds: float, on_tick: Callable[[], None]) -> None:
+    """Waits; `on_tick` is called ten times per second and may raise."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(_TICK, left))
-        alive()
+        on_tick()

@@ -20,24 +20,44 @@ class DamagedFileError(ValueError):
     """A file is not as `pack` made it."""
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Puts `data` under `path`, in the place of what was there; after a crash at any point one of the two is there, whole.
+def write_whole(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Puts `data` under `path`, replacing what was there; after a crash at any point one of the two is there, whole.
+
+    Args:
+        path: the file; its folder must exist.
+        data: its bytes.
+        private: only the owner may read it, where the system knows owners.
 
     Raises:
         OSError: it could not be written; what was there still is.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    mode = 0o600 if private else 0o666
     try:
-        with temporary.open("xb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        put_in_place(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def put_in_place(written: Path, path: Path) -> None:
+    """Gives a finished file its final name in the same folder, once its bytes are on the disk; replaces what was there.
+
+    Raises:
+        OSError: it could not be synced or renamed; both files are as before.
+    """
+    sync_file(written)
+    written.replace(path)
     _sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until a file's bytes are on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def pack(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> bytes:

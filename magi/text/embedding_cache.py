@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 from warnings import warn
@@ -12,6 +11,8 @@ from warnings import warn
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+
+from ..system.whole_files import write_whole
 
 _TENSOR, _CHECKSUM = "embeds", "sha256"
 _ABANDONED_SECONDS = 3600.0  # a temporary file older than this belongs to a process that died
@@ -88,17 +89,11 @@ class EmbeddingCache:
         return self.folder / f"{hashlib.sha256(source.encode()).hexdigest()}.encoder"
 
     def _write(self, file: Path, data: bytes) -> None:
-        temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            temporary.replace(file)
+            write_whole(file, data)
         except OSError as error:
-            self._remove(temporary)
             self._warn(f"cannot be written ({error})")
-        except BaseException:
-            self._remove(temporary)
-            raise
 
     def _trim(self) -> None:
         kept: list[tuple[float, int, Path]] = []

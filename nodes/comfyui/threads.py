@@ -4,34 +4,22 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
+
+from ...magi.system.threads import start
 
 T = TypeVar("T")
 
 
 async def in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
-    """What `work(left)` returns or raises.
+    """Returns or raises what `work(left)` does.
 
-    `left()` tells it whether nobody waits any more: ComfyUI has ended the graph, as it does when another node fails. The thread is not one of the loop's
-    own, for which ComfyUI would wait then.
+    `left()` tells it whether nobody waits any more: ComfyUI has ended the graph, as it does when another node fails. The
+    thread is not one of the loop's own, for which ComfyUI would wait then.
     """
-    done: Future[T] = Future()
     left = threading.Event()
-
-    def run() -> None:
-        try:
-            outcome = work(left.is_set)
-        except BaseException as error:
-            if done.set_running_or_notify_cancel():
-                done.set_exception(error)
-        else:
-            if done.set_running_or_notify_cancel():
-                done.set_result(outcome)
-
-    # In this node's context, by which ComfyUI knows whose progress it is.
-    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="magi-node", daemon=True).start()
+    context = contextvars.copy_context()  # this node's, by which ComfyUI knows whose progress it is
     try:
-        return await asyncio.wrap_future(done)
+        return await asyncio.wrap_future(start(lambda: context.run(work, left.is_set), "magi-node"))
     finally:
         left.set()

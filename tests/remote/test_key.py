@@ -67,7 +67,7 @@ def test_a_full_disk_does_not_cost_the_key_that_there_is(file, monkeypatch):
     def full(*args, **options) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fdopen", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MagiError, match="No space left"):
         save_key(file, OTHER)
     assert file.read_text() == f"{KEY}\n"

@@ -102,13 +102,11 @@ def test_folder_that_cannot_be_made_warns_once_and_work_goes_on(tmp_path):
 
 
 def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def full(self, data):
-        with self.open("wb") as stream:
-            stream.write(data[:10])
+    def full(handle):
         raise OSError(28, "No space left on device")
 
     cache = EmbeddingCache(tmp_path)
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.warns(UserWarning, match="No space left"):
         cache.put(KEY, embeds())
     assert files(tmp_path) == []
@@ -137,7 +135,7 @@ def test_a_cache_that_can_only_be_read_still_hits(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "utime", refuse)
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(cache.get(KEY), embeds())
