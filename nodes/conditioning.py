@@ -103,7 +103,7 @@ class Magi1ImageToVideo(_Sized):
     def execute(cls, vae: Any, image: torch.Tensor, size: str, width: int, height: int, fit: str) -> io.NodeOutput:
         """Encodes it."""
         frames = media.frames_of(image[:1])
-        target = _choose(size, width, height, frames.shape[2] / frames.shape[1], own=frames.shape[1:3])
+        target = _choose(size, width, height, frames.shape[2] / frames.shape[1], own=(frames.shape[1], frames.shape[2]))
         progress = Progress(cls.hidden.unique_id, load=0.3, encode=0.7)
         return io.NodeOutput(_encoded(vae, fit_frames(frames, *target, fit), progress))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from comfy_api.latest import io
@@ -14,13 +14,14 @@ from ..magi.planning.placement import MemoryOptions
 from ..magi.sampling.special_tokens import SpecialTokens
 from ..magi.text.t5_checkpoint import find_t5_files, read_t5
 from ..magi.text.t5_tokenizer import find_tokenizer
+from ..magi.transformer.weights import Precision
 from ..magi.vae.video_vae import load_vae
 from .comfyui import host, menus, schema
 from .comfyui.memory import Managed
 from .comfyui.models import Encoder, MagiTransformer, Model
 from .comfyui.vae import manage_vae
 
-_PRECISION = {"auto": "auto", "bf16": "bf16", "fp32": "fp32", "fp8 storage": "fp8"}
+_PRECISION: dict[str, Precision] = {"auto": "auto", "bf16": "bf16", "fp32": "fp32", "fp8 storage": "fp8"}
 _VARIANT = {"auto": None, "base": False, "distilled": True}
 _SWITCH = {"auto": None, "on": True, "off": False}
 _ATTENTION = ["auto", "flash", "efficient", "math", "sage"]
@@ -143,7 +144,9 @@ class Magi1MemoryOptions(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, budget_gb: float, streaming: str, pinned_memory: str, cache: str) -> io.NodeOutput:
+    def execute(
+        cls, budget_gb: float, streaming: str, pinned_memory: str, cache: Literal["auto", "device", "host"]
+    ) -> io.NodeOutput:
         """Hands them on."""
         budget = round(budget_gb * 1e9) or None
         return io.NodeOutput(MemoryOptions(budget, _SWITCH[streaming], _SWITCH[pinned_memory], cache))

@@ -151,7 +151,7 @@ class Magi1Sampler(io.ComfyNode):
         given = 0 if prefix is None else prefix.shape[2]
         length = plan_length(config.runtime, round(seconds * config.runtime.fps), given, shown=given == 1)
         captions, styles, durations = captions_of(text)
-        settings = {
+        settings: dict[str, Any] = {
             "caption": captions,
             "special_tokens": model.special_tokens,
             "style_tokens": styles,

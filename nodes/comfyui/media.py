@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,8 +63,9 @@ class Clip:
         `progress` is called while a file is read; what it raises ends that.
         """
         if self.file is not None:
-            size = {"height": height, "width": width, "mode": fit}
-            return read_video(self.file, FPS, tail_seconds=tail_seconds, progress=progress, **size)
+            return read_video(
+                self.file, FPS, tail_seconds=tail_seconds, progress=progress, height=height, width=width, mode=fit
+            )
         assert self.images is not None  # noqa: S101 (one of them is)
         shown = _frames_shown(len(self.images), self.fps)
         if tail_seconds is not None:
@@ -73,8 +75,8 @@ class Clip:
 
 def _frames_shown(count: int, fps: Fraction) -> list[int]:
     """Which of `count` frames, `fps` a second, stands at each tick of 24 a second."""
-    frames = (TimedFrame(i / fps, 1 / fps, lambda i=i: i) for i in range(count))
-    return [frame.load() for frame in resample(frames, Fraction(FPS))]
+    frames = (TimedFrame(i / fps, 1 / fps, partial(torch.tensor, i)) for i in range(count))
+    return [int(frame.load()) for frame in resample(frames, Fraction(FPS))]
 
 
 def frames_of(images: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from ...magi.planning.footprint import weight_sizes
 from ...magi.planning.placement import MemoryOptions, Placement, place, spread
 from ...magi.sampling.special_tokens import SpecialTokens
 from ...magi.system.host_memory import memory_beside
+from ...magi.transformer.weights import Precision
 from ...magi.vae.video_vae import load_vae
 from . import host
 from .memory import Held, Managed
@@ -22,7 +23,9 @@ from .memory import Held, Managed
 class MagiTransformer(Held):
     """The transformer, wholly on the device or streamed to it, as the run that is to come allows."""
 
-    def __init__(self, path: Path, config: MagiConfig, precision: str, attention: str, options: MemoryOptions) -> None:
+    def __init__(
+        self, path: Path, config: MagiConfig, precision: Precision, attention: str, options: MemoryOptions
+    ) -> None:
         """Reads headers only; `config` fits the file."""
         super().__init__()
         self.path, self._config = path, config
