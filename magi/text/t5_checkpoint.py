@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.mapped_file import compare_shapes, first_few
-from ..checkpoint.reader import Checkpoint, find_weight_files
+from ..checkpoint.reader import Checkpoint, find_weight_files, indexed_files
 from ..errors import MagiError
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -23,6 +23,7 @@ _EMBEDDING_ALIAS = "encoder.embed_tokens.weight"
 _ATTENTION = "encoder.block.{}.layer.0.SelfAttention."
 _MLP = "encoder.block.{}.layer.1.DenseReluDense."
 _BLOCK_INDEX = re.compile(r"encoder\.block\.(\d+)\.")
+_SHARD_NUMBER = re.compile(r"-\d+(?=-of-\d+\.bin$)")
 _LINEAR = re.compile(r"\.(SelfAttention\.[qkvo]|DenseReluDense\.w(i_0|i_1|o))\.weight$")
 _SCALES = (".scale_weight", ".weight_scale")
 # What scaled float8 files hold besides: the marker, and what only float8 products (rather than float8 storage) use.
@@ -87,12 +88,18 @@ def find_t5_files(path: str | Path) -> list[Path]:
         return find_weight_files(path)
     indices = sorted(path.glob("*.bin.index.json"))
     if indices:
-        return find_weight_files(indices[0])
+        return indexed_files(*indices)
     files = sorted(path.glob("pytorch_model*.bin"))
     if not files:
         raise MagiError(
             f"The folder {str(path)!r} holds no text encoder: neither a .safetensors nor a pytorch_model*.bin file is in it. "
             "Give the t5-v1_1-xxl folder or a t5xxl file; `python -m magi download` fetches the official one."
+        )
+    encoders = {_SHARD_NUMBER.sub("", file.name): file.name for file in reversed(files)}  # one for all shards of one
+    if len(encoders) > 1:
+        raise MagiError(
+            f"The folder {str(path)!r} holds several text encoders: {first_few(sorted(encoders.values()))}. Give one of these files, or "
+            "remove what does not belong."
         )
     return files
 

@@ -192,7 +192,9 @@ def test_a_cancel_ends_it(settings):
 # The command
 
 
-RESULT = BenchResult("cpu (x)", "2.5", "64x64", "random weights", 2, 192, [1.0, 3.0], 1.0, 192.0, 1.5, 1.5, 10**9, 2.0, None)
+RESULT = BenchResult(
+    "cpu (x)", "2.5", "64x64", "random weights", 2, 192, [1.0, 3.0], 1.0, 192.0, 1.5, 1.5, 10**9, 2.0, None
+)
 
 
 @pytest.fixture

@@ -515,6 +515,30 @@ def test_inspect_what_cannot_be_read(magi, tmp_path):
         assert tmp_path.name in error_of(stderr)
 
 
+@pytest.mark.parametrize("name", ["x.bin", "x.PT", "x.pth", "x.ckpt", "x.gguf", "pytorch_model-00001-of-00002.bin"])
+def test_inspect_a_file_of_another_format(name, magi, tmp_path):
+    torch.save({"encoder.weight": torch.zeros(3)}, tmp_path / name)
+    status, stderr = magi("inspect", tmp_path / name)
+    said = error_of(stderr)
+    assert status == 1
+    assert name in said
+    assert "truncated" not in said
+    assert ("GGUF" if name.endswith("gguf") else "torch file") in said
+    if "pytorch_model" in name:
+        assert f"magi inspect {tmp_path}`" in said
+    else:
+        assert ".safetensors" in said
+
+
+def test_inspect_goes_by_the_content_where_it_can(magi, files, tmp_path, capsys):
+    shutil.copy(files.vae / "diffusion_pytorch_model.safetensors", tmp_path / "vae.bin")
+    assert facts(capsys, tmp_path / "vae.bin")["is"] == "a MAGI-1 VAE"
+    (tmp_path / "empty.bin").touch()
+    status, stderr = magi("inspect", tmp_path / "empty.bin")
+    assert status == 1
+    assert "is empty" in error_of(stderr)
+
+
 # The command line itself
 
 

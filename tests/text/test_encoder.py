@@ -383,6 +383,23 @@ def test_weights_that_do_not_fit(encoder_state, spiece, tmp_path, case):
         TextEncoder.load(_single(change(encoder_state), tmp_path), spiece)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("pytorch_model.bin.index.json", "pytorch_model.fp16.bin.index.json"),
+        ("pytorch_model.bin", "pytorch_model.fp16.bin"),
+        ("pytorch_model.bin", "pytorch_model-00001-of-00001.bin"),
+    ],
+)
+def test_a_folder_of_several_encoders(names, spiece, tmp_path):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(MagiError, match=r"Give one of these") as caught:
+        TextEncoder.load(tmp_path, spiece)
+    for name in (str(tmp_path), *names):
+        assert name in str(caught.value)
+
+
 def test_files_missing_or_damaged(official, spiece, tmp_path):
     with pytest.raises(MagiError, match=r"no file or folder.*nowhere"):
         TextEncoder.load(tmp_path / "nowhere", spiece)
