@@ -68,7 +68,7 @@ def caption_per_chunk(
             f"There are {len(every)} captions for {chunks} generated chunks. Give at most one a chunk, or a longer video."
         )
     for caption in every:
-        if caption.embeds.shape[1] != model.caption_channels:
+        if len(caption.embeds) and caption.embeds.shape[1] != model.caption_channels:
             raise MagiError(
                 f"The caption has {caption.embeds.shape[1]} channels, the model takes {model.caption_channels}. "
                 "Encode the prompt with the text encoder that belongs to the model (T5 v1.1 XXL for the released ones)."
@@ -85,7 +85,10 @@ def caption_per_chunk(
     for i in range(chunks):
         which, after = min(i, len(every) - 1), min(chunks - 1 - i, 7) if durations else None
         if (which, after) not in made:
-            tokens = _with_tokens(every[which].embeds, special, styles, after)
+            embeds = every[which].embeds
+            # No tokens are as wide as any: so a blank prompt needs no text encoder to tell its width.
+            embeds = embeds if len(embeds) else embeds.new_zeros(0, model.caption_channels)
+            tokens = _with_tokens(embeds, special, styles, after)
             made[which, after] = tokens[: model.caption_max_length]
         result.append(made[which, after])
     return result

@@ -84,6 +84,10 @@ def find_t5_files(path: str | Path) -> list[Path]:
         MagiError: nothing is there, a shard is missing, or the folder holds several checkpoints.
     """
     path = Path(path).expanduser()
+    if not path.exists():
+        raise MagiError(
+            f"The text encoder is not at {str(path)!r}. Give its path, or fetch it with `python -m magi download t5`."
+        )
     if not path.is_dir() or any(path.glob("*.safetensors*")):
         return find_weight_files(path)
     indices = sorted(path.glob("*.bin.index.json"))
@@ -102,6 +106,15 @@ def find_t5_files(path: str | Path) -> list[Path]:
             "remove what does not belong."
         )
     return files
+
+
+def t5_is_away(path: str | Path) -> bool:
+    """Whether not one weight file of a folder, index or file is there; of some that are left, others may have been changed."""
+    path = Path(path).expanduser()
+    folder = path.parent if path.name.endswith(".index.json") else path
+    if not folder.is_dir():
+        return not folder.exists()
+    return not any(file.suffix in (".safetensors", *_TORCH_SUFFIXES) for file in folder.iterdir())
 
 
 def read_t5(path: str | Path) -> T5Checkpoint:
