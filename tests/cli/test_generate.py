@@ -409,6 +409,21 @@ def test_an_embedding_cache_that_cannot_be_written_is_a_note(cache, tmp_path, mo
     assert "note: The folder of cached text embeddings" in capsys.readouterr().err
 
 
+def test_a_prompt_met_before_needs_no_text_encoder(magi, files, tmp_path):
+    t5 = shutil.copytree(files.text_encoder, tmp_path / "t5")
+    command = ["generate", "--model", files.transformer, "--vae", files.vae, "--text-encoder", t5, "--seconds", 1]
+    command += ["--special-tokens", files.special_tokens, *SMALL]
+    assert magi(*command, "--prompt", "A new cat", "--out", "one.mp4")[0] == 0
+    shutil.rmtree(t5)
+    status, stderr = magi(*command, "--prompt", "A new cat", "--out", "two.mp4")
+    assert status == 0, stderr
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    status, stderr = magi(*command, "--prompt", "A new dog", "--out", "three.mp4")
+    assert status == 1
+    assert "magi download t5" in error_of(stderr)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.mp4", "two.mp4"]
+
+
 # inspect
 
 

@@ -534,7 +534,7 @@ def test_whatever_is_away_is_not_missed(gone, beside, official, tmp_path, monkey
                 ask(["a cat", "a bird"], folder, **how)
 
 
-def test_a_changed_encoder_never_gives_the_old_embeddings(official, reference, spiece, tmp_path, monkeypatch):
+def test_a_changed_encoder_never_gives_the_old_embeddings(official, tmp_path, monkeypatch):
     """Whichever part is changed, and whichever other is away."""
     folder, cache = shutil.copytree(official, tmp_path / "t5"), EmbeddingCache(tmp_path / "cache")
     encode_prompts(["a cat"], folder, cache=cache)
