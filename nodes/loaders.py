@@ -96,7 +96,8 @@ class Magi1ModelLoader(io.ComfyNode):
             path, distilled=_VARIANT[variant], device=host.device(), precision=kept, attention=attention
         )
         held = MagiTransformer(path, config, kept, attention, memory or MemoryOptions())
-        tokens = SpecialTokens.load(menus.find_special_tokens(path))
+        found = menus.special_tokens_of(path)
+        tokens = SpecialTokens.load(found) if found else None  # a sampler that needs them says so
         return io.NodeOutput(Model(model, config, tokens, Managed(held)))
 
 
@@ -270,7 +271,9 @@ def _check_model(name: str) -> None:
     path = menus.find_model(name)
     # Where the file does not tell base from distilled, the other input does, which is looked at when the node runs.
     check_transformer(path, distilled=False if recognise(path).distilled is None else None)
-    menus.find_special_tokens(path)
+    found = menus.special_tokens_of(path)
+    if found:
+        SpecialTokens.load(found)
 
 
 def _check_vae(name: str) -> None:

@@ -24,6 +24,13 @@ class Caption:
             raise MagiError(f"A caption is (tokens, channels); this one has the shape {tuple(self.embeds.shape)}.")
 
 
+def need_special_tokens(
+    captions: Sequence[Caption], styles: Sequence[str], durations: bool, negative: bool = False
+) -> bool:
+    """Whether anything is to stand in front of a caption. An empty one stays empty: it runs as unconditional."""
+    return negative or (bool(styles or durations) and any(len(caption.embeds) for caption in captions))
+
+
 def null_caption(embedding: torch.Tensor, special: SpecialTokens | None, negative: bool) -> torch.Tensor:
     """The caption of unconditional passes and clean chunks: (50, channels).
 
@@ -78,7 +85,7 @@ def caption_per_chunk(
                 f"The caption has {len(caption.embeds)} tokens; the model sees {model.caption_max_length}.",
                 stacklevel=2,
             )
-    if (styles or durations) and any(len(c.embeds) for c in every):
+    if need_special_tokens(every, styles, durations):
         _require(special, "style and duration tokens", model.caption_channels)
     made: dict[tuple[int, int | None], torch.Tensor] = {}
     result = []

@@ -104,16 +104,22 @@ def text_cache() -> EmbeddingCache:
     return EmbeddingCache(host.cache_folder() / "text")
 
 
+def special_tokens_of(model: Path) -> Path | None:
+    """The special tokens that go with a transformer, None where they are not there."""
+    return special_tokens_near(model, [model.parent, *host.model_folders()])
+
+
 def find_special_tokens(model: Path) -> Path:
     """The special tokens that go with a transformer.
 
     Raises:
-        MagiError: they are not there.
+        MagiError: they are not there; it says where they belong and where they can be had.
     """
-    found = special_tokens_near(model, [model.parent, *host.model_folders()])
+    found = special_tokens_of(model)
     if found is None:
         raise _error(
-            f"{SPECIAL_TOKENS} (3 MB) is not in {host.home()}. Download {SPECIAL_TOKENS_URL} into that folder."
+            f"Style, duration and negative tokens need {SPECIAL_TOKENS} (3 MB), which is not in {host.home()}. "
+            f"Download {SPECIAL_TOKENS_URL} into that folder, or switch these tokens off."
         )
     return found
 
