@@ -33,7 +33,7 @@ from ..text.encoder import encoder_fingerprint
 from ..transformer.weights import Precision
 from ..vae.video_vae import load_vae
 from .progress import Stage, StageProgress, counted
-from .request import Media, Plan, Request, make_plan, request_settings
+from .request import Media, Plan, Request, make_plan, prompt_settings, request_settings
 from .resident_models import LoadedModels
 
 __all__ = ["Clip", "MagiPipeline", "Media", "Plan", "Request", "Stage", "StageProgress"]
@@ -170,15 +170,8 @@ class MagiPipeline:
 
     def _text(self, request: Request) -> dict[str, Any]:
         """What decides the prompts' embeddings, for `encode_prompts` and `check_encoder`."""
-        return {
-            "texts": [request.prompt] if isinstance(request.prompt, str) else list(request.prompt),
-            "encoder": self.files.text_encoder,
-            "tokenizer": self.files.tokenizer,
-            "cache": self._cache,
-            "clean": request.clean_prompt,
-            "dtype": self._text_dtype,
-            "max_tokens": self.config.model.caption_max_length,
-        }
+        where = {"encoder": self.files.text_encoder, "tokenizer": self.files.tokenizer, "cache": self._cache}
+        return {**prompt_settings(request, self.config.model), **where, "dtype": self._text_dtype}
 
     def settings(self, plan: Plan) -> dict[str, Any]:
         """Everything that decides how a plan's video becomes, by readable names, for `RunStore.open`. Loads no weights."""
