@@ -17,7 +17,33 @@ from .errors import MagiError
 
 LATENT_CHANNELS = 16
 SPATIAL_DOWNSAMPLE = 8  # pixels a latent, by the VAE's patch
+TEMPORAL_DOWNSAMPLE = 4  # frames a latent, likewise
+LATENT_SCALE = 0.18215  # latents outside the VAE = its means * this
 SHORTCUT_MODES = ("8,16,16", "16,16,8")
+
+# Every entry of the official JSON is read by name somewhere in this code, or stands in one of these two tables.
+# What only one value is implemented for; another one is refused, since it would ruin the picture:
+ONLY: Mapping[str, str | float] = {
+    "model_name": "videodit_ardf",
+    "xattn_cond_hidden_ratio": 1.0,
+    "cond_gating_ratio": 1.0,
+    "t_patch_size": 1,
+    "scale_factor": LATENT_SCALE,
+    "temporal_downsample_factor": TEMPORAL_DOWNSAMPLE,
+}
+# What is read and written again but changes no video here, and why:
+WITHOUT_MEANING: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("distributed_backend", "distributed_timeout_minutes", "pp_size", "cp_size", "cp_strategy"),
+        "one process computes on one device",
+    ),
+    "ulysses_overlap_degree": "one process computes on one device",
+    "kv_offload": "where keys lie is decided by the free memory",
+    "enable_cuda_graph": "it is a matter of speed",
+    "params_dtype": "the type of the weights in the file decides, or the `dtype` given",
+    **dict.fromkeys(("seed", "t5_device"), "it is given for each run"),
+    **dict.fromkeys(("load", "t5_pretrained", "vae_pretrained"), "paths on the machine that wrote the file"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +89,7 @@ class ModelConfig:
         return self.num_attention_heads, self.num_query_groups, self.kv_channels
 
     def __post_init__(self) -> None:
+        _check_only(self)
         if self.hidden_size != self.num_attention_heads * self.kv_channels:
             raise MagiError(
                 f"hidden_size {self.hidden_size} is not num_attention_heads {self.num_attention_heads} x kv_channels "
@@ -97,11 +124,12 @@ class RuntimeConfig:
     t5_pretrained: str = ""
     t5_device: str = "cpu"
     vae_pretrained: str = ""
-    scale_factor: float = 0.18215
-    temporal_downsample_factor: int = 4
+    scale_factor: float = LATENT_SCALE
+    temporal_downsample_factor: int = TEMPORAL_DOWNSAMPLE
     load: str = ""
 
     def __post_init__(self) -> None:
+        _check_only(self)
         if self.cfg_number not in (1, 3):
             raise MagiError(f"cfg_number is {self.cfg_number}; it must be 3 (base models) or 1 (distilled models).")
         if not len(self.cfg_t_range) == len(self.prev_chunk_scales) == len(self.text_scales):
@@ -119,7 +147,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the official engine needs to know; only the last four matter here (`engine_config` of the official JSON)."""
+    """What the official engine needs to know; only the last four matter here (`WITHOUT_MEANING`; `engine_config` of the official JSON)."""
 
     distributed_backend: str = "nccl"
     distributed_timeout_minutes: int = 10
@@ -250,6 +278,17 @@ class MagiConfig:
         runtime = dataclasses.replace(self.runtime, cfg_number=1 if distill else 3)
         fp8 = self.engine.fp8_quant if fp8 is None else fp8
         return MagiConfig(self.model, runtime, dataclasses.replace(self.engine, distill=distill, fp8_quant=fp8))
+
+
+def _check_only(part: "ModelConfig | RuntimeConfig") -> None:
+    """Raises MagiError for a value that the official code knows and this one does not."""
+    for name, only in ONLY.items():
+        value = getattr(part, name, only)
+        if value != only:
+            raise MagiError(
+                f"The config's {name} is {value!r}, and this code does {only!r} only, as all released models want. "
+                "Use the JSON that came with the weights; other models cannot be run."
+            )
 
 
 def _part(kind: type[_Part], data: dict[str, Any]) -> _Part:

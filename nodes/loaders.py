@@ -12,7 +12,7 @@ from ..magi.model_files.identify import recognise
 from ..magi.model_files.load import check_transformer
 from ..magi.planning.placement import MemoryOptions
 from ..magi.sampling.special_tokens import SpecialTokens
-from ..magi.text.t5_checkpoint import find_t5_files, read_t5
+from ..magi.text.t5_checkpoint import read_t5
 from ..magi.text.t5_tokenizer import find_tokenizer
 from ..magi.transformer.weights import Precision
 from ..magi.vae.video_vae import load_vae
@@ -97,7 +97,8 @@ class Magi1ModelLoader(io.ComfyNode):
             path, distilled=_VARIANT[variant], device=host.device(), precision=kept, attention=attention
         )
         held = MagiTransformer(path, config, kept, attention, memory or MemoryOptions())
-        tokens = SpecialTokens.load(menus.find_special_tokens(path))
+        found = menus.special_tokens_of(path)
+        tokens = SpecialTokens.load(found) if found else None  # a sampler that needs them says so
         return io.NodeOutput(Model(model, config, tokens, Managed(held)))
 
 
@@ -255,8 +256,7 @@ class Magi1TextEncoderLoader(io.ComfyNode):
         path, tokenizer = menus.find_encoder(encoder)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         where = host.device() if device == "gpu" else torch.device("cpu")
-        nbytes = sum(file.stat().st_size for file in find_t5_files(path))
-        return io.NodeOutput(Encoder(path, tokenizer, where, dtype, nbytes))
+        return io.NodeOutput(Encoder(path, tokenizer, where, dtype))
 
 
 def _problem(check: Callable[[str], None], name: str | None) -> bool | str:
@@ -274,7 +274,9 @@ def _check_model(name: str) -> None:
     path = menus.find_model(name)
     # Where the file does not tell base from distilled, the other input does, which is looked at when the node runs.
     check_transformer(path, distilled=False if recognise(path).distilled is None else None)
-    menus.find_special_tokens(path)
+    found = menus.special_tokens_of(path)
+    if found:
+        SpecialTokens.load(found)
 
 
 def _check_vae(name: str) -> None:
@@ -285,6 +287,8 @@ def _check_vae(name: str) -> None:
 def _check_encoder(name: str) -> None:
 
     path, tokenizer = menus.find_encoder(name)
+    if menus.is_known(path, tokenizer):
+        return  # its prompts may all be in the cache; encoding another one says that it is away
     read_t5(path)
     find_tokenizer(path, tokenizer)
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from ..magi.media.frames import from_model
 from ..magi.pipeline.request import Length, plan_length
 from ..magi.runs.autosave import Keeper
 from ..magi.runs.store import RunStore, Saved
+from ..magi.sampling.captions import need_special_tokens
 from ..magi.sampling.prepare import Run, make_sampler, prepare
+from ..magi.sampling.special_tokens import SpecialTokens
 from ..magi.sampling.state import Chunk, ProgressEvent
 from ..magi.vae.preview import RoughDecoder
 from ..magi.vae.tiling import Tiling
 from ..magi.vae.video_vae import VideoVAE
-from .comfyui import host, media, memory, runs, schema
+from .comfyui import host, media, memory, menus, runs, schema
 from .comfyui.models import Model
 from .comfyui.progress import Clock, Progress
 from .comfyui.vae import magi_vae, working_memory
@@ -151,6 +154,10 @@ class Magi1Sampler(io.ComfyNode):
         given = 0 if prefix is None else prefix.shape[2]
         length = plan_length(config.runtime, round(seconds * config.runtime.fps), given, shown=given == 1)
         captions, styles, durations = captions_of(text)
+        if model.special_tokens is None and need_special_tokens(captions, styles, durations, negative_tokens):
+            # They may have been put there since the loader ran; if not, this says where they belong.
+            tokens = SpecialTokens.load(menus.find_special_tokens(model.transformer.path))
+            model = replace(model, special_tokens=tokens)
         settings: dict[str, Any] = {
             "caption": captions,
             "special_tokens": model.special_tokens,

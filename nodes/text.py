@@ -6,11 +6,9 @@ import torch
 from comfy_api.latest import io
 
 from ..magi.sampling.captions import Caption
-from ..magi.text.embedding_cache import EmbeddingCache
 from ..magi.text.encode import encode_prompts
-from ..magi.text.t5_checkpoint import read_t5
 from ..magi.text.t5_model import WORKING_BYTES
-from .comfyui import host, schema
+from .comfyui import host, menus, schema
 from .comfyui.clip import encode_with_clip
 from .comfyui.models import Encoder
 from .comfyui.progress import Progress
@@ -122,11 +120,10 @@ def _encode(encoder: Encoder, texts: list[str], clean: bool, progress: Progress)
         texts,
         encoder.path,
         tokenizer=encoder.tokenizer,
-        cache=EmbeddingCache(host.cache_folder() / "text"),
+        cache=menus.text_cache(),
         clean=clean,
         device=encoder.device,
         dtype=encoder.dtype,
-        channels=read_t5(encoder.path).shape.d_model,
         progress=report,
         make_room=_make_room,
     )

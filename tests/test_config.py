@@ -1,3 +1,4 @@
+import ast
 import dataclasses
 import json
 import re
@@ -5,10 +6,24 @@ import warnings
 
 import pytest
 
-from magi.config import PRESETS, EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from magi.config import (
+    LATENT_SCALE,
+    ONLY,
+    PRESETS,
+    SPATIAL_DOWNSAMPLE,
+    TEMPORAL_DOWNSAMPLE,
+    WITHOUT_MEANING,
+    EngineConfig,
+    MagiConfig,
+    ModelConfig,
+    RuntimeConfig,
+)
 from magi.errors import MagiError
+from magi.runs.identity import config_settings
 from magi.sampling.guidance import guidance_weights
-from tests.support.paths import GOLDEN
+from magi.vae.tiling import PATCH_FRAMES, PATCH_SIZE
+from magi.vae.video_vae import SCALE
+from tests.support.paths import GOLDEN, ROOT
 
 CASES = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"]
 OFFICIAL = CASES[0]["config"]
@@ -179,6 +194,62 @@ def test_entries_of_the_wrong_type_are_named(part, entries):
 def test_settings_that_contradict(part, entries, message):
     with pytest.raises(MagiError, match=message):
         MagiConfig.from_dict(changed(part, **entries))
+
+
+@pytest.mark.parametrize(
+    ("part", "entries"),
+    [
+        ("model_config", {"model_name": "videodit"}),
+        ("model_config", {"xattn_cond_hidden_ratio": 0.5}),
+        ("model_config", {"cond_gating_ratio": 0.25}),
+        ("model_config", {"t_patch_size": 2}),
+        ("runtime_config", {"scale_factor": 0.13025}),
+        ("runtime_config", {"temporal_downsample_factor": 8}),
+    ],
+)
+def test_what_this_code_does_not_do_is_refused(part, entries):
+    ((name, value),) = entries.items()
+    with pytest.raises(MagiError, match=f"{name} is {value!r}, and this code does {ONLY[name]!r} only"):
+        MagiConfig.from_dict(changed(part, **entries))
+    assert name in ONLY
+
+
+def names_read(file) -> set[str]:
+    """What a file reads of objects: the x of every a.x; in config.py only what its properties read, not its checks."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    if file.name == "config.py":
+        decorated = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.decorator_list]
+        tree = ast.Module(decorated, [])
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def test_every_entry_is_used_or_checked_or_said_to_be_without_meaning():
+    parts = (ModelConfig, RuntimeConfig, EngineConfig)
+    entries = [entry.name for part in parts for entry in dataclasses.fields(part)]
+    assert len(entries) == len(set(entries)), "the tables go by name alone"
+    assert not set(ONLY) & set(WITHOUT_MEANING)
+    assert set(ONLY) | set(WITHOUT_MEANING) <= set(entries)
+    read = set().union(*map(names_read, (ROOT / "magi").rglob("*.py")))
+    assert [name for name in entries if name not in read | set(ONLY) | set(WITHOUT_MEANING)] == []
+    assert all(WITHOUT_MEANING.values())
+
+
+def test_settings_without_meaning_change_no_runs_identity():
+    config = MagiConfig.from_dict(OFFICIAL)
+    other = MagiConfig.from_dict(OFFICIAL | {"engine_config": OFFICIAL["engine_config"] | {"cp_size": 8}})
+    assert other != config
+    assert config_settings(other) == config_settings(config)
+
+
+def test_the_only_values_are_those_of_the_vae():
+    assert (LATENT_SCALE, TEMPORAL_DOWNSAMPLE, SPATIAL_DOWNSAMPLE) == (SCALE, PATCH_FRAMES, PATCH_SIZE)
+    for config in PRESETS.values():
+        assert all(
+            getattr(part, n) == v
+            for part in (config.model, config.runtime)
+            for n, v in ONLY.items()
+            if hasattr(part, n)
+        )
 
 
 # -- copies ----------------------------------------------------------------------------------------------------------

@@ -26,15 +26,15 @@ def find_weight_files(path: str | Path) -> list[Path]:
     path = Path(path).expanduser()
     if path.is_file():
         if path.name.endswith(".index.json"):
-            return _indexed(path)
+            return indexed_files(path)
         return [path]
     if not path.is_dir():
         raise MagiError(
             f"There is no file or folder {str(path)!r}. Check the path; `python -m magi download` fetches the official files."
         )
     indices = sorted(path.glob("*.safetensors.index.json"))
-    if len(indices) == 1:
-        return _indexed(indices[0])
+    if indices:
+        return indexed_files(*indices)
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
         return files
@@ -48,7 +48,18 @@ def find_weight_files(path: str | Path) -> list[Path]:
     )
 
 
-def _indexed(index: Path) -> list[Path]:
+def indexed_files(index: Path, *others: Path) -> list[Path]:
+    """The files that a checkpoint's index names.
+
+    Raises:
+        MagiError: there are several indices (`others`), it is unreadable, or a file that it names is missing.
+    """
+    if others:
+        names = ", ".join(file.name for file in (index, *others))
+        raise MagiError(
+            f"The folder {str(index.parent)!r} holds {1 + len(others)} checkpoints, each with its index: {names}. "
+            "Give one of these indices instead of the folder, or remove what does not belong."
+        )
     try:
         shards = sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

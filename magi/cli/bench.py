@@ -1,4 +1,4 @@
-"""`python -m magi bench`: what this machine does with a model of a given size, without any weights."""
+"""`python -m magi bench`: what this machine does with a model of a given size: random weights do, a file's may be."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         type=Path,
         metavar="PATH",
-        help="a file or folder of that model; see `synth` (default: random weights)",
+        help="measure the weights of this file or folder, which may also be fetched from there (default: random ones; see `synth`)",
     )
     parser.add_argument("--size", help="WIDTHxHEIGHT (default: the model's)")
     parser.add_argument("--steps", type=int, help="denoising steps a chunk (default: the model's)")
@@ -89,7 +89,7 @@ _BAR = "{desc} {percentage:3.0f}%|{bar}| {n:.2f}/{total_fmt} [{elapsed}]"
 
 def _table(preset: str, r: BenchResult) -> str:
     rows = {
-        "model": f"{preset}, random weights, {r.weight_bytes / 1e9:.2f} GB",
+        "model": f"{preset}, {r.weights}, {r.weight_bytes / 1e9:.2f} GB",
         "machine": f"{r.device}, torch {r.torch_version}",
         "iteration": f"{r.size}, {r.active_chunks} active chunks, {r.tokens} tokens, {r.tflop:.2f} TFLOP",
         "time": f"{r.seconds_per_iteration:.3f} s a forward iteration (median of {len(r.seconds)})",

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -19,6 +20,12 @@ _NEEDS = {
     "magi-1.1": "other code: MAGI-1.1 files have another layout that is not supported",
     "unknown": "nothing that is known here",
 }
+# Formats that models also come in, by the end of the name
+_OTHER_FORMATS = {
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), "a torch file"),
+    ".gguf": "a GGUF file, which no part of MAGI-1 can be read from,",
+}
+_T5_FILE = re.compile(r"pytorch_model.*\.bin")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +39,34 @@ def main(args: argparse.Namespace) -> int:
     """Runs `inspect`."""
     if _is_t5_folder(args.file):
         return _show_t5(args)
-    with Checkpoint(args.file) as checkpoint:
+    with _open(args.file) as checkpoint:
         found = recognise_tensors(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
         facts = _facts(checkpoint, found)
         if args.tensors:
             facts["tensors"] = {n: [t.dtype, *t.shape] for n, t in sorted(checkpoint.tensors.items())}
     _print(facts, args.json)
     return 0
+
+
+def _open(path: Path) -> Checkpoint:
+    """The checkpoint. Raises MagiError; of a file in another format it says which, where the reader takes it for a damaged one."""
+    try:
+        return Checkpoint(path)
+    except MagiError as error:
+        file, suffix = path.expanduser(), path.suffix.lower()
+        if suffix not in _OTHER_FORMATS or not file.is_file() or not file.stat().st_size:
+            raise
+        found = error
+    name = f"{str(path)!r} ({_size([file])})"
+    if _T5_FILE.fullmatch(path.name):
+        raise MagiError(
+            f"{name} is a torch file, named as the official T5 text encoder's files are. "
+            f"Inspect the folder that it is in: `python -m magi inspect {path.parent}`."
+        ) from found
+    raise MagiError(
+        f"{name} is {_OTHER_FORMATS[suffix]} by its name, not a safetensors file. "
+        "Inspect the model's .safetensors file or folder, or for a text encoder the folder of its pytorch_model*.bin files."
+    ) from found
 
 
 def _facts(checkpoint: Checkpoint, found: Recognised) -> dict[str, object]:

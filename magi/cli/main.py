@@ -14,7 +14,7 @@ COMMANDS = {
     "generate": ("generate", "make a video from a prompt, a picture or a video"),
     "demo": ("demo", "make demo.mp4 with the small embedded model: nothing to download"),
     "inspect": ("inspect", "say what a weight file is and what it needs"),
-    "bench": ("bench", "measure a model's speed and memory on this machine, with random weights"),
+    "bench": ("bench", "measure a model's speed and memory on this machine, with random weights or a file's"),
     "synth": ("synth", "write a checkpoint of random weights with a released model's layout"),
     "plan": ("plan", "say what of a run would lie where, what it takes and what it costs; nothing is loaded"),
     "remote": ("remote", "have the 24B model make the video at WaveSpeedAI, for money"),

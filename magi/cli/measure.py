@@ -1,4 +1,4 @@
-"""Timing a model of any size with random weights: the sampler's own forward iterations, in the middle of a video."""
+"""Timing a model of any size, with random weights or a file's: the sampler's own forward iterations, in the middle of a video."""
 
 import os
 import platform
@@ -77,6 +77,7 @@ class BenchResult:
     device: str
     torch_version: str
     size: str
+    weights: str
     active_chunks: int
     tokens: int
     seconds: list[float]
@@ -206,6 +207,7 @@ def run_bench(
         device=_device_name(device),
         torch_version=torch.__version__,
         size=f"{runtime.video_size_w}x{runtime.video_size_h}",
+        weights="random weights" if settings.model is None else f"the weights in {str(settings.model)!r}",
         active_chunks=active,
         tokens=tokens,
         seconds=seconds,

@@ -6,6 +6,7 @@ official names, and asked for where none of them says.
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,8 +191,11 @@ def _configs_beside(path: Path, model: ModelConfig) -> list[tuple[Path, MagiConf
             try:
                 data = json.loads(file.read_text(encoding="utf-8"))
                 config = MagiConfig.from_dict(data) if "model_config" in data else None
-            except (OSError, ValueError, TypeError, MagiError):
+            except (OSError, ValueError, TypeError):
                 continue  # some other json: it says nothing about this model
+            except MagiError as error:  # perhaps another model's: whether it is this one's cannot be told
+                warnings.warn(f"The config {str(file)!r} is left out. {error}", stacklevel=2)
+                continue
             if config is not None and _same_sizes(config.model, model):
                 found.append((file, config))
         if found:

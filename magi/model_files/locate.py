@@ -52,14 +52,15 @@ def find_files(
         tokenizer: path, or None.
 
     Raises:
-        MagiError: a part is not there; it says where it should be and how to fetch it.
+        MagiError: a part other than the text encoder is not there; it says where it should be and how to fetch it.
     """
     models = Path(models).expanduser()
     weights = find_transformer(models, transformer)
     return ModelFiles(
         transformer=weights,
         vae=_part(models, vae, VAE, "VAE", "vae"),
-        text_encoder=_part(models, text_encoder, TEXT_ENCODER, "text encoder", "t5"),
+        # Not looked for: for prompts in the cache it need not be there, and encoding others says that it is not.
+        text_encoder=Path(text_encoder).expanduser() if text_encoder else models / TEXT_ENCODER,
         special_tokens=_special_tokens(models, special_tokens, weights),
         tokenizer=Path(tokenizer) if tokenizer else None,
     )

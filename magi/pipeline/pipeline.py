@@ -28,12 +28,12 @@ from ..sampling.state import Chunk, ProgressEvent
 from ..system.device import is_out_of_memory, pick_device
 from ..system.whole_files import tensor_digest
 from ..text.embedding_cache import EmbeddingCache
-from ..text.encode import encode_prompts
+from ..text.encode import check_encoder, encode_prompts
 from ..text.encoder import encoder_fingerprint
 from ..transformer.weights import Precision
 from ..vae.video_vae import load_vae
 from .progress import Stage, StageProgress, counted
-from .request import Media, Plan, Request, make_plan, request_settings
+from .request import Media, Plan, Request, make_plan, prompt_settings, request_settings
 from .resident_models import LoadedModels
 
 __all__ = ["Clip", "MagiPipeline", "Media", "Plan", "Request", "Stage", "StageProgress"]
@@ -108,7 +108,7 @@ class MagiPipeline:
         Args:
             transformer: file or folder.
             vae: file or folder.
-            text_encoder: T5 v1.1 XXL, file or folder.
+            text_encoder: T5 v1.1 XXL, file or folder; it may be away where all prompts are in the cache.
             special_tokens: special_tokens.npz; without it style, duration and negative tokens must be off.
             tokenizer: where it is not beside the text encoder.
             config: official config; None tells it from the file.
@@ -152,6 +152,8 @@ class MagiPipeline:
             MagiError: anything about it that cannot work.
         """
         saved = store.inputs() if store else None
+        if saved is None:
+            check_encoder(**self._text(request))
         plan = make_plan(request, self.config, self._special_tokens, (saved or {}).get(_PREFIX))
         placement, wanted = self._placement(plan), plan.config.runtime.window_size
         if placement.window != wanted:
@@ -166,13 +168,18 @@ class MagiPipeline:
         given = plan.given // plan.config.runtime.chunk_width
         return self._models.place(plan.config, given, may_narrow=plan.request.window_size is None)
 
+    def _text(self, request: Request) -> dict[str, Any]:
+        """What decides the prompts' embeddings, for `encode_prompts` and `check_encoder`."""
+        where = {"encoder": self.files.text_encoder, "tokenizer": self.files.tokenizer, "cache": self._cache}
+        return {**prompt_settings(request, self.config.model), **where, "dtype": self._text_dtype}
+
     def settings(self, plan: Plan) -> dict[str, Any]:
         """Everything that decides how a plan's video becomes, by readable names, for `RunStore.open`. Loads no weights."""
         files, special = self.files, self._special_tokens
         with Checkpoint(files.transformer) as model, Checkpoint(files.vae) as vae:
             prints = {"model": model.fingerprint(), "vae": vae.fingerprint()}
         try:
-            encoder = encoder_fingerprint(files.text_encoder, files.tokenizer, self._text_dtype)
+            encoder = encoder_fingerprint(files.text_encoder, files.tokenizer, self._text_dtype, self._cache)
         except MagiError:  # not needed, where the captions are known already
             encoder = UNKNOWN
         return {
@@ -278,14 +285,8 @@ class MagiPipeline:
             embeds = [saved[f"{_CAPTION}.{i}"] for i in range(sum(name != _PREFIX for name in saved))]
         else:
             embeds = encode_prompts(
-                [request.prompt] if isinstance(request.prompt, str) else list(request.prompt),
-                self.files.text_encoder,
-                tokenizer=self.files.tokenizer,
-                cache=self._cache,
+                **self._text(request),
                 device=self._text_device,
-                dtype=self._text_dtype,
-                clean=request.clean_prompt,
-                max_tokens=model.caption_max_length,
                 channels=model.caption_channels,
                 progress=counted(progress, "text"),
             )

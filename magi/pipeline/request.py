@@ -8,7 +8,7 @@ from warnings import warn
 
 import torch
 
-from ..config import SPATIAL_DOWNSAMPLE, MagiConfig, RuntimeConfig
+from ..config import SPATIAL_DOWNSAMPLE, MagiConfig, ModelConfig, RuntimeConfig
 from ..errors import MagiError
 from ..media.frames import check_mode, complete_size, fit, size_for
 from ..media.video_reader import probe, read_image, read_video
@@ -246,6 +246,12 @@ def _check_frames(frames: torch.Tensor, what: str) -> None:
         raise MagiError(
             f"The {what} is {frames.dtype} {tuple(frames.shape)}; give torch.uint8 (frames, height, width, 3), one frame or more."
         )
+
+
+def prompt_settings(request: Request, model: ModelConfig) -> dict[str, Any]:
+    """What `encode_prompts` makes of a request for a model."""
+    texts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
+    return {"texts": texts, "clean": request.clean_prompt, "max_tokens": model.caption_max_length}
 
 
 def request_settings(plan: Plan) -> dict[str, Any]:

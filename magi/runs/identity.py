@@ -5,20 +5,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import MagiConfig
+from ..config import WITHOUT_MEANING, MagiConfig
 
 UNKNOWN = "unknown"  # a value that cannot be told now, say because the file is away; it differs from nothing
 
 # Entries of the official config that leave the result as it is.
-_IDLE = {
-    "distributed_backend",
-    "distributed_timeout_minutes",
-    "pp_size",
-    "cp_size",
-    "cp_strategy",
-    "ulysses_overlap_degree",
-}
-_IDLE |= {"kv_offload", "enable_cuda_graph", "t5_pretrained", "t5_device", "vae_pretrained", "load", "model_name"}
+_IDLE = {*WITHOUT_MEANING, "model_name"} - {"seed"}  # a plan's config holds the seed of its run
 _LONG = 24  # a fingerprint's digits beyond these tell a reader nothing
 
 

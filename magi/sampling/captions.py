@@ -24,6 +24,13 @@ class Caption:
             raise MagiError(f"A caption is (tokens, channels); this one has the shape {tuple(self.embeds.shape)}.")
 
 
+def need_special_tokens(
+    captions: Sequence[Caption], styles: Sequence[str], durations: bool, negative: bool = False
+) -> bool:
+    """Whether anything is to stand in front of a caption. An empty one stays empty: it runs as unconditional."""
+    return negative or (bool(styles or durations) and any(len(caption.embeds) for caption in captions))
+
+
 def null_caption(embedding: torch.Tensor, special: SpecialTokens | None, negative: bool) -> torch.Tensor:
     """The caption of unconditional passes and clean chunks: (50, channels).
 
@@ -68,7 +75,7 @@ def caption_per_chunk(
             f"There are {len(every)} captions for {chunks} generated chunks. Give at most one a chunk, or a longer video."
         )
     for caption in every:
-        if caption.embeds.shape[1] != model.caption_channels:
+        if len(caption.embeds) and caption.embeds.shape[1] != model.caption_channels:
             raise MagiError(
                 f"The caption has {caption.embeds.shape[1]} channels, the model takes {model.caption_channels}. "
                 "Encode the prompt with the text encoder that belongs to the model (T5 v1.1 XXL for the released ones)."
@@ -78,14 +85,17 @@ def caption_per_chunk(
                 f"The caption has {len(caption.embeds)} tokens; the model sees {model.caption_max_length}.",
                 stacklevel=2,
             )
-    if (styles or durations) and any(len(c.embeds) for c in every):
+    if need_special_tokens(every, styles, durations):
         _require(special, "style and duration tokens", model.caption_channels)
     made: dict[tuple[int, int | None], torch.Tensor] = {}
     result = []
     for i in range(chunks):
         which, after = min(i, len(every) - 1), min(chunks - 1 - i, 7) if durations else None
         if (which, after) not in made:
-            tokens = _with_tokens(every[which].embeds, special, styles, after)
+            embeds = every[which].embeds
+            # No tokens are as wide as any: so a blank prompt needs no text encoder to tell its width.
+            embeds = embeds if len(embeds) else embeds.new_zeros(0, model.caption_channels)
+            tokens = _with_tokens(embeds, special, styles, after)
             made[which, after] = tokens[: model.caption_max_length]
         result.append(made[which, after])
     return result

@@ -71,7 +71,7 @@ class EmbeddingCache:
         self._trim()
 
     def remember(self, source: str, fingerprint: str) -> None:
-        """Notes the fingerprint of the encoder at `source`, for `recall` when its files are away."""
+        """Notes the fingerprint of the encoder's files at `source`, for `recall` when they are away."""
         if self.recall(source) != fingerprint:
             self._write(self._note(source), fingerprint.encode())
 

@@ -1,16 +1,15 @@
 """Prompts to text embeddings: cleaned, looked up on disk, and encoded by T5 only where that is needed."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from warnings import warn
 
 import torch
 
-from ..errors import MagiError
 from .clean import clean_caption
 from .embedding_cache import EmbeddingCache, embedding_key
 from .encoder import MAX_TOKENS, TextEncoder, encoder_fingerprint
+from .t5_checkpoint import find_t5_files, t5_is_away
 from .t5_model import Progress
 
 
@@ -39,7 +38,7 @@ def encode_prompts(
         cache: where embeddings are looked up and kept; each as soon as it is done.
         clean: apply the caption cleaning. Without it texts go to T5 as they are.
         max_tokens: longer texts are cut off, with a warning.
-        channels: width of the embedding of a blank text.
+        channels: width of the embedding of a blank text, where no other text tells it.
         progress: counts the tensors placed while T5 loads, then anew the encoder blocks done over all texts.
         stream: with `make_room`, where T5's weights wait, as `TextEncoder.load` takes them.
         make_room: see `stream`; called only if T5 is loaded.
@@ -51,9 +50,8 @@ def encode_prompts(
     Raises:
         MagiError: as `TextEncoder.load` and `TextEncoder.encode`.
     """
-    if isinstance(texts, str):
-        texts = [texts]
-    prepared = [clean_caption(text) if clean else text.strip() for text in texts]
+    texts = _listed(texts)
+    prepared = _prepared(texts, clean)
     for original, text in zip(texts, prepared, strict=True):
         if not text:
             warn(f"Nothing of the prompt {original!r} is left to encode: it runs as unconditional.", stacklevel=2)
@@ -61,13 +59,8 @@ def encode_prompts(
     if not wanted:
         return [torch.zeros(0, channels) for _ in prepared]
 
-    fingerprint = _fingerprint(encoder, tokenizer, dtype, cache)
-    keys = {text: embedding_key(text, fingerprint, max_tokens=max_tokens) for text in wanted}
-    embeds: dict[str, torch.Tensor] = {}
-    for text, key in keys.items():
-        found = cache.get(key) if cache else None
-        if found is not None:
-            embeds[text] = found
+    keys = _keys(wanted, encoder, tokenizer, dtype, cache, max_tokens)
+    embeds = _cached(keys, cache)
     missing = [text for text in wanted if text not in embeds]
     if missing:
         with TextEncoder.load(encoder, tokenizer, device, dtype, progress, stream=stream, make_room=make_room) as t5:
@@ -75,24 +68,57 @@ def encode_prompts(
                 embeds[text] = t5.encode(text, max_tokens=max_tokens, progress=_part(progress, index, len(missing)))
                 if cache:
                     cache.put(keys[text], embeds[text])
-    return [embeds[text] if text else torch.zeros(0, channels) for text in prepared]
+    width = embeds[wanted[0]].shape[1]
+    return [embeds[text] if text else torch.zeros(0, width) for text in prepared]
 
 
-def _fingerprint(
-    encoder: str | Path, tokenizer: str | Path | None, dtype: torch.dtype | None, cache: EmbeddingCache | None
-) -> str:
-    """The encoder's fingerprint; from the cache's notes when its files are away (an unplugged drive, a cleaned-up disk)."""
-    source = json.dumps([str(Path(encoder).expanduser().resolve()), str(tokenizer), str(dtype)])
-    try:
-        fingerprint = encoder_fingerprint(encoder, tokenizer, dtype)
-    except MagiError:
-        noted = cache.recall(source) if cache else None
-        if noted is None:
-            raise
-        return noted
-    if cache:
-        cache.remember(source, fingerprint)
-    return fingerprint
+def check_encoder(
+    texts: Sequence[str],
+    encoder: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    cache: EmbeddingCache | None = None,
+    clean: bool = True,
+    dtype: torch.dtype | None = None,
+    max_tokens: int = MAX_TOKENS,
+) -> None:
+    """Refuses an encoder that is away and that `encode_prompts` with these arguments will need; cheap, as for a plan.
+
+    Raises:
+        MagiError: a text is not in the cache, and the weights are not there.
+    """
+    wanted = [text for text in _prepared(_listed(texts), clean) if text]
+    if wanted and t5_is_away(encoder):
+        keys = _keys(wanted, encoder, tokenizer, dtype, cache, max_tokens)
+        if len(_cached(keys, cache)) < len(keys):
+            find_t5_files(encoder)  # raises, and says where it should be
+
+
+def _listed(texts: Sequence[str]) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
+def _prepared(texts: Sequence[str], clean: bool) -> list[str]:
+    return [clean_caption(text) if clean else text.strip() for text in texts]
+
+
+def _keys(
+    texts: Sequence[str],
+    encoder: str | Path,
+    tokenizer: str | Path | None,
+    dtype: torch.dtype | None,
+    cache: EmbeddingCache | None,
+    max_tokens: int,
+) -> dict[str, str]:
+    """Text -> its key in the cache."""
+    fingerprint = encoder_fingerprint(encoder, tokenizer, dtype, cache)
+    return {text: embedding_key(text, fingerprint, max_tokens=max_tokens) for text in texts}
+
+
+def _cached(keys: dict[str, str], cache: EmbeddingCache | None) -> dict[str, torch.Tensor]:
+    """Text -> embedding, of those that the cache holds."""
+    found = {text: cache.get(key) for text, key in keys.items()} if cache else {}
+    return {text: embeds for text, embeds in found.items() if embeds is not None}
 
 
 def _part(progress: Progress | None, index: int, count: int) -> Progress | None:

@@ -19,7 +19,8 @@ from torch import nn
 
 from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, is_out_of_memory
-from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5
+from .embedding_cache import EmbeddingCache
+from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5, t5_is_away
 from .t5_model import WORKING_BYTES, Progress, build_t5, resident_bytes
 from .t5_tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
@@ -93,6 +94,7 @@ class TextEncoder:
         """
         dtype = _compute_dtype(dtype)
         target = _usable_device(device)
+        find_t5_files(path)  # where all is away, the weights are to be told of first
         words = load_tokenizer(find_tokenizer(path, tokenizer))
         checkpoint = read_t5(path)
         if words.vocab_size > checkpoint.shape.vocab_size:
@@ -184,17 +186,67 @@ class TextEncoder:
         self.close()
 
 
-def encoder_fingerprint(path: str | Path, tokenizer: str | Path | None = None, dtype: torch.dtype | None = None) -> str:
+def encoder_fingerprint(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    cache: EmbeddingCache | None = None,
+) -> str:
     """What `TextEncoder.load(...).fingerprint` would be, without loading anything.
 
     It is the same for the same weights and tokenizer computed in the same dtype, wherever the files lie and whatever they
     are called. Only a few MB are read: sizes, headers and samples of the files.
 
+    Args:
+        path: as `TextEncoder.load` takes it, like `tokenizer` and `dtype`.
+        tokenizer: likewise.
+        dtype: likewise.
+        cache: notes what is found in each place; where the files are away (an unplugged drive, a cleaned-up disk), what was
+            found there last is taken.
+
     Raises:
-        MagiError: the weights or the tokenizer are not there, or `dtype` cannot be computed in.
+        MagiError: the weights or the tokenizer are not there, nor noted, or `dtype` cannot be computed in.
     """
-    digest = hashlib.sha256(f"t5 {_compute_dtype(dtype)} ".encode())
-    digest.update(load_tokenizer(find_tokenizer(path, tokenizer)).fingerprint().encode())
+    # A note stands for one place: the weights' path, the tokenizer's path, or "beside these weights". Only what is wholly away
+    # is taken from a note, and the weights apart from the tokenizer; so whatever is there is looked at, and one that was
+    # changed never gets another's embeddings.
+    weights = Path(path).expanduser().resolve()
+    words = Path(tokenizer).expanduser().resolve() if tokenizer else f"beside {weights}"
+    prints = [
+        _noted(cache, f"weights {weights}", t5_is_away(path), lambda: _hash_weights(path)),
+        _noted(cache, f"tokenizer {words}", _tokenizer_is_away(path, tokenizer), lambda: _hash_words(path, tokenizer)),
+    ]
+    return hashlib.sha256(" ".join(["t5", str(_compute_dtype(dtype)), *prints]).encode()).hexdigest()
+
+
+def _noted(cache: EmbeddingCache | None, place: str, away: bool, look: Callable[[], str]) -> str:
+    """What a look at the files gives, noted; if they are away, what is noted, or the error of the look at nothing."""
+    noted = cache.recall(place) if cache and away else None
+    if noted:
+        return noted
+    try:
+        found = look()
+    except OSError as error:
+        raise MagiError(f"The text encoder cannot be read: {error}. Check the disk that it is on.") from error
+    if cache:
+        cache.remember(place, found)
+    return found
+
+
+def _tokenizer_is_away(path: str | Path, tokenizer: str | Path | None) -> bool:
+    try:
+        find_tokenizer(path, tokenizer)
+    except MagiError:
+        return True
+    return False
+
+
+def _hash_words(path: str | Path, tokenizer: str | Path | None) -> str:
+    return hashlib.sha256(find_tokenizer(path, tokenizer).read_bytes()).hexdigest()
+
+
+def _hash_weights(path: str | Path) -> str:
+    digest = hashlib.sha256()
     for file in find_t5_files(path):
         size = file.stat().st_size
         digest.update(size.to_bytes(8, "little"))

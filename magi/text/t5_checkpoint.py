@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.mapped_file import compare_shapes, first_few
-from ..checkpoint.reader import Checkpoint, find_weight_files
+from ..checkpoint.reader import Checkpoint, find_weight_files, indexed_files
 from ..errors import MagiError
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -23,6 +23,7 @@ _EMBEDDING_ALIAS = "encoder.embed_tokens.weight"
 _ATTENTION = "encoder.block.{}.layer.0.SelfAttention."
 _MLP = "encoder.block.{}.layer.1.DenseReluDense."
 _BLOCK_INDEX = re.compile(r"encoder\.block\.(\d+)\.")
+_SHARD_NUMBER = re.compile(r"-\d+(?=-of-\d+\.bin$)")
 _LINEAR = re.compile(r"\.(SelfAttention\.[qkvo]|DenseReluDense\.w(i_0|i_1|o))\.weight$")
 _SCALES = (".scale_weight", ".weight_scale")
 # What scaled float8 files hold besides: the marker, and what only float8 products (rather than float8 storage) use.
@@ -83,18 +84,37 @@ def find_t5_files(path: str | Path) -> list[Path]:
         MagiError: nothing is there, a shard is missing, or the folder holds several checkpoints.
     """
     path = Path(path).expanduser()
+    if not path.exists():
+        raise MagiError(
+            f"The text encoder is not at {str(path)!r}. Give its path, or fetch it with `python -m magi download t5`."
+        )
     if not path.is_dir() or any(path.glob("*.safetensors*")):
         return find_weight_files(path)
     indices = sorted(path.glob("*.bin.index.json"))
     if indices:
-        return find_weight_files(indices[0])
+        return indexed_files(*indices)
     files = sorted(path.glob("pytorch_model*.bin"))
     if not files:
         raise MagiError(
             f"The folder {str(path)!r} holds no text encoder: neither a .safetensors nor a pytorch_model*.bin file is in it. "
             "Give the t5-v1_1-xxl folder or a t5xxl file; `python -m magi download` fetches the official one."
         )
+    encoders = {_SHARD_NUMBER.sub("", file.name): file.name for file in reversed(files)}  # one for all shards of one
+    if len(encoders) > 1:
+        raise MagiError(
+            f"The folder {str(path)!r} holds several text encoders: {first_few(sorted(encoders.values()))}. Give one of these files, or "
+            "remove what does not belong."
+        )
     return files
+
+
+def t5_is_away(path: str | Path) -> bool:
+    """Whether not one weight file of a folder, index or file is there; of some that are left, others may have been changed."""
+    path = Path(path).expanduser()
+    folder = path.parent if path.name.endswith(".index.json") else path
+    if not folder.is_dir():
+        return not folder.exists()
+    return not any(file.suffix in (".safetensors", *_TORCH_SUFFIXES) for file in folder.iterdir())
 
 
 def read_t5(path: str | Path) -> T5Checkpoint:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checkpoint.mapped_file import compare_shapes, first_few
 from ..checkpoint.reader import Checkpoint
+from ..config import LATENT_SCALE as SCALE
 from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, pick_device
 from .footprint import fitting, makes_scores
@@ -17,7 +18,6 @@ from .model import Decoder, Encoder, VAEConfig
 from .tiled_run import TileRun, check_tensor, check_video
 from .tiling import PATCH_FRAMES, PATCH_SIZE, ProgressCallback, Tiling, map_tiles, recut
 
-SCALE = 0.18215  # latents outside the VAE = its means * SCALE
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

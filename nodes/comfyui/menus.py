@@ -9,6 +9,9 @@ from ...magi.errors import MagiError
 from ...magi.model_files.download import HUB, REPOSITORY, SPECIAL_TOKENS_URL
 from ...magi.model_files.embedded import embedded_files
 from ...magi.model_files.locate import SPECIAL_TOKENS, ModelFiles, released_weights, special_tokens_near
+from ...magi.text.embedding_cache import EmbeddingCache
+from ...magi.text.encoder import encoder_fingerprint
+from ...magi.text.t5_checkpoint import t5_is_away
 from ...magi.text.t5_tokenizer import find_tokenizer
 from . import host
 
@@ -64,11 +67,22 @@ def find_vae(name: str) -> Path:
 def find_encoder(name: str) -> tuple[Path, Path | None]:
     """The text encoder of a name in the menu and its tokenizer (None: beside it).
 
+    One that is away is where it was when it was last used, since prompts in the cache need none of its files.
+
     Raises:
-        MagiError: one of them is not there.
+        MagiError: it is not there and was never used.
     """
     if name == EMBEDDED:
         return _embedded().text_encoder, None
+    folders = (
+        host.model_folders() if name == TEXT_ENCODER else [*host.model_folders(), *host.model_folders("text_encoders")]
+    )
+    places = [folder / name for folder in folders if _stays_inside(name)]
+    if all(t5_is_away(path) for path in places):
+        for path in places:
+            for tokenizer in (None, *_tokenizers()):
+                if is_known(path, tokenizer):
+                    return path, tokenizer
     if name == TEXT_ENCODER:
         return _official(
             TEXT_ENCODER, "The text encoder", "pytorch_model-*.bin, config.json and spiece.model", "t5"
@@ -77,16 +91,35 @@ def find_encoder(name: str) -> tuple[Path, Path | None]:
     return path, _tokenizer(path)
 
 
+def is_known(encoder: Path, tokenizer: Path | None) -> bool:
+    """Whether an encoder is away, but was used before with this tokenizer, or one in its place."""
+    try:
+        return t5_is_away(encoder) and bool(encoder_fingerprint(encoder, tokenizer, cache=text_cache()))
+    except MagiError:
+        return False
+
+
+def text_cache() -> EmbeddingCache:
+    """Where embeddings of prompts are kept."""
+    return EmbeddingCache(host.cache_folder() / "text")
+
+
+def special_tokens_of(model: Path) -> Path | None:
+    """The special tokens that go with a transformer, None where they are not there."""
+    return special_tokens_near(model, [model.parent, *host.model_folders()])
+
+
 def find_special_tokens(model: Path) -> Path:
     """The special tokens that go with a transformer.
 
     Raises:
-        MagiError: they are not there.
+        MagiError: they are not there; it says where they belong and where they can be had.
     """
-    found = special_tokens_near(model, [model.parent, *host.model_folders()])
+    found = special_tokens_of(model)
     if found is None:
         raise _error(
-            f"{SPECIAL_TOKENS} (3 MB) is not in {host.home()}. Download {SPECIAL_TOKENS_URL} into that folder."
+            f"Style, duration and negative tokens need {SPECIAL_TOKENS} (3 MB), which is not in {host.home()}. "
+            f"Download {SPECIAL_TOKENS_URL} into that folder, or switch these tokens off."
         )
     return found
 
@@ -98,13 +131,18 @@ def _embedded() -> ModelFiles:
 
 def _tokenizer(encoder: Path) -> Path | None:
     """Where a single file has no tokenizer beside it: the official one, else the one that ComfyUI itself ships."""
-    for folder in (None, *_places(TEXT_ENCODER), host.t5_tokenizer()):
+    for folder in (None, *_tokenizers()):
         try:
             find_tokenizer(encoder, folder)
         except MagiError:
             continue
         return folder
     return None
+
+
+def _tokenizers() -> Iterator[Path | None]:
+    yield from _places(TEXT_ENCODER)
+    yield host.t5_tokenizer()
 
 
 def _official(place: str, what: str, files: str, item: str) -> Path:
@@ -121,12 +159,16 @@ def _places(place: str) -> Iterator[Path]:
 
 def _find(name: str, kind: str) -> Path:
     for folder in (*host.model_folders(), *host.model_folders(kind)):
-        # A name comes from a workflow file: it must not lead out of the folders.
-        if (folder / name).exists() and not Path(name).is_absolute() and ".." not in Path(name).parts:
+        if (folder / name).exists() and _stays_inside(name):
             return folder / name
     raise _error(
         f"There is no {name!r} in {host.home()} or {host.model_folders(kind)[0]}. Choose another one, or put it there and reload the page."
     )
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name, which may come from a stranger's workflow file, does not lead out of the folders."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _found(kind: str) -> list[str]:

@@ -135,7 +135,6 @@ class Encoder:
     tokenizer: Path | None
     device: torch.device
     dtype: torch.dtype
-    nbytes: int
 
 
 class MagiVideoVAE(Held):

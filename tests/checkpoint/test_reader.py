@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,12 @@ from magi.checkpoint import mapped_file
 from magi.checkpoint.mapped_file import TensorInfo
 from magi.checkpoint.reader import Checkpoint, find_weight_files
 from magi.errors import MagiError
+from magi.model_files.identify import recognise
 from magi.model_files.load import load_transformer
 from magi.system.whole_files import file_fingerprint
+from magi.text.t5_checkpoint import find_t5_files
 from magi.transformer.weights import WeightReader, check_tensors, tensor_shapes
+from magi.vae.video_vae import load_vae
 
 
 @pytest.fixture
@@ -113,6 +117,18 @@ def test_a_folder_with_several_files_and_no_index(tmp_path, weights):
     write(tmp_path, weights, 3, index=False)
     with pytest.raises(MagiError, match=r"several .*model-00001-of-00003\.safetensors.*Give one of them"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("read", [Checkpoint, load_vae, find_t5_files, recognise], ids=lambda read: read.__name__)
+def test_a_folder_with_several_indices(read, tmp_path, weights):
+    write(tmp_path, weights, 2)
+    index = tmp_path / "model.safetensors.index.json"
+    shutil.copy(index, tmp_path / "model.fp8.safetensors.index.json")
+    with pytest.raises(MagiError, match="2 checkpoints") as caught:
+        read(tmp_path)
+    for said in (str(tmp_path), "model.fp8.safetensors.index.json, model.safetensors.index.json", "Give one"):
+        assert said in str(caught.value)
+    assert find_weight_files(index) == sorted(tmp_path.glob("*.safetensors")), "each can be given"
 
 
 def test_missing_shards_are_named(tmp_path, weights):

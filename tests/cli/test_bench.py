@@ -14,7 +14,7 @@ from magi.checkpoint.writer import write_checkpoint
 from magi.cli import measure
 from magi.cli.main import main
 from magi.cli.measure import BenchResult, BenchSettings, run_bench
-from magi.config import MagiConfig
+from magi.config import PRESETS, MagiConfig
 from magi.errors import MagiError
 from magi.offload.kv_cache import KVCache
 from magi.planning.cost import forward_flops, input_tokens
@@ -192,7 +192,9 @@ def test_a_cancel_ends_it(settings):
 # The command
 
 
-RESULT = BenchResult("cpu (x)", "2.5", "64x64", 2, 192, [1.0, 3.0], 1.0, 192.0, 1.5, 1.5, 10**9, 2.0, None)
+RESULT = BenchResult(
+    "cpu (x)", "2.5", "64x64", "random weights", 2, 192, [1.0, 3.0], 1.0, 192.0, 1.5, 1.5, 10**9, 2.0, None
+)
 
 
 @pytest.fixture
@@ -239,6 +241,29 @@ def test_the_table(result, capsys):
     assert "90.0%" in out
     assert "aten::mm" in out
     assert "aten::native_layer_norm 10.0%" in out
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_it_says_whose_weights_were_measured(given, settings, tiny_config, tmp_path, capsys, monkeypatch):
+    config, file = tiny_config(distill=True, shape=LONG), tmp_path / "mine.safetensors"
+    if given:
+        write_checkpoint(RandomTensors(config.model), file)
+    monkeypatch.setitem(PRESETS, "4.5B_distill", config)
+    command = ["bench", "--device", "cpu", "--dtype", "fp32", *(["--model", str(file)] if given else [])]
+    assert main(command) == 0
+    table = capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    for said in (table, figures["weights"]):
+        assert ("mine.safetensors" in said, "random" in said) == (given, not given)
+
+
+def test_the_help_says_that_a_file_may_be_measured(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "with random weights or a file's" in said
+    assert "random ones" in said.partition("--model PATH")[2]
 
 
 def test_the_arguments_reach_the_settings(result):

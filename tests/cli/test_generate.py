@@ -409,6 +409,21 @@ def test_an_embedding_cache_that_cannot_be_written_is_a_note(cache, tmp_path, mo
     assert "note: The folder of cached text embeddings" in capsys.readouterr().err
 
 
+def test_a_prompt_met_before_needs_no_text_encoder(magi, files, tmp_path):
+    t5 = shutil.copytree(files.text_encoder, tmp_path / "t5")
+    command = ["generate", "--model", files.transformer, "--vae", files.vae, "--text-encoder", t5, "--seconds", 1]
+    command += ["--special-tokens", files.special_tokens, *SMALL]
+    assert magi(*command, "--prompt", "A new cat", "--out", "one.mp4")[0] == 0
+    shutil.rmtree(t5)
+    status, stderr = magi(*command, "--prompt", "A new cat", "--out", "two.mp4")
+    assert status == 0, stderr
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
+    status, stderr = magi(*command, "--prompt", "A new dog", "--out", "three.mp4")
+    assert status == 1
+    assert "magi download t5" in error_of(stderr)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one.mp4", "two.mp4"]
+
+
 # inspect
 
 
@@ -513,6 +528,30 @@ def test_inspect_what_cannot_be_read(magi, tmp_path):
         status, stderr = magi("inspect", tmp_path / name)
         assert status == 1
         assert tmp_path.name in error_of(stderr)
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.PT", "x.pth", "x.ckpt", "x.gguf", "pytorch_model-00001-of-00002.bin"])
+def test_inspect_a_file_of_another_format(name, magi, tmp_path):
+    torch.save({"encoder.weight": torch.zeros(3)}, tmp_path / name)
+    status, stderr = magi("inspect", tmp_path / name)
+    said = error_of(stderr)
+    assert status == 1
+    assert name in said
+    assert "truncated" not in said
+    assert ("GGUF" if name.endswith("gguf") else "torch file") in said
+    if "pytorch_model" in name:
+        assert f"magi inspect {tmp_path}`" in said
+    else:
+        assert ".safetensors" in said
+
+
+def test_inspect_goes_by_the_content_where_it_can(magi, files, tmp_path, capsys):
+    shutil.copy(files.vae / "diffusion_pytorch_model.safetensors", tmp_path / "vae.bin")
+    assert facts(capsys, tmp_path / "vae.bin")["is"] == "a MAGI-1 VAE"
+    (tmp_path / "empty.bin").touch()
+    status, stderr = magi("inspect", tmp_path / "empty.bin")
+    assert status == 1
+    assert "is empty" in error_of(stderr)
 
 
 # The command line itself

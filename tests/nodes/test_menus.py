@@ -71,14 +71,59 @@ def test_missing_files_are_told_before_anything_runs(comfy):
     assert comfy.executed == []
 
 
-def test_missing_special_tokens(comfy, demo):
+WISHES = {"high_quality": False, "duration_tokens": False, "motion": "any", "look": "any", "borders": False}
+
+
+def without_tokens(comfy, demo, **wishes) -> dict:
+    """A graph with a model that has no special tokens."""
     put(demo.transformer, comfy.base / "models/magi1/ckpt/magi/4.5B_distill/inference_weight.distill")
-    said = problem(comfy, MODEL, model="4.5B_distill")
+    graph = text_to_video(comfy)
+    graph["model"]["inputs"]["model"] = "4.5B_distill"
+    graph["text"]["inputs"] |= WISHES | wishes
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("wishes", "negative"),
+    [
+        *(({name: value}, False) for name, value in (("high_quality", True), ("duration_tokens", True))),
+        *(({name: value}, False) for name, value in (("motion", "static"), ("look", "2D anime"), ("borders", True))),
+        ({}, True),
+        ({"prompt": ""}, True),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*unconditional")
+def test_missing_special_tokens(comfy, demo, wishes, negative, reads):
+    graph = without_tokens(comfy, demo, **wishes)
+    assert problem(comfy, MODEL, model="4.5B_distill") == ""
+    graph["sampler"]["inputs"]["negative_tokens"] = negative
+    with pytest.raises(NodeError) as caught:
+        comfy.run(graph)
+    said = caught.value.message
+    assert caught.value.kind == "MagiError"
     assert TOKENS in said
     assert str(comfy.base / "models" / "magi1") in said
     assert "https://raw.githubusercontent.com/SandAI-org/MAGI-1/main/example/assets/special_tokens.npz" in said
+    assert reads == [], "before anything is loaded"
     put(demo.special_tokens, comfy.base / "models/magi1" / TOKENS)
-    assert problem(comfy, MODEL, model="4.5B_distill") == ""
+    comfy.run(graph)
+
+
+@pytest.mark.parametrize("wishes", [{}, {"prompt": "", "high_quality": True, "duration_tokens": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:.*unconditional")
+def test_special_tokens_are_not_missed_where_none_is_used(comfy, demo, wishes):
+    graph = without_tokens(comfy, demo, **wishes)
+    frames = comfy.run(graph)["decode"][0]
+    put(demo.special_tokens, comfy.base / "models/magi1" / TOKENS)
+    graph["model"]["inputs"]["attention"] = "math"  # so that the loader runs again
+    assert torch.allclose(comfy.run(graph)["decode"][0], frames, atol=1e-3)
+
+
+def test_special_tokens_of_another_kind_are_told_before_anything_runs(comfy, demo):
+    without_tokens(comfy, demo)
+    (comfy.base / "models/magi1" / TOKENS).write_bytes(b"PK no tokens")
+    assert "not the special-token file" in problem(comfy, MODEL, model="4.5B_distill")
 
 
 def test_the_official_tree_is_used(comfy, demo):

@@ -1,11 +1,14 @@
 """Prompts through the nodes: what they change, schedules, the cache on disk, and ComfyUI's own CLIP."""
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.graph import NodeError
+from magi.model_files.embedded import embedded_files
+from tests.support.graph import InvalidGraph, NodeError
 from tests.support.magi_graphs import filled, node, random_model, text_to_video
 
 LINES = "one line a second"
@@ -99,6 +102,53 @@ def test_a_prompt_is_encoded_once(comfy, monkeypatch):
     frames_for(comfy, 2.0, prompt="a cat\na dog", schedule=LINES)
     assert len(encoded) == 2
     assert len(list((comfy.base / "user/magi1/text").rglob("*.safetensors"))) == 2
+
+
+def own_encoder(comfy, place: str) -> Path:
+    """A copy of the embedded text encoder in a folder of ComfyUI's models, the name of the file in the menu."""
+    embedded = embedded_files(comfy.base / "user" / "magi1").text_encoder
+    return Path(shutil.copytree(embedded, comfy.base / "models" / place))
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("magi1/ckpt/t5/t5-v1_1-xxl", "ckpt/t5/t5-v1_1-xxl"),
+        ("text_encoders/own", "own/model.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("left", ["nothing", "the tokenizer"])
+def test_a_prompt_met_before_needs_no_text_encoder(comfy, place, name, left):
+    folder = own_encoder(comfy, place)
+    graph = filled(comfy, {part: text_to_video(comfy)[part] for part in ("encoder", "text")})
+    graph["encoder"]["inputs"]["encoder"] = name
+    graph["text"]["inputs"]["prompt"] = "a cat"
+    ((embeds, _),) = comfy.run(graph)["text"][0]
+    if left == "nothing":
+        shutil.rmtree(folder)
+    else:
+        (folder / "model.safetensors").unlink()
+    graph["text"]["inputs"]["motion"] = "static"  # so that the node runs again
+    ((again, _),) = comfy.run(graph)["text"][0]
+    assert torch.equal(again, embeds)
+    graph["text"]["inputs"]["prompt"] = "a dog"
+    with pytest.raises(NodeError, match=r"text encoder") as caught:
+        comfy.run(graph)
+    assert caught.value.kind == "MagiError"
+
+
+def test_an_encoder_that_was_never_there_is_told_before_anything_runs(comfy):
+    graph = filled(comfy, {part: text_to_video(comfy)[part] for part in ("encoder", "text")})
+    graph["encoder"]["inputs"]["encoder"] = "ckpt/t5/t5-v1_1-xxl"
+    with pytest.raises(InvalidGraph, match="magi download t5"):
+        comfy.run(graph)
+
+
+def test_weights_are_not_even_mapped_for_a_prompt_met_before(comfy, monkeypatch):
+    conditioning(comfy, prompt="a cat")
+    for module in ("magi.text.encoder", "magi.text.t5_checkpoint"):
+        monkeypatch.setattr(comfy.module(module), "read_t5", lambda *_: pytest.fail("T5 is mapped"))
+    conditioning(comfy, prompt="a cat", motion="static")
 
 
 # -- ComfyUI's own CLIP -------------------------------------------------------------------------------------------------

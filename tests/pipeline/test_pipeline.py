@@ -244,6 +244,21 @@ def test_the_text_encoder_is_not_needed_for_a_prompt_met_before(files, tmp_path)
         made(load(own, cache=cache), prompt="A dog", seconds=1)
 
 
+def test_a_text_encoder_that_is_away_is_missed_in_planning_and_only_for_new_prompts(files, tmp_path, monkeypatch):
+    folder = shutil.copytree(files.text_encoder, tmp_path / "t5")
+    own, cache = dataclasses.replace(files, text_encoder=folder), EmbeddingCache(tmp_path / "cache")
+    first = made(load(own, cache=cache), prompt=("A cat", "A dog"), seconds=2)
+    folder.rename(tmp_path / "elsewhere")
+    assert torch.equal(first, made(load(own, cache=cache), prompt=("A cat", "A dog"), seconds=2))
+    pipe = load(own, cache=cache)
+    monkeypatch.setattr("magi.pipeline.request.read_image", lambda *_: pytest.fail("the picture is read"))
+    for prompts in ("A bird", ("A cat", "A bird")):
+        with pytest.raises(MagiError, match=r"text encoder is not at .*t5.*magi download t5"):
+            pipe.plan(Request(prompts, seconds=2, image=PHOTO))
+    with pytest.raises(MagiError, match="text encoder is not at"):
+        load(own).plan(Request("A cat", seconds=1))  # no cache
+
+
 def test_layers_left_in_the_file_give_the_same_video(files, pipe):
     assert torch.equal(made(load(files, offload=True), seconds=1), made(pipe, seconds=1))
 
@@ -572,7 +587,6 @@ def test_the_official_tree(tmp_path):
     [
         ("ckpt/magi/4.5B_distill", "4.5B_distill"),
         ("ckpt/vae", "vae"),
-        ("ckpt/t5", "t5"),
     ],
 )
 def test_a_missing_part_names_its_place_and_the_command_that_fetches_it(missing, item, tmp_path):

@@ -15,7 +15,7 @@ from magi.errors import MagiError
 from magi.text import encoder as encoder_module
 from magi.text import t5_model
 from magi.text.embedding_cache import EmbeddingCache
-from magi.text.encode import encode_prompts
+from magi.text.encode import check_encoder, encode_prompts
 from magi.text.encoder import TextEncoder, encoder_fingerprint
 from magi.text.t5_checkpoint import read_t5
 
@@ -383,8 +383,25 @@ def test_weights_that_do_not_fit(encoder_state, spiece, tmp_path, case):
         TextEncoder.load(_single(change(encoder_state), tmp_path), spiece)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("pytorch_model.bin.index.json", "pytorch_model.fp16.bin.index.json"),
+        ("pytorch_model.bin", "pytorch_model.fp16.bin"),
+        ("pytorch_model.bin", "pytorch_model-00001-of-00001.bin"),
+    ],
+)
+def test_a_folder_of_several_encoders(names, spiece, tmp_path):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(MagiError, match=r"Give one of these") as caught:
+        TextEncoder.load(tmp_path, spiece)
+    for name in (str(tmp_path), *names):
+        assert name in str(caught.value)
+
+
 def test_files_missing_or_damaged(official, spiece, tmp_path):
-    with pytest.raises(MagiError, match=r"no file or folder.*nowhere"):
+    with pytest.raises(MagiError, match=r"text encoder is not at .*nowhere.*magi download t5"):
         TextEncoder.load(tmp_path / "nowhere", spiece)
     with pytest.raises(MagiError, match="holds no text encoder"):
         TextEncoder.load(tmp_path, spiece)
@@ -481,8 +498,84 @@ def test_cached_prompts_need_no_encoder_at_all(official, tmp_path, monkeypatch):
     shutil.rmtree(folder)
     assert torch.equal(encode_prompts(["a cat"], folder, cache=EmbeddingCache(tmp_path / "cache"))[0], made[0])
     monkeypatch.undo()
-    with pytest.raises(MagiError, match=r"no file or folder|No tokenizer"):
+    with pytest.raises(MagiError, match=r"text encoder is not at .*t5.*magi download t5"):
         encode_prompts(["a bird"], folder, cache=cache)
+
+
+SPARED = {
+    "everything": lambda folder: shutil.rmtree(folder),
+    "the weights": lambda folder: [file.unlink() for file in folder.glob("*.bin")],
+    "the tokenizer": lambda folder: (folder / "spiece.model").unlink(),
+}
+
+
+@pytest.mark.parametrize("gone", SPARED)
+@pytest.mark.parametrize("beside", [True, False])
+def test_whatever_is_away_is_not_missed(gone, beside, official, tmp_path, monkeypatch):
+    folder = shutil.copytree(official, tmp_path / "t5")
+    words = None
+    if not beside:
+        words = tmp_path / "words" / "spiece.model"
+        words.parent.mkdir()
+        shutil.copy(folder / "spiece.model", words)
+    how = {"tokenizer": words, "cache": EmbeddingCache(tmp_path / "cache")}
+    made = encode_prompts(["a cat"], folder, **how)
+    SPARED[gone](folder)
+    if words and gone == "everything":
+        shutil.rmtree(words.parent)
+    check_encoder(["a cat"], folder, **how)
+    assert torch.equal(encode_prompts(["A cat"], folder, **how)[0], made[0])
+    monkeypatch.chdir(tmp_path)
+    if not words:
+        assert torch.equal(encode_prompts(["A cat"], "t5", **how)[0], made[0]), "the same place by another name"
+    if gone != "the tokenizer":
+        for ask in (check_encoder, encode_prompts):
+            with pytest.raises(MagiError, match="t5"):
+                ask(["a cat", "a bird"], folder, **how)
+
+
+def test_a_changed_encoder_never_gives_the_old_embeddings(official, tmp_path, monkeypatch):
+    """Whichever part is changed, and whichever other is away."""
+    folder, cache = shutil.copytree(official, tmp_path / "t5"), EmbeddingCache(tmp_path / "cache")
+    encode_prompts(["a cat"], folder, cache=cache)
+    monkeypatch.setattr(TextEncoder, "load", lambda *_, **__: pytest.fail("encoded anew"))
+
+    def encoded_anew() -> bool:
+        try:
+            encode_prompts(["a cat"], folder, cache=cache)
+        except MagiError:
+            return True
+        except pytest.fail.Exception:
+            return True
+        return False
+
+    assert not encoded_anew()
+    shard, words = sorted(folder.glob("*.bin"))[0], folder / "spiece.model"
+    changes = {shard: bytes([1]) + shard.read_bytes()[1:], words: words.read_bytes() + b"x"}
+    for changed, other in ((shard, words), (words, shard)):
+        was, beside = changed.read_bytes(), other.read_bytes()
+        changed.write_bytes(changes[changed])
+        assert encoded_anew(), changed.name
+        for file in folder.glob("*.bin") if other == shard else [words]:
+            file.rename(tmp_path / file.name)
+        assert encoded_anew(), f"{changed.name} with {other.name} away"
+        for file in tmp_path.glob("*.*"):
+            file.rename(folder / file.name)
+        changed.write_bytes(was)
+        assert other.read_bytes() == beside
+        assert not encoded_anew()
+    # Some of the shards are left: nobody knows whether they are the old ones.
+    shard.unlink()
+    assert encoded_anew()
+
+
+def test_another_place_is_another_encoder(official, tmp_path):
+    cache = EmbeddingCache(tmp_path / "cache")
+    folder = shutil.copytree(official, tmp_path / "t5")
+    encode_prompts(["a cat"], folder, cache=cache)
+    for nowhere in (tmp_path / "other", tmp_path):
+        with pytest.raises(MagiError, match="text encoder"):
+            encode_prompts(["a cat"], nowhere, cache=cache)
 
 
 def test_only_what_is_missing_is_encoded(official, tmp_path):
@@ -522,6 +615,12 @@ def test_blank_prompts_need_no_encoder_and_warn(tmp_path):
         blank = encode_prompts(["....", ""], tmp_path / "nowhere", channels=64)
     assert [str(w.message).split("'")[1] for w in caught] == ["....", ""]
     assert [tuple(b.shape) for b in blank] == [(0, 64), (0, 64)]
+
+
+def test_a_blank_prompt_is_as_wide_as_the_others(official):
+    with pytest.warns(UserWarning, match="unconditional"):
+        cat, blank = encode_prompts(["a cat", ""], official)
+    assert blank.shape == (0, cat.shape[1])
 
 
 def test_a_transformers_too_new_for_torch(official, monkeypatch):
