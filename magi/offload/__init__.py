@@ -1,1 +1,1 @@
-"""Where weights and K/V wait, and how they reach the device in time."""
+"""Holds weights and K/V on the host, in a file or on the device, and uploads them before they are used."""

@@ -1,115 +1,117 @@
-"""The way from the host's memory to a device's: copies that run beside the computing, and marks to order the two by."""
+"""Copies from host memory to a device on a copy stream of their own, ordered with the compute work by events."""
 
 from typing import Any, Protocol
 
 import torch
 
-Mark = Any  # a place in the work given to a device; None is one that was reached long ago
+Event = Any  # a point in the work submitted to a device; None stands for an event that has completed
 
 
-class Bus(Protocol):
-    """Copies to a device, each carried out after the one before it.
+class CopyEngine(Protocol):
+    """Uploads bytes to a device, one upload after the other.
 
-    What is said of the compute work means the calling thread's: threads do not share their current stream.
-
+    "The compute stream" means the calling thread's current stream: threads do not share theirs.
     """
 
     @property
     def device(self) -> torch.device:
-        """Where the copies go."""
+        """Returns the device that is copied to."""
         ...
 
     @property
     def overlaps(self) -> bool:
-        """Whether copies run beside the computing. If not there is nothing to be won by asking for them in a thread."""
+        """Returns True if copies overlap with compute work. If they do not, uploading from a thread gains nothing."""
         ...
 
-    def upload(self, source: torch.Tensor, target: torch.Tensor, after: Mark = None) -> Mark:
-        """Copies bytes as soon as the device has reached `after`; from any thread.
+    def upload(self, source: torch.Tensor, target: torch.Tensor, after: Event = None) -> Event:
+        """Copies host bytes to the device once `after` has completed. May be called from any thread.
 
         Args:
-            source: (bytes,) uint8 on the host, to be left alone until the result is reached. From memory that is not
-                page-locked the copy may be over before this returns.
+            source: (bytes,) uint8 on the host, which must not change until the returned event has completed. A copy
+                from pageable memory may block until it has completed.
             target: (bytes,) uint8 on the device.
-            after: mark from which on the target is free.
+            after: the event that the copy waits for, usually the last use of `target`.
+
+        Returns:
+            The event that completes with the copy.
         """
         ...
 
-    def mark(self) -> Mark:
-        """The compute work given to the device so far."""
+    def record_event(self) -> Event:
+        """Returns an event that completes with the work submitted to the compute stream so far."""
         ...
 
-    def require(self, mark: Mark) -> None:
-        """Has compute work that is given from now on wait for an upload; the host does not wait."""
+    def wait_event(self, event: Event) -> None:
+        """Makes compute work submitted from now on wait for an event. Does not block the host."""
         ...
 
-    def reached(self, mark: Mark) -> bool:
-        """Whether the device has got so far; does not wait."""
+    def query(self, event: Event) -> bool:
+        """Returns True if the event has completed. Does not block."""
         ...
 
 
-class PlainBus:
-    """Copies in the order of everything else that the device does: MPS, CPU and whatever has no streams known here."""
+class InOrderCopies:
+    """A `CopyEngine` that copies in order with the compute work: for MPS, CPU and other devices without streams."""
 
     overlaps = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def upload(self, source: torch.Tensor, target: torch.Tensor, after: Mark = None) -> Mark:
-        """Copies, and waits for it."""
+    def upload(self, source: torch.Tensor, target: torch.Tensor, after: Event = None) -> Event:
+        """Copies (bytes,) uint8 and returns None, a completed event."""
         target.copy_(source)
 
-    def mark(self) -> Mark:
-        """Nothing: there is one order only."""
+    def record_event(self) -> Event:
+        """Returns None: with a single order of work there is nothing to wait for."""
 
-    def require(self, mark: Mark) -> None:
-        """It is."""
+    def wait_event(self, event: Event) -> None:
+        """Does nothing, because every upload has completed when `upload` returns."""
 
-    def reached(self, mark: Mark) -> bool:
-        """It is."""
+    def query(self, event: Event) -> bool:
+        """Returns True, because every event has completed."""
         return True
 
 
-class StreamBus:
-    """Copies in a stream of their own: CUDA, ROCm and XPU, whose modules in torch have the same names for that."""
+class StreamCopies:
+    """A `CopyEngine` with a copy stream: for CUDA, ROCm and XPU, whose torch modules name streams and events alike."""
 
     overlaps = True
 
     def __init__(self, device: torch.device) -> None:
-        self._streams: Any = getattr(torch, device.type)
-        # Other threads have another current device.
-        index = self._streams.current_device() if device.index is None else device.index
+        self._backend: Any = getattr(torch, device.type)  # torch.cuda or torch.xpu
+        # The index is fixed here because the current device differs between threads.
+        index = self._backend.current_device() if device.index is None else device.index
         self.device = torch.device(device.type, index)
-        self._copies = self._streams.Stream(device=self.device)
+        self._copy_stream = self._backend.Stream(device=self.device)
 
-    def upload(self, source: torch.Tensor, target: torch.Tensor, after: Mark = None) -> Mark:
-        """Copies in the stream; waits for it only where the source is not page-locked."""
-        with self._streams.stream(self._copies):
+    def upload(self, source: torch.Tensor, target: torch.Tensor, after: Event = None) -> Event:
+        """Enqueues a copy of (bytes,) uint8 on the copy stream. Blocks only if the source is not page-locked."""
+        with self._backend.stream(self._copy_stream):
             if after is not None:
-                self._copies.wait_event(after)
+                self._copy_stream.wait_event(after)
             target.copy_(source, non_blocking=source.is_pinned())
-            target.record_stream(self._copies)  # it may be freed before the copy has been made
-            done = self._streams.Event()
-            done.record(self._copies)
-        return done
+            target.record_stream(self._copy_stream)  # the target may be freed before the copy has run
+            copied = self._backend.Event()
+            copied.record(self._copy_stream)
+        return copied
 
-    def mark(self) -> Mark:
-        """An event."""
-        event = self._streams.Event()
-        event.record(self._streams.current_stream(self.device))
+    def record_event(self) -> Event:
+        """Records an event on the current stream."""
+        event = self._backend.Event()
+        event.record(self._backend.current_stream(self.device))
         return event
 
-    def require(self, mark: Mark) -> None:
-        """The current stream waits."""
-        if mark is not None:
-            self._streams.current_stream(self.device).wait_event(mark)
+    def wait_event(self, event: Event) -> None:
+        """Makes the current stream wait for an event."""
+        if event is not None:
+            self._backend.current_stream(self.device).wait_event(event)
 
-    def reached(self, mark: Mark) -> bool:
-        """Asks the event."""
-        return mark is None or bool(mark.query())
+    def query(self, event: Event) -> bool:
+        """Returns True if the event has completed."""
+        return event is None or bool(event.query())
 
 
-def open_bus(device: torch.device) -> Bus:
-    """The fastest that is known for the device."""
-    return StreamBus(device) if device.type in ("cuda", "xpu") else PlainBus(device)
+def open_copy_engine(device: torch.device) -> CopyEngine:
+    """Returns the fastest copy engine for a device: `StreamCopies` for CUDA, ROCm and XPU, else `InOrderCopies`."""
+    return StreamCopies(device) if device.type in ("cuda", "xpu") else InOrderCopies(device)

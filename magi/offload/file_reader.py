@@ -1,4 +1,4 @@
-"""Layers on their way from the mapped file: read ahead into two host buffers, from which they go on to the device."""
+"""Reads layers from the mapped file into two host buffers ahead of their upload."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,83 +7,92 @@ import torch
 
 from ..checkpoint.mapped_file import TensorInfo, TensorSource
 from ..transformer.weights import WeightReader
-from .copy_engine import Bus, Mark
+from .copy_engine import CopyEngine, Event
 from .packing import Layout
-from .pinned_memory import LockedMemory, Pin
-from .prefetch import Ahead, Session
-from .ring_buffer import Load
+from .pinned_memory import Pin, PinnedMemory
+from .prefetch import IterationThreads, Prefetcher
+from .ring_buffer import Upload
 
-_BUFFERS = 2  # one is filled while the other is copied from
-_POLL = 0.001  # seconds between looks at whether a copy has been made
+_BUFFERS = 2  # one is read into while the other is copied from
+_POLL_INTERVAL = 0.001  # seconds between two queries of a copy's event
 
 
 @dataclass(eq=False)
 class _Buffer:
-    """Host memory; `full` until the copying from it has begun, and in use until `copied` is reached."""
+    """Host memory for a layer: `full` until its copy is enqueued, reusable once the event `copied` has completed."""
 
-    data: torch.Tensor
+    data: torch.Tensor  # (bytes,) uint8
     full: bool = False
-    copied: Mark = None
+    copied: Event = None
 
 
-class Staging:
-    """Reads layers as they are used, in a thread, and waits before a buffer is filled anew until it has been copied from."""
+class FileReader:
+    """Reads layers in the order of their use, in a thread. Reuses a buffer once the copy from it has completed."""
 
     def __init__(
         self,
         reader: WeightReader,
         layouts: Mapping[int, Layout],
-        bus: Bus,
+        copy_engine: CopyEngine,
         pin: Pin | None = None,
     ) -> None:
-        """Allocates the buffers, page-locked where that can be.
+        """Allocates the buffers, in page-locked memory if possible.
 
         Args:
-            reader: reads layers, whatever device they are for.
-            layouts: of the layers that may be asked for, at least one.
-            bus: tells when a copy has been made.
-            pin: as for `LockedMemory`.
+            reader: reads layers for any device.
+            layouts: layer -> its layout, for the layers to read; not empty.
+            copy_engine: tells when a copy has completed.
+            pin: page-locks host memory; see `PinnedMemory`.
         """
-        self._locked = LockedMemory(reader.device, pin)
+        self._pinned = PinnedMemory(reader.device, pin)
         self._reader = replace(reader, device=torch.device("cpu"))
         self._layouts = layouts
-        self._bus = bus
+        self._copy_engine = copy_engine
         largest = max(layout.nbytes for layout in layouts.values())
-        self._buffers = [_Buffer(self._locked.take_or_else(largest)) for _ in range(min(_BUFFERS, len(layouts)))]
+        count = min(_BUFFERS, len(layouts))
+        self._buffers = [_Buffer(self._pinned.allocate_or_pageable(largest)) for _ in range(count)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of host memory."""
+        """Returns the bytes of host memory."""
         return sum(buffer.data.nbytes for buffer in self._buffers)
 
-    def read(self, layers: Sequence[int], session: Session) -> Iterator[Load]:
-        """The layers in this order, read from now on; one call at a time."""
+    def prefetch(self, layers: Sequence[int], threads: IterationThreads) -> Iterator[Upload]:
+        """Starts a thread that reads these layers in order. Only one iteration at a time may use the buffers.
+
+        Args:
+            layers: numbers of layers that have a layout.
+            threads: the threads of the iteration; closing them ends the reading.
+
+        Returns:
+            One upload per layer.
+        """
         for buffer in self._buffers:
             buffer.full = False
-        return Ahead(self._read(layers, session), session, "magi-read")
+        return Prefetcher(self._read(layers, threads), threads, "magi-read")
 
-    def _read(self, layers: Sequence[int], session: Session) -> Iterator[Load]:
-        reader = replace(self._reader, source=_Interruptible(self._reader.source, session.check))
+    def _read(self, layers: Sequence[int], threads: IterationThreads) -> Iterator[Upload]:
+        reader = replace(self._reader, source=_Interruptible(self._reader.source, threads.raise_if_closed))
         for turn, layer in enumerate(layers):
             buffer, layout = self._buffers[turn % len(self._buffers)], self._layouts[layer]
-            self._wait_for(buffer, session)
-            data = buffer.data[: layout.nbytes]
-            layout.fill(data, reader.block(layer), session.check)
+            self._wait_until_reusable(buffer, threads)
+            data = buffer.data[: layout.nbytes]  # (layout.nbytes,)
+            layout.pack_into(data, reader.block(layer), threads.raise_if_closed)
             buffer.full = True
 
-            def sent(mark: Mark, buffer: _Buffer = buffer) -> None:
-                with session.changing():
-                    buffer.full, buffer.copied = False, mark
+            def on_enqueued(copied: Event, buffer: _Buffer = buffer) -> None:
+                with threads.lock_and_notify():
+                    buffer.full, buffer.copied = False, copied
 
-            yield Load((data,), sent)
+            yield Upload((data,), on_enqueued)
 
-    def _wait_for(self, buffer: _Buffer, session: Session) -> None:
-        session.wait(lambda: not buffer.full or None)
-        session.wait(lambda: self._bus.reached(buffer.copied) or None, _POLL)
+    def _wait_until_reusable(self, buffer: _Buffer, threads: IterationThreads) -> None:
+        threads.wait_for(lambda: not buffer.full or None)
+        threads.wait_for(lambda: self._copy_engine.query(buffer.copied) or None, _POLL_INTERVAL)
 
 
 class _Interruptible:
-    """A `TensorSource` that asks before each tensor whether it is still wanted."""
+    """A `TensorSource` that calls `check` before it reads a tensor; an error that it raises ends the reading."""
 
     def __init__(self, source: TensorSource, check: Callable[[], None]) -> None:
         self._source, self._check = source, check

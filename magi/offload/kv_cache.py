@@ -1,23 +1,23 @@
-"""Keys and values of finished chunks: a ring with room for as many chunks as any later one looks back."""
+"""K/V cache of finished chunks: a ring with one slot for each chunk that a later chunk may attend to."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 
 from ..transformer.model import Transformer
-from .copy_engine import Bus, open_bus
+from .copy_engine import CopyEngine, open_copy_engine
 from .packing import aligned
-from .pinned_memory import LockedMemory, Pin
-from .prefetch import Session
-from .ring_buffer import Feed, Load
+from .pinned_memory import Pin, PinnedMemory
+from .prefetch import IterationThreads
+from .ring_buffer import RingBuffer, Upload
 
-_LAYERS_AT_A_TIME = 2  # on their way from the host: the one in use and the next
+_LAYERS_ON_DEVICE = 2  # of a cache on the host: the layer in use and the next one
 
 
 class KVCache:
-    """Clean keys and values by layer and chunk. Chunk c lives in slot c % slots and is overwritten by chunk c + slots.
+    """Caches clean K/V by layer and chunk. Chunk c is in slot c % slots, which chunk c + slots overwrites.
 
-    On the host they wait in page-locked memory where there is such, and are brought to the device a layer ahead of their use.
+    A cache on the host is in page-locked memory if possible. Each layer is uploaded while the layer before it computes.
     """
 
     def __init__(
@@ -31,36 +31,43 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
         on_host: bool = False,
-        bus: Bus | None = None,
+        copy_engine: CopyEngine | None = None,
         pin: Pin | None = None,
     ) -> None:
-        """Allocates the whole ring at once, so that a run that starts has the memory to finish.
+        """Allocates all slots at once, so that a run that starts has the memory to finish.
 
         Args:
-            layers: transformer layers.
-            slots: chunks kept.
-            groups: key heads.
-            tokens: tokens of a chunk.
-            head_size: size of one head.
-            dtype: of the keys and values.
-            device: where they are used.
-            on_host: keep them on the host instead; means nothing on a CPU.
-            bus: to the device; None opens one when it is needed.
-            pin: locks host memory; see `LockedMemory`.
+            layers: transformer layers L.
+            slots: chunks to keep.
+            groups: K/V heads G.
+            tokens: tokens S of a chunk.
+            head_size: size d of a head.
+            dtype: of K/V.
+            device: where K/V are used.
+            on_host: keeps K/V on the host; ignored on a CPU.
+            copy_engine: uploads to the device; None opens one on first use.
+            pin: page-locks host memory; see `PinnedMemory`.
         """
         self._shape = (layers, slots, 2, groups, tokens, head_size)
         self._dtype = dtype
         self._device = torch.device(device)
-        self._bus = bus
-        self._locked = LockedMemory(self._device, pin)
-        self._feed: Feed | None = None
-        self._held: dict[tuple[int, int], int] = {}  # (layer, slot) -> chunk
-        self._on_host = on_host and self._may_leave()
-        self._ring = self._allocate(self._on_host)
+        self._copy_engine = copy_engine
+        self._pinned = PinnedMemory(self._device, pin)
+        self._upload_ring: RingBuffer | None = None
+        self._cached_chunk: dict[tuple[int, int], int] = {}  # (layer, slot) -> chunk
+        self._on_host = on_host and self._has_separate_host()
+        self._kv = self._allocate(self._on_host)  # (L, slots, 2, G, S, d)
 
     @classmethod
     def for_run(cls, model: Transformer, slots: int, height: int, width: int) -> "KVCache":
-        """Makes an empty cache for a model's `slots` chunks of latents of this height and width, where the model wants it."""
+        """Creates an empty cache for a model, where the model wants it.
+
+        Args:
+            model: gives layers, heads, dtype, and the place of the cache.
+            slots: chunks to keep.
+            height: of the latents.
+            width: of the latents.
+        """
         c = model.shape
         tokens = model.config.runtime.chunk_width * (height // c.patch_size) * (width // c.patch_size)
         return cls(
@@ -76,86 +83,92 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the ring."""
-        return self._ring.nbytes
+        """Returns the bytes of all slots, wherever they are."""
+        return self._kv.nbytes
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on the device: the ring, or what its layers pass through."""
+        """Returns the bytes of device memory: of all slots, or of the ring buffer for uploads."""
         if self._on_host:
-            return self._feed.nbytes if self._feed else 0
+            return self._upload_ring.nbytes if self._upload_ring else 0
         return self.nbytes
 
     def store(self, layer: int, chunk: int, kv: torch.Tensor) -> None:
-        """Keeps a chunk's keys and values, (2, groups, tokens, head_size) on any device: they may be overwritten afterwards.
+        """Copies a chunk's K/V into its slot, which held chunk - slots. Views of that from `stream` must not be in use.
 
-        They take the place of chunk - slots: a view of that from `stream` must not be in use any more.
+        Args:
+            layer: number of the layer.
+            chunk: number of the chunk.
+            kv: (2, G, S, d) on any device, keys before values.
         """
         slots = self._shape[1]
         if slots:
-            self._ring[layer, chunk % slots].copy_(kv)
-            self._held[layer, chunk % slots] = chunk
+            self._kv[layer, chunk % slots].copy_(kv)
+            self._cached_chunk[layer, chunk % slots] = chunk
 
     def stream(self, chunks: Sequence[int]) -> Generator[Mapping[int, torch.Tensor], None, None]:
-        """Keys and values of these chunks, layer by layer: to be iterated over once, and closed if it is left early.
+        """Returns an iterator over the layers' K/V of these chunks. Close it if it is left early.
 
         Returns:
-            Per layer chunk -> (2, groups, tokens, head_size) on the device, valid until the next layer is asked for.
+            For each layer chunk -> (2, G, S, d) on the device, valid until the next layer is requested.
 
         Raises:
-            LookupError: a chunk is not kept in every layer, found before anything is brought.
+            LookupError: a chunk is not in the cache of every layer. Raised by the call, before any upload.
         """
         layers, slots = self._shape[:2]
         wanted = tuple(dict.fromkeys(chunks))
         for chunk in wanted:
             for layer in range(layers):
-                if not slots or self._held.get((layer, chunk % slots)) != chunk:
+                if not slots or self._cached_chunk.get((layer, chunk % slots)) != chunk:
                     raise LookupError(f"chunk {chunk} is not in the cache of layer {layer}")
-        return self._from_host(wanted) if self._on_host and wanted else self._views(wanted)
+        return self._uploaded(wanted) if self._on_host and wanted else self._views(wanted)
 
     def move_to_host(self) -> None:
-        """Makes room on the device. What is kept stays so, and goes on to be used as before."""
-        if not self._on_host and self._may_leave():
-            self._ring = self._allocate(on_host=True).copy_(self._ring)
+        """Moves the cache to the host to free device memory. Its contents and its use do not change."""
+        if not self._on_host and self._has_separate_host():
+            self._kv = self._allocate(on_host=True).copy_(self._kv)
             self._on_host = True
 
-    # -- where they lie ----------------------------------------------------------------------------------------------
+    # -- storage and uploads -----------------------------------------------------------------------------------------
 
-    def _may_leave(self) -> bool:
-        return self._bus is not None or self._device.type not in ("cpu", "meta")
+    def _has_separate_host(self) -> bool:
+        return self._copy_engine is not None or self._device.type not in ("cpu", "meta")
 
     def _allocate(self, on_host: bool) -> torch.Tensor:
+        """Allocates (L, slots, 2, G, S, d), uninitialised."""
         nbytes = torch.empty(self._shape, dtype=self._dtype, device="meta").nbytes
-        with torch.inference_mode(False):  # it may be used outside of it
+        with torch.inference_mode(False):  # inference tensors could not be written to outside of inference mode
             if on_host and nbytes:
-                return self._locked.take_or_else(nbytes).view(self._dtype).view(self._shape)
+                return self._pinned.allocate_or_pageable(nbytes).view(self._dtype).view(self._shape)
             return torch.empty(self._shape, dtype=self._dtype, device=self._device)
 
     def _views(self, chunks: Sequence[int]) -> Generator[Mapping[int, torch.Tensor], None, None]:
         layers, slots = self._shape[:2]
-        return ({chunk: self._ring[layer, chunk % slots] for chunk in chunks} for layer in range(layers))
+        return ({chunk: self._kv[layer, chunk % slots] for chunk in chunks} for layer in range(layers))  # (2, G, S, d)
 
-    def _from_host(self, chunks: Sequence[int]) -> Generator[Mapping[int, torch.Tensor], None, None]:
-        def loads(session: Session) -> Iterator[Load]:
-            return (Load(tuple(kv.view(-1).view(torch.uint8) for kv in kept.values())) for kept in self._views(chunks))
+    def _uploaded(self, chunks: Sequence[int]) -> Generator[Mapping[int, torch.Tensor], None, None]:
+        def layer_uploads(threads: IterationThreads) -> Iterator[Upload]:
+            for views in self._views(chunks):
+                yield Upload(tuple(kv.view(-1).view(torch.uint8) for kv in views.values()))  # (slot.nbytes,) each
 
-        layers, item = self._shape[0], self._ring[0, 0]
-        arriving = self._room_for(len(chunks) * item.nbytes).send(loads)
+        layers, slot = self._shape[0], self._kv[0, 0]  # slot: (2, G, S, d)
+        uploads = self._ring_for(len(chunks) * slot.nbytes).start_uploads(layer_uploads)
         try:
             for _ in range(layers):
-                parts = next(arriving)[: len(chunks) * item.nbytes].split(item.nbytes)
-                yield {c: part.view(self._dtype).view(item.shape) for c, part in zip(chunks, parts, strict=True)}
-                arriving.release()
+                parts = next(uploads)[: len(chunks) * slot.nbytes].split(slot.nbytes)  # (slot.nbytes,) uint8 each
+                kv = (part.view(self._dtype).view(slot.shape) for part in parts)  # (2, G, S, d) each
+                yield dict(zip(chunks, kv, strict=True))
+                uploads.release()
         finally:
-            arriving.close()
+            uploads.close()
 
-    def _room_for(self, nbytes: int) -> Feed:
-        """Device memory through which layers of so many bytes may pass; it is kept."""
-        needed = _LAYERS_AT_A_TIME * aligned(nbytes)
-        if self._feed is None or self._feed.nbytes < needed:
-            self._bus = self._bus or open_bus(self._device)
-            if self._feed:
-                self._feed.close()
-            self._feed = None
-            self._feed = Feed(self._bus, needed, _LAYERS_AT_A_TIME)
-        return self._feed
+    def _ring_for(self, layer_bytes: int) -> RingBuffer:
+        """Returns a ring buffer for two layers of `layer_bytes`. It is kept until a larger one is needed."""
+        needed = _LAYERS_ON_DEVICE * aligned(layer_bytes)
+        if self._upload_ring is None or self._upload_ring.nbytes < needed:
+            self._copy_engine = self._copy_engine or open_copy_engine(self._device)
+            if self._upload_ring:
+                self._upload_ring.close()
+            self._upload_ring = None  # frees the old one before the new one is allocated
+            self._upload_ring = RingBuffer(self._copy_engine, needed, _LAYERS_ON_DEVICE)
+        return self._upload_ring

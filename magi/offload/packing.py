@@ -1,4 +1,4 @@
-"""A layer as one run of bytes: one copy brings it to a device, whatever it consists of."""
+"""Packs a layer's tensors into one buffer of bytes, so that a single copy uploads a layer of any form."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,55 +10,66 @@ from ..checkpoint.mapped_file import DTYPES, TensorInfo
 from ..transformer.float8 import FLOAT8, holds_float8, require_float8
 from ..transformer.weights import BlockWeights, WeightReader, map_tensors, tensors_in
 
-_ALIGNMENT = 256  # bytes: what matrix kernels like best, and a multiple of every element
-_PIECE = 1 << 24  # numbers copied between two looks at whether to go on
+_ALIGNMENT = 256  # bytes: what matrix kernels prefer, and a multiple of every element size
+_PIECE_ELEMENTS = 1 << 24  # copied between two calls of `check`, so that a large tensor can be interrupted
 
 
 def aligned(nbytes: int) -> int:
-    """Bytes up to where the next tensor, or run of them, may begin."""
+    """Rounds a number of bytes up to the alignment of tensors and slots."""
     return math.ceil(nbytes / _ALIGNMENT) * _ALIGNMENT
 
 
 def packed_bytes(block: BlockWeights) -> int:
-    """Bytes of a block as one run."""
+    """Returns the bytes of a packed block, padding included."""
     return sum(aligned(t.nbytes) for t in tensors_in(block))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tensors of a block lie in its run of bytes. `like` is the block on the meta device, as it is used."""
+    """The layout of a packed block.
+
+    Attributes:
+        like: the block on the meta device, with the shapes and dtypes that the transformer uses.
+    """
 
     like: BlockWeights
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the run."""
+        """Returns the bytes of the packed block."""
         return packed_bytes(self.like)
 
-    def block(self, data: torch.Tensor) -> BlockWeights:
-        """The block whose run is `data`, (nbytes,) uint8 on any device: views of it."""
+    def unpack(self, data: torch.Tensor) -> BlockWeights:
+        """Returns the block that is packed in `data`, (nbytes,) uint8 on any device, as views of it."""
         start = 0
 
-        def take(like: torch.Tensor) -> torch.Tensor:
+        def view(like: torch.Tensor) -> torch.Tensor:
             nonlocal start
             part = data[start : start + like.nbytes]
             start += aligned(like.nbytes)
             return part.view(like.dtype).view(like.shape)
 
-        return map_tensors(self.like, take)
+        return map_tensors(self.like, view)
 
-    def fill(self, data: torch.Tensor, block: BlockWeights, check: Callable[[], None] | None = None) -> None:
-        """Copies a block's tensors, from any device, into its run on any device. What `check` raises ends that at once."""
-        for target, tensor in zip(tensors_in(self.block(data)), tensors_in(block), strict=True):
+    def pack_into(self, data: torch.Tensor, block: BlockWeights, check: Callable[[], None] | None = None) -> None:
+        """Copies a block's tensors into a packed buffer.
+
+        Args:
+            data: (nbytes,) uint8 on any device.
+            block: its tensors may be on any device.
+            check: called before each piece is copied; an error that it raises ends the copying.
+        """
+        for target, tensor in zip(tensors_in(self.unpack(data)), tensors_in(block), strict=True):
             source = tensor.view(torch.uint8) if target.dtype == torch.uint8 else tensor
-            for part, piece in zip(target.view(-1).split(_PIECE), source.reshape(-1).split(_PIECE), strict=True):
+            targets, sources = target.view(-1).split(_PIECE_ELEMENTS), source.reshape(-1).split(_PIECE_ELEMENTS)
+            for target_piece, source_piece in zip(targets, sources, strict=True):
                 if check:
                     check()
-                part.copy_(piece)
+                target_piece.copy_(source_piece)
 
 
 def block_layouts(reader: WeightReader) -> list[Layout]:
-    """How the layers that `reader` reads lie on its device, known from the headers alone."""
+    """Returns the layout of each layer on the reader's device. Reads only the headers of the checkpoint."""
     meta = replace(reader, source=HeaderShapes(reader.source.tensors), device=torch.device("meta"))
     raw = not holds_float8(reader.device.type)
 
@@ -69,12 +80,16 @@ def block_layouts(reader: WeightReader) -> list[Layout]:
 
 
 class HeaderShapes:
-    """A `TensorSource` without numbers: what is read from it has sizes only."""
+    """A `TensorSource` whose tensors are on the meta device, made from a checkpoint's headers."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self.tensors = tensors
 
     def tensor(self, name: str) -> torch.Tensor:
-        """On the meta device."""
+        """Returns a tensor of the header's shape and dtype on the meta device.
+
+        Raises:
+            KeyError: the checkpoint has no such tensor.
+        """
         info = self.tensors[name]
         return torch.empty(info.shape, dtype=DTYPES[info.dtype] or require_float8(), device="meta")

@@ -1,4 +1,4 @@
-"""Device memory through which runs of host bytes pass, each there before it is needed and gone when it has been used."""
+"""A ring buffer in device memory, into whose slots host bytes are uploaded ahead of their use."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -6,140 +6,162 @@ from dataclasses import dataclass
 
 import torch
 
-from .copy_engine import Bus, Mark
+from .copy_engine import CopyEngine, Event
 from .packing import aligned
-from .prefetch import Ahead, Session
+from .prefetch import IterationThreads, Prefetcher
 
 
 @dataclass(frozen=True)
-class Load:
-    """What is to lie in one run of device memory.
+class Upload:
+    """The contents of one slot.
 
     Attributes:
-        parts: (bytes,) uint8 on the host each, put one behind the other.
-        sent: told the mark from which on the parts may be written to.
+        parts: host tensors, (bytes,) uint8 each, which are concatenated in the slot.
+        on_enqueued: called when the copies are enqueued, with the event after which the parts may be overwritten.
     """
 
     parts: tuple[torch.Tensor, ...]
-    sent: Callable[[Mark], None] | None = None
+    on_enqueued: Callable[[Event], None] | None = None
 
 
 @dataclass(eq=False)
-class _Run:
-    """A part of the ring that was taken; once it is `free`, `done` marks its last use."""
+class _Slot:
+    """A contiguous range of bytes of the ring buffer; once it is `free`, `last_use` is the event of its last use."""
 
     start: int
     end: int
     free: bool = False
-    done: Mark = None
+    last_use: Event = None
 
 
-class _Ring:
-    """Which bytes are taken. Runs are contiguous, taken and freed in the same order."""
+class _SlotAllocator:
+    """Allocates slots of any size. They are contiguous, and are freed in the order in which they were allocated."""
 
-    def __init__(self, nbytes: int, slots: int, after: Mark) -> None:
-        """`slots` is the most runs taken at a time, `after` marks the last use of what is not taken."""
-        self._nbytes = nbytes
-        self._slots = slots
-        self._after = after
-        self._runs: deque[_Run] = deque()  # oldest first
-        self._head = 0
-
-    def take(self, size: int) -> tuple[_Run, Mark] | None:
-        """A run, and when it may be written to; None as long as there is no room."""
-        if sum(not run.free for run in self._runs) >= self._slots:
-            return None
-        start = self._head if self._head + size <= self._nbytes else 0
-        while any(run.start < start + size and start < run.end for run in self._runs):
-            if not self._runs[0].free:
-                return None
-            self._after = self._runs.popleft().done
-        self._head = start + size
-        self._runs.append(_Run(start, self._head))
-        return self._runs[-1], self._after
-
-    def free(self, run: _Run, done: Mark) -> None:
-        """Gives a run back."""
-        run.free, run.done = True, done
-
-    def free_all(self, mark: Callable[[], Mark]) -> None:
-        """Gives back what an iteration that was given up has left."""
-        left = [run for run in self._runs if not run.free]
-        done = mark() if left else None
-        for run in left:
-            self.free(run, done)
-
-
-class Feed:
-    """A ring of device memory, allocated once. One `Delivery` at a time goes through it."""
-
-    def __init__(self, bus: Bus, nbytes: int, slots: int) -> None:
-        """Allocates the ring.
+    def __init__(self, nbytes: int, max_slots: int, last_use: Event) -> None:
+        """Starts with all bytes free.
 
         Args:
-            bus: leads to the device.
-            nbytes: of the ring; the largest load must fit.
-            slots: loads on the device at a time at most, the one in use included.
+            nbytes: of the ring buffer.
+            max_slots: slots in use at a time.
+            last_use: event of the memory's last use before.
         """
-        self.bus = bus
-        with torch.inference_mode(False):  # else threads could not write to it
-            self.data = torch.empty(nbytes, dtype=torch.uint8, device=bus.device)
-        # The memory may have been another's, whose work is still going on.
-        self.ring = _Ring(nbytes, slots, bus.mark())
-        self._session = Session()
+        self._nbytes = nbytes
+        self._max_slots = max_slots
+        self._last_use = last_use  # of all bytes that no slot in `_slots` covers
+        self._slots: deque[_Slot] = deque()  # oldest first
+        self._head = 0
+
+    def allocate(self, size: int) -> tuple[_Slot, Event] | None:
+        """Allocates `size` contiguous bytes.
+
+        Returns:
+            The slot and the event after which it may be written to, or None while there is no room.
+        """
+        if sum(not slot.free for slot in self._slots) >= self._max_slots:
+            return None
+        start = self._head if self._head + size <= self._nbytes else 0
+        while any(slot.start < start + size and start < slot.end for slot in self._slots):
+            if not self._slots[0].free:
+                return None
+            self._last_use = self._slots.popleft().last_use
+        self._head = start + size
+        self._slots.append(_Slot(start, self._head))
+        return self._slots[-1], self._last_use
+
+    def free(self, slot: _Slot, last_use: Event) -> None:
+        """Frees a slot that may be overwritten once `last_use` has completed."""
+        slot.free, slot.last_use = True, last_use
+
+    def free_all(self, record_event: Callable[[], Event]) -> None:
+        """Frees the slots of an iteration that was left early. Records an event only if there are any."""
+        in_use = [slot for slot in self._slots if not slot.free]
+        last_use = record_event() if in_use else None
+        for slot in in_use:
+            self.free(slot, last_use)
+
+
+class RingBuffer:
+    """Device memory that is allocated once and reused in a ring. One `UploadIterator` at a time uses it."""
+
+    def __init__(self, copy_engine: CopyEngine, nbytes: int, max_slots: int) -> None:
+        """Allocates the memory.
+
+        Args:
+            copy_engine: uploads to the device.
+            nbytes: of the ring buffer; the largest upload must fit.
+            max_slots: uploads on the device at a time, the one in use included.
+        """
+        self.copy_engine = copy_engine
+        with torch.inference_mode(False):  # threads cannot write to inference tensors
+            self.data = torch.empty(nbytes, dtype=torch.uint8, device=copy_engine.device)
+        # The caching allocator may have returned memory whose former owner's work is still running.
+        self.allocator = _SlotAllocator(nbytes, max_slots, copy_engine.record_event())
+        self._threads = IterationThreads()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory."""
+        """Returns the bytes of device memory."""
         return self.data.nbytes
 
-    def send(self, loads: Callable[[Session], Iterator[Load]]) -> "Delivery":
-        """Begins to bring what `loads` gives, in that order, and ends what was sent before. The result must be closed."""
+    def start_uploads(self, uploads: Callable[[IterationThreads], Iterator[Upload]]) -> "UploadIterator":
+        """Starts to upload in order, after closing the previous iterator.
+
+        Args:
+            uploads: given the threads of the new iteration, returns its uploads.
+
+        Returns:
+            The iterator over the slots, which must be closed.
+        """
         self.close()
-        self.ring.free_all(self.bus.mark)
-        self._session = Session()
-        return Delivery(self, loads(self._session), self._session)
+        self.allocator.free_all(self.copy_engine.record_event)
+        self._threads = IterationThreads()
+        return UploadIterator(self, uploads(self._threads), self._threads)
 
     def close(self) -> None:
-        """Ends the current delivery, if there is one: its threads are gone after that."""
-        self._session.close()
+        """Closes the current iterator, if there is one, and joins its threads."""
+        self._threads.close()
 
 
-class Delivery(Iterator[torch.Tensor]):
-    """What arrives on the device, in order. To be used, and closed, in one thread."""
+class UploadIterator(Iterator[torch.Tensor]):
+    """Iterates over slots in order, while later ones are uploaded. Must be used and closed in one thread."""
 
-    def __init__(self, feed: Feed, loads: Iterator[Load], session: Session) -> None:
-        self._feed, self._session = feed, session
-        self._in_use: _Run | None = None
-        moves = self._moves(loads)
-        self._arriving = Ahead(moves, session, "magi-copy") if feed.bus.overlaps else moves
+    def __init__(self, ring: RingBuffer, uploads: Iterator[Upload], threads: IterationThreads) -> None:
+        self._ring, self._threads = ring, threads
+        self._in_use: _Slot | None = None
+        copies = self._enqueue(uploads)
+        self._copies = Prefetcher(copies, threads, "magi-copy") if ring.copy_engine.overlaps else copies
 
     def __next__(self) -> torch.Tensor:
-        """The next load's bytes, (bytes,) uint8, for compute work that is given until `release`."""
-        self._session.check()
-        self._in_use, arrived = next(self._arriving)
-        self._feed.bus.require(arrived)
-        return self._feed.data[self._in_use.start : self._in_use.end]
+        """Returns the next slot, (bytes,) uint8 on the device, for compute work that is submitted before `release`.
+
+        Raises:
+            ClosedError: this iterator was closed, or another one was started.
+        """
+        self._threads.raise_if_closed()
+        self._in_use, copied = next(self._copies)
+        self._ring.copy_engine.wait_event(copied)
+        return self._ring.data[self._in_use.start : self._in_use.end]
 
     def release(self) -> None:
-        """No work that is given from now on uses what came last."""
+        """Frees the slot that `next` returned last: compute work submitted from now on must not use it."""
         assert self._in_use is not None  # noqa: S101 (called after `next`)
-        with self._session.changing():
-            self._feed.ring.free(self._in_use, self._feed.bus.mark())
+        with self._threads.lock_and_notify():
+            self._ring.allocator.free(self._in_use, self._ring.copy_engine.record_event())
 
     def close(self) -> None:
-        """Ends it, whatever is still on its way."""
-        self._session.close()
+        """Stops uploading and joins the threads."""
+        self._threads.close()
 
-    def _moves(self, loads: Iterator[Load]) -> Iterator[tuple[_Run, Mark]]:
-        bus, ring = self._feed.bus, self._feed.ring
-        for load in loads:
-            size = aligned(sum(part.nbytes for part in load.parts))
-            run, after = self._session.wait(lambda size=size: ring.take(size))  # type: ignore[misc]
-            start, arrived = run.start, None
-            for part in load.parts:
-                arrived = bus.upload(part, self._feed.data[start : start + part.nbytes], after)
+    def _enqueue(self, uploads: Iterator[Upload]) -> Iterator[tuple[_Slot, Event]]:
+        """Yields each upload's slot and the event that completes with its copies, which are enqueued."""
+        copy_engine, allocator = self._ring.copy_engine, self._ring.allocator
+        for upload in uploads:
+            size = aligned(sum(part.nbytes for part in upload.parts))
+            slot, free = self._threads.wait_for(lambda size=size: allocator.allocate(size))  # type: ignore[misc]
+            start, copied = slot.start, None
+            for part in upload.parts:
+                copied = copy_engine.upload(part, self._ring.data[start : start + part.nbytes], free)
                 start += part.nbytes
-            if load.sent:
-                load.sent(arrived)
-            yield run, arrived
+            if upload.on_enqueued:
+                upload.on_enqueued(copied)
+            yield slot, copied

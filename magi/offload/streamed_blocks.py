@@ -1,4 +1,4 @@
-"""Layers that do not all fit on the device: some stay there, the others are brought ahead of their turn and dropped after it."""
+"""Weights of a model that does not fit on the device: some layers stay there, the others are uploaded for each use."""
 
 import warnings
 from collections import Counter
@@ -9,22 +9,22 @@ import torch
 
 from ..transformer.float8 import StoredFp8
 from ..transformer.weights import BlockWeights, WeightReader
-from .copy_engine import Bus, open_bus
-from .file_reader import Staging
+from .copy_engine import CopyEngine, open_copy_engine
+from .file_reader import FileReader
 from .packing import block_layouts
-from .pinned_memory import LockedMemory, Pin, PinningError, host_bytes
-from .prefetch import Session
-from .ring_buffer import Feed, Load
+from .pinned_memory import Pin, PinnedMemory, PinningError, pageable_memory
+from .prefetch import IterationThreads
+from .ring_buffer import RingBuffer, Upload
 
 Progress = Callable[[int, int], None]
 
 
-def arena_bytes(sizes: Sequence[int], slots: int) -> int:
-    """Bytes of device memory that layers pass through which do not stay there.
+def ring_bytes(sizes: Sequence[int], slots: int) -> int:
+    """Returns the bytes of the ring buffer in device memory that layers are uploaded to.
 
     Args:
-        sizes: of each of these layers, see `packing.packed_bytes`.
-        slots: layers that are there at a time, the one in use included.
+        sizes: bytes of each layer that does not stay on the device, see `packing.packed_bytes`.
+        slots: layers in the ring buffer at a time, the one in use included.
     """
     if not sizes:
         return 0
@@ -34,10 +34,11 @@ def arena_bytes(sizes: Sequence[int], slots: int) -> int:
 
 
 class StreamedBlocks:
-    """A `BlockSource` of layers of which any may stay on the device, wait on the host, or be read from the file at every use.
+    """A `BlockSource` whose layers stay on the device, wait on the host, or are read from the file at every use.
 
-    What does not stay goes one way, in one copy a layer, while earlier layers compute. On a CPU there is nothing to bring:
-    layers that do not stay are read at every use, which costs nothing where they are used as they are stored.
+    A layer that does not stay is uploaded in one copy while earlier layers compute, and is never copied back. On a CPU
+    nothing is uploaded: layers that do not stay are read at every use, which costs nothing if they are used in their
+    stored form.
     """
 
     def __init__(
@@ -48,43 +49,47 @@ class StreamedBlocks:
         slots: int,
         progress: Progress | None = None,
         *,
-        bus: Bus | None = None,
+        copy_engine: CopyEngine | None = None,
         pin: Pin | None = None,
     ) -> None:
-        """Reads what stays or waits, and allocates all memory.
+        """Reads the layers that stay on the device or wait on the host, and allocates all memory.
 
         Args:
-            reader: reads them for the device.
-            on_device: layers that stay there.
-            on_host: layers that wait in page-locked host memory, in the form they are used in. Where none can be locked they are
-                taken from the file instead. Layers that are to be stored in float8 always wait, if need be in ordinary memory.
-            slots: layers that are on the device at a time beside those that stay, the one in use included; at least 1.
-            progress: called with (layers placed, layers to place); what it raises ends that, and nothing is kept.
-            bus: to the device; None opens one.
-            pin: locks host memory; None: `page_lock` for CUDA and ROCm, others lock none.
+            reader: reads layers for the device.
+            on_device: layers that stay on the device.
+            on_host: layers that wait in page-locked host memory, in the form they are used in. If page-locking fails
+                they are read from the file instead. Layers that are quantised to float8 always wait on the host, in
+                pageable memory if need be.
+            slots: layers in the ring buffer at a time, the one in use included; at least 1.
+            progress: called with (layers placed, layers to place); an error that it raises frees everything.
+            copy_engine: uploads to the device; None opens one.
+            pin: page-locks host memory; see `PinnedMemory`.
+
+        Raises:
+            ValueError: `slots` is less than 1.
         """
         if slots < 1:
-            raise ValueError(f"slots is {slots}: one layer at least must be on the device")
+            raise ValueError(f"slots is {slots}: at least one layer must be on the device")
         self._reader = reader
         self._slots = slots
-        self._in_place = bus is None and reader.device.type in ("cpu", "meta")  # used where they are read
-        self._bus = bus or open_bus(reader.device)
+        self._in_place = copy_engine is None and reader.device.type in ("cpu", "meta")  # used from where they are read
+        self._copy_engine = copy_engine or open_copy_engine(reader.device)
         self._pin = pin
         self._layouts = block_layouts(reader)
-        self._locked = LockedMemory(reader.device, pin)
-        self._locks = self._locked.possible
+        self._pinned = PinnedMemory(reader.device, pin)
+        self._can_pin = self._pinned.supported
         self._on_device: dict[int, BlockWeights] = {}
-        self._on_host: dict[int, torch.Tensor] = {}
-        self._feed: Feed | None = None
-        self._staging: Staging | None = None
+        self._on_host: dict[int, torch.Tensor] = {}  # layer -> (bytes,) uint8
+        self._ring: RingBuffer | None = None
+        self._file_reader: FileReader | None = None
         try:
-            with torch.inference_mode(False):  # what is made here is also used outside of it
+            with torch.inference_mode(False):  # inference tensors could not be used outside of inference mode
                 self._place(on_device, on_host, progress)
-            self._make_room()
+            self._allocate_buffers()
         except BaseException:
             self._on_device.clear()
             self._on_host.clear()
-            self._locked.release()
+            self._pinned.unpin_all()
             raise
 
     def __len__(self) -> int:
@@ -92,63 +97,63 @@ class StreamedBlocks:
 
     @property
     def on_device(self) -> frozenset[int]:
-        """Layers that stay on the device."""
+        """Returns the layers that stay on the device."""
         return frozenset(self._on_device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory."""
-        resident = sum(self._size(layer) for layer in self._on_device)
-        return resident + (self._feed.nbytes if self._feed else 0)
+        """Returns the bytes of device memory."""
+        resident = sum(self._packed_bytes(layer) for layer in self._on_device)
+        return resident + (self._ring.nbytes if self._ring else 0)
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory, beside what the system keeps of the file."""
+        """Returns the bytes of host memory, without the file's pages in the system's page cache."""
         waiting = sum(data.nbytes for data in self._on_host.values())
-        return waiting + (self._staging.nbytes if self._staging else 0)
+        return waiting + (self._file_reader.nbytes if self._file_reader else 0)
 
     def __iter__(self) -> Generator[BlockWeights, None, None]:
-        """The layers in order. It also ends an iteration that was given up; only one can be under way at a time."""
+        """Yields the layers in order. Only one iteration can run at a time: starting another closes it."""
         if self._in_place or len(self._on_device) == len(self):
             for layer in range(len(self)):
                 yield self._on_device[layer] if layer in self._on_device else self._reader.block(layer)
             return
-        if self._feed is None:
-            self._make_room()  # there was none when layers had to leave
-        assert self._feed is not None  # noqa: S101 (made a line before)
-        arriving = self._feed.send(self._loads)
+        if self._ring is None:
+            self._allocate_buffers()  # `keep_on_device` failed to allocate them
+        assert self._ring is not None  # noqa: S101 (allocated just above)
+        uploads = self._ring.start_uploads(self._uploads)
         try:
             for layer, layout in enumerate(self._layouts):
                 if layer in self._on_device:
                     yield self._on_device[layer]
                 else:
-                    yield layout.block(next(arriving))
-                    arriving.release()
+                    yield layout.unpack(next(uploads))
+                    uploads.release()
         finally:
-            arriving.close()
+            uploads.close()
 
     def keep_on_device(self, layers: Collection[int]) -> None:
-        """Frees what stays on the device but is not among `layers`; it is brought anew at each turn from now on."""
-        if self._feed:
-            self._feed.close()
+        """Frees the layers on the device that are not among `layers`. From now on they are uploaded at every use."""
+        if self._ring:
+            self._ring.close()
         for layer in self._on_device.keys() - set(layers):
             if self._is_stored_fp8(layer):
                 if self._in_place:
                     continue
-                data = self._host_memory(layer)
-                assert data is not None  # noqa: S101 (these are not left to the file)
-                self._layouts[layer].fill(data, self._on_device[layer])
+                data = self._allocate_on_host(layer)
+                assert data is not None  # noqa: S101 (quantised layers are never read from the file again)
+                self._layouts[layer].pack_into(data, self._on_device[layer])
                 self._on_host[layer] = data
             del self._on_device[layer]
-        self._make_room()
+        self._allocate_buffers()
 
-    # -- where they lie ----------------------------------------------------------------------------------------------
+    # -- placement and memory ----------------------------------------------------------------------------------------
 
     def _place(self, on_device: Collection[int], on_host: Collection[int], progress: Progress | None) -> None:
         stored = {layer for layer in range(len(self)) if self._is_stored_fp8(layer)}
         staying = set(on_device) | (stored if self._in_place else set())
         waiting = set() if self._in_place else (stored | set(on_host)) - staying
-        # Only what is to be quantised goes by way of the device, which does it in a fraction of the time.
+        # The device quantises in a fraction of the CPU's time. Layers that are not quantised need no way through it.
         by_device = self._in_place or self._reader.store_fp8
         reader = self._reader if by_device else replace(self._reader, device=torch.device("cpu"))
         for placed, layer in enumerate(sorted(staying | waiting), 1):
@@ -157,51 +162,60 @@ class StreamedBlocks:
                 self._on_device[layer] = reader.block(layer)
             elif layer in staying:
                 data = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._reader.device)
-                layout.fill(data, reader.block(layer))
-                self._on_device[layer] = layout.block(data)
-            elif (room := self._host_memory(layer)) is not None:
-                layout.fill(room, reader.block(layer))
-                self._on_host[layer] = room
+                layout.pack_into(data, reader.block(layer))
+                self._on_device[layer] = layout.unpack(data)
+            elif (data_on_host := self._allocate_on_host(layer)) is not None:
+                layout.pack_into(data_on_host, reader.block(layer))
+                self._on_host[layer] = data_on_host
             if progress:
                 progress(placed, len(staying | waiting))
 
-    def _host_memory(self, layer: int) -> torch.Tensor | None:
-        """Where a layer may wait: in locked memory; else in ordinary memory, or nowhere if the file will do."""
+    def _allocate_on_host(self, layer: int) -> torch.Tensor | None:
+        """Allocates host memory for a layer.
+
+        Returns:
+            (bytes,) uint8 in page-locked memory. If page-locking fails: pageable memory for a layer that is quantised
+            here, and None for a layer that can be read from the file at every use.
+        """
         size, stored = self._layouts[layer].nbytes, self._is_stored_fp8(layer)
-        if self._locks:
+        if self._can_pin:
             try:
-                return self._locked.take(size)
+                return self._pinned.allocate(size)
             except PinningError as error:
-                self._locks = False
+                self._can_pin = False
                 rest = "ordinary memory" if stored else "the file"
                 warnings.warn(
-                    f"The weights cannot be kept in page-locked host memory ({error}). They are taken from {rest} each time, "
-                    "which is slower.",
+                    f"The weights cannot be kept in page-locked host memory ({error}). "
+                    f"They are copied from {rest} at every use, which is slower.",
                     stacklevel=2,
                 )
-        return host_bytes(size) if stored else None
+        return pageable_memory(size) if stored else None
 
-    def _make_room(self) -> None:
-        """Memory for what passes through: on the device, and on the host for what comes from the file."""
-        passing = [] if self._in_place else [layer for layer in range(len(self)) if layer not in self._on_device]
-        needed = arena_bytes([self._size(layer) for layer in passing], self._slots)
-        if needed > (self._feed.nbytes if self._feed else 0):
-            self._feed = None
-            self._feed = Feed(self._bus, needed, self._slots)
-        from_file = {layer: self._layouts[layer] for layer in passing if layer not in self._on_host}
+    def _allocate_buffers(self) -> None:
+        """Allocates the ring buffer on the device, and the host buffers for layers that are read from the file."""
+        streamed = self._streamed_layers()
+        needed = ring_bytes([self._packed_bytes(layer) for layer in streamed], self._slots)
+        if needed > (self._ring.nbytes if self._ring else 0):
+            self._ring = None  # frees the old one before the new one is allocated
+            self._ring = RingBuffer(self._copy_engine, needed, self._slots)
+        from_file = {layer: self._layouts[layer] for layer in streamed if layer not in self._on_host}
         if from_file:
-            self._staging = None
-            self._staging = Staging(self._reader, from_file, self._bus, self._pin)
+            self._file_reader = None
+            self._file_reader = FileReader(self._reader, from_file, self._copy_engine, self._pin)
 
-    def _loads(self, session: Session) -> Iterator[Load]:
-        passing = [layer for layer in range(len(self)) if layer not in self._on_device]
-        from_file = [layer for layer in passing if layer not in self._on_host]
-        read = self._staging.read(from_file, session) if self._staging else iter(())
-        return (Load((self._on_host[layer],)) if layer in self._on_host else next(read) for layer in passing)
+    def _uploads(self, threads: IterationThreads) -> Iterator[Upload]:
+        streamed = self._streamed_layers()
+        from_file = [layer for layer in streamed if layer not in self._on_host]
+        read = self._file_reader.prefetch(from_file, threads) if self._file_reader else iter(())
+        return (Upload((self._on_host[layer],)) if layer in self._on_host else next(read) for layer in streamed)
 
-    def _size(self, layer: int) -> int:
+    def _streamed_layers(self) -> list[int]:
+        """Returns the layers that are uploaded at every use, in order."""
+        return [] if self._in_place else [layer for layer in range(len(self)) if layer not in self._on_device]
+
+    def _packed_bytes(self, layer: int) -> int:
         return self._layouts[layer].nbytes
 
     def _is_stored_fp8(self, layer: int) -> bool:
-        """Whether a layer is quantised here, which is too much to do at every use."""
+        """Returns True if a layer is quantised here, which takes too long to repeat at every use."""
         return any(isinstance(part, StoredFp8) for part in vars(self._layouts[layer].like).values())

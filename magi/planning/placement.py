@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from ..config import MagiConfig
 from ..errors import MagiError
-from ..offload.streamed_blocks import arena_bytes
+from ..offload.streamed_blocks import ring_bytes
 from ..sampling.schedule import smaller_windows
 from ..transformer.inputs import TOKEN_BLOCK, CacheDevice
 from .cost import Machine, iteration_flops, iteration_seconds
@@ -204,7 +204,7 @@ class _Choice:
         """On the device, if `count` layers stay."""
         kept = set(spread(len(self.weights.blocks), count))
         fetched = [size for i, size in enumerate(self.weights.packed) if i not in kept]
-        return self.weights.outer + sum(self.weights.packed[i] for i in kept) + arena_bytes(fetched, self.slots)
+        return self.weights.outer + sum(self.weights.packed[i] for i in kept) + ring_bytes(fetched, self.slots)
 
     def place(self, count: int) -> Placement:
         """The placement in which `count` layers stay."""

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from magi.offload.copy_engine import PlainBus, StreamBus, open_bus
+from magi.offload.copy_engine import InOrderCopies, StreamCopies, open_copy_engine
 
 
 class Streams:
-    """Stands in for torch.xpu: tells what was asked of it, in order, and in which stream."""
+    """Stands in for torch.xpu: records the calls in order, each with its stream."""
 
     def __init__(self):
         self.calls: list[tuple] = []
@@ -17,18 +17,18 @@ class Streams:
 
         class Event:
             def record(self, stream):
-                self.place = stream.name
+                self.stream_name = stream.name
                 outer.calls.append(("record", stream.name))
 
             def query(self):
-                return self.place == "compute"
+                return self.stream_name == "compute"
 
         class Stream:
-            def __init__(self, device=None, name="copies"):
+            def __init__(self, device=None, name="copy"):
                 self.name = name
 
             def wait_event(self, event):
-                outer.calls.append(("wait", self.name, event.place))
+                outer.calls.append(("wait", self.name, event.stream_name))
 
         self.Event, self.Stream = Event, Stream
 
@@ -46,8 +46,8 @@ class Streams:
         self.current = before
 
 
-class Memory:
-    """Stands in for tensors of the device and the host."""
+class FakeTensor:
+    """Stands in for a tensor on the device or the host."""
 
     def __init__(self, streams, pinned=False):
         self.streams, self.pinned = streams, pinned
@@ -59,68 +59,70 @@ class Memory:
         self.streams.calls.append(("copy", self.streams.current, non_blocking))
 
     def record_stream(self, stream):
-        self.streams.calls.append(("used in", stream.name))
+        self.streams.calls.append(("record_stream", stream.name))
 
 
 @pytest.fixture
 def streams(monkeypatch):
-    made = Streams()
-    monkeypatch.setattr(torch, "xpu", made)
-    return made
+    backend = Streams()
+    monkeypatch.setattr(torch, "xpu", backend)
+    return backend
 
 
 @pytest.mark.parametrize("pinned", [True, False])
-def test_copies_have_a_stream_of_their_own(pinned, streams):
-    bus = open_bus(torch.device("xpu"))
-    assert isinstance(bus, StreamBus)
-    assert bus.overlaps
-    assert bus.device == torch.device("xpu:3"), "other threads have another current device"
-    free = bus.mark()
-    arrived = bus.upload(Memory(streams, pinned), Memory(streams), free)
-    bus.require(arrived)
+def test_uploads_run_on_the_copy_stream(pinned, streams):
+    copy_engine = open_copy_engine(torch.device("xpu"))
+    assert isinstance(copy_engine, StreamCopies)
+    assert copy_engine.overlaps
+    assert copy_engine.device == torch.device("xpu:3"), "the current device differs between threads"
+    free = copy_engine.record_event()
+    copied = copy_engine.upload(FakeTensor(streams, pinned), FakeTensor(streams), free)
+    copy_engine.wait_event(copied)
     assert streams.calls == [
         ("record", "compute"),
-        ("wait", "copies", "compute"),
-        ("copy", "copies", pinned),
-        ("used in", "copies"),
-        ("record", "copies"),
-        ("wait", "compute", "copies"),
+        ("wait", "copy", "compute"),
+        ("copy", "copy", pinned),
+        ("record_stream", "copy"),
+        ("record", "copy"),
+        ("wait", "compute", "copy"),
     ]
-    assert bus.reached(free)
-    assert not bus.reached(arrived)
+    assert copy_engine.query(free)
+    assert not copy_engine.query(copied)
 
 
-def test_what_was_reached_long_ago_is_not_waited_for(streams):
-    bus = open_bus(torch.device("xpu:3"))
-    bus.require(None)
-    assert bus.reached(None)
+def test_none_is_a_completed_event(streams):
+    copy_engine = open_copy_engine(torch.device("xpu:3"))
+    copy_engine.wait_event(None)
+    assert copy_engine.query(None)
     assert streams.calls == []
-    bus.upload(Memory(streams), Memory(streams))
-    assert [call[0] for call in streams.calls] == ["copy", "used in", "record"]
+    copy_engine.upload(FakeTensor(streams), FakeTensor(streams))
+    assert [call[0] for call in streams.calls] == ["copy", "record_stream", "record"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
-def test_other_devices_copy_in_order(device):
-    bus = open_bus(torch.device(device))
-    assert isinstance(bus, PlainBus)
-    assert not bus.overlaps
-    assert bus.device == torch.device(device)
+def test_devices_without_streams_copy_in_order(device):
+    copy_engine = open_copy_engine(torch.device(device))
+    assert isinstance(copy_engine, InOrderCopies)
+    assert not copy_engine.overlaps
+    assert copy_engine.device == torch.device(device)
 
 
-def test_a_plain_copy_is_there_at_once():
-    bus = open_bus(torch.device("cpu"))
+def test_an_in_order_upload_has_completed_on_return():
+    copy_engine = open_copy_engine(torch.device("cpu"))
     target = torch.zeros(4, dtype=torch.uint8)
-    arrived = bus.upload(torch.arange(4, dtype=torch.uint8), target, bus.mark())
+    copied = copy_engine.upload(torch.arange(4, dtype=torch.uint8), target, copy_engine.record_event())
     assert target.tolist() == [0, 1, 2, 3]
-    assert bus.reached(arrived)
-    bus.require(arrived)
+    assert copy_engine.query(copied)
+    copy_engine.wait_event(copied)
 
 
 def _cuda(pinned):
     size = 1 << 26
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, pin_memory=pinned)
     return SimpleNamespace(
-        source=source, target=torch.zeros(size, dtype=torch.uint8, device="cuda"), bus=open_bus(torch.device("cuda"))
+        source=source,
+        target=torch.zeros(size, dtype=torch.uint8, device="cuda"),
+        copy_engine=open_copy_engine(torch.device("cuda")),
     )
 
 
@@ -132,24 +134,24 @@ def _work(times=60):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pinned", [True, False])
-def test_compute_waits_for_what_it_requires(pinned):
+def test_compute_waits_for_the_event_of_an_upload(pinned):
     case = _cuda(pinned)
     for _ in range(5):
         case.target.zero_()
-        case.bus.require(case.bus.upload(case.source, case.target, case.bus.mark()))
+        case.copy_engine.wait_event(case.copy_engine.upload(case.source, case.target, case.copy_engine.record_event()))
         assert torch.equal(case.target.clone().cpu(), case.source)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pinned", [True, False])
-def test_a_copy_waits_until_its_target_is_free(pinned):
+def test_an_upload_waits_for_the_last_use_of_its_target(pinned):
     case = _cuda(pinned)
     case.target.fill_(7)
     torch.cuda.synchronize()
     _work()
     before = case.target.clone()
-    arrived = case.bus.upload(case.source, case.target, case.bus.mark())
-    case.bus.require(arrived)
+    copied = case.copy_engine.upload(case.source, case.target, case.copy_engine.record_event())
+    case.copy_engine.wait_event(copied)
     after = case.target.clone()
     torch.cuda.synchronize()
     assert torch.all(before == 7)
@@ -157,13 +159,13 @@ def test_a_copy_waits_until_its_target_is_free(pinned):
 
 
 @pytest.mark.gpu
-def test_the_host_waits_for_nothing_and_copies_run_beside_the_computing():
+def test_uploads_overlap_with_compute_and_do_not_block_the_host():
     case = _cuda(pinned=True)
-    free = case.bus.mark()
+    free = case.copy_engine.record_event()
     torch.cuda.synchronize()
     _work(400)
-    busy = case.bus.mark()
-    arrived = case.bus.upload(case.source, case.target, free)
-    while not case.bus.reached(arrived):
+    busy = case.copy_engine.record_event()
+    copied = case.copy_engine.upload(case.source, case.target, free)
+    while not case.copy_engine.query(copied):
         pass
-    assert not case.bus.reached(busy)
+    assert not case.copy_engine.query(busy)

@@ -9,24 +9,24 @@ from magi.offload.kv_cache import KVCache
 from magi.planning.placement import MemoryOptions
 from magi.sampling import sampler
 from magi.sampling.prepare import generate_latents
-from tests.support.lazy_engine import LazyBus, cache_with
+from tests.support.lazy_engine import LazyCopyEngine, cache_with
 
 LAYERS, SHAPE = 3, (2, 4, 6, 8)
-ITEM = 2 * 4 * 6 * 8 * 2  # bytes of a layer and chunk
+ITEM = 2 * 4 * 6 * 8 * 2  # bytes of a chunk's K/V in one layer
 
 
 class Pins:
-    """Stands in for page-locking."""
+    """Stands in for `pin_memory`: records what is pinned."""
 
     def __init__(self, refuse: bool = False):
         self.refuse = refuse
-        self.locked: dict[int, int] = {}
+        self.pinned: dict[int, int] = {}
 
     def __call__(self, data):
         if self.refuse:
             raise RuntimeError("no more")
-        self.locked[data.data_ptr()] = data.nbytes
-        return lambda: self.locked.pop(data.data_ptr())
+        self.pinned[data.data_ptr()] = data.nbytes
+        return lambda: self.pinned.pop(data.data_ptr())
 
 
 def cache(slots: int, **options) -> KVCache:
@@ -35,12 +35,12 @@ def cache(slots: int, **options) -> KVCache:
 
 @pytest.fixture(params=["device", "host", "moved"])
 def make(request):
-    """slots -> a cache on the device, on the host, or on its way there."""
+    """(slots) -> a cache on the device, on the host, or on the device until `make.move` moves it."""
 
     def made(slots):
         if request.param == "device":
             return cache(slots)
-        return cache(slots, on_host=request.param == "host", bus=LazyBus(eager=True), pin=Pins())
+        return cache(slots, on_host=request.param == "host", copy_engine=LazyCopyEngine(eager=True), pin=Pins())
 
     made.move = KVCache.move_to_host if request.param == "moved" else lambda kept: None
     return made
@@ -48,7 +48,7 @@ def make(request):
 
 @pytest.fixture
 def kv(randn):
-    """(layer, chunk) -> keys and values, always the same."""
+    """(layer, chunk) -> K/V, (2, G, S, d), the same for the same arguments."""
     return lambda layer, chunk: randn(*SHAPE, seed=f"{layer}/{chunk}").bfloat16()
 
 
@@ -65,14 +65,14 @@ def threads():
 
 
 @pytest.mark.parametrize("wanted", [(5,), (5, 6, 7), (7, 5), ()])
-def test_the_last_chunks_are_kept_and_older_ones_forgotten(wanted, make, kv):
+def test_the_last_chunks_are_cached_and_older_ones_overwritten(wanted, make, kv):
     kept = make(3)
     fill(kept, kv, range(8))
     make.move(kept)
     found = 0
-    for layer, keys in enumerate(kept.stream(wanted)):
-        assert set(keys) == set(wanted)
-        assert all(torch.equal(keys[chunk], kv(layer, chunk)) for chunk in wanted)
+    for layer, layer_kv in enumerate(kept.stream(wanted)):
+        assert set(layer_kv) == set(wanted)
+        assert all(torch.equal(layer_kv[chunk], kv(layer, chunk)) for chunk in wanted)
         found += 1
     assert found == LAYERS
     for chunk in (0, 4, 8):
@@ -81,7 +81,7 @@ def test_the_last_chunks_are_kept_and_older_ones_forgotten(wanted, make, kv):
     assert not threads()
 
 
-def test_a_chunk_that_is_not_in_every_layer(make, kv):
+def test_a_chunk_must_be_cached_in_every_layer(make, kv):
     kept = make(1)
     for layer in (0, 2):
         kept.store(layer, 0, kv(layer, 0))
@@ -89,19 +89,19 @@ def test_a_chunk_that_is_not_in_every_layer(make, kv):
         kept.stream((0,))
 
 
-def test_chunks_are_stored_while_others_are_in_use(make, kv):
-    """As a forward call does it, layer by layer, for a video much longer than the ring."""
+def test_chunks_can_be_stored_while_others_are_streamed(make, kv):
+    """Stores layer by layer, as a forward call does, for a video much longer than the ring."""
     kept = make(2)
     fill(kept, kv, range(2))
     for chunk in range(2, 12):
         if chunk == 7:
             make.move(kept)
-        for layer, keys in enumerate(kept.stream((chunk - 2, chunk - 1))):
-            assert all(torch.equal(keys[c], kv(layer, c)) for c in (chunk - 2, chunk - 1))
+        for layer, layer_kv in enumerate(kept.stream((chunk - 2, chunk - 1))):
+            assert all(torch.equal(layer_kv[c], kv(layer, c)) for c in (chunk - 2, chunk - 1))
             kept.store(layer, chunk, kv(layer, chunk))
 
 
-def test_a_cache_of_no_chunks(make, kv):
+def test_a_cache_without_slots(make, kv):
     kept = make(0)
     kept.store(0, 0, kv(0, 0))
     make.move(kept)
@@ -112,11 +112,11 @@ def test_a_cache_of_no_chunks(make, kv):
 
 
 @pytest.mark.parametrize("chunks", [6, 60])
-def test_size_does_not_depend_on_the_video(chunks, kv):
+def test_size_does_not_depend_on_the_length_of_the_video(chunks, kv):
     ring = LAYERS * 3 * ITEM
     device = cache(3)
     pins = Pins()
-    host = cache(3, on_host=True, bus=LazyBus(eager=True), pin=pins)
+    host = cache(3, on_host=True, copy_engine=LazyCopyEngine(eager=True), pin=pins)
     for chunk in range(chunks):
         for kept in (device, host):
             fill(kept, kv, (chunk,))
@@ -124,101 +124,101 @@ def test_size_does_not_depend_on_the_video(chunks, kv):
                 pass
     assert device.nbytes == device.device_bytes == host.nbytes == ring
     assert host.device_bytes == 2 * 2 * ITEM
-    assert sum(pins.locked.values()) == ring
+    assert sum(pins.pinned.values()) == ring
 
 
-def test_what_waits_on_the_host_costs_nothing_unless_it_is_wanted(kv):
-    bus = LazyBus(eager=True)
-    kept = cache(4, on_host=True, bus=bus, pin=Pins())
+def test_only_requested_chunks_are_uploaded(kv):
+    copy_engine = LazyCopyEngine(eager=True)
+    kept = cache(4, on_host=True, copy_engine=copy_engine, pin=Pins())
     fill(kept, kv, range(4))
-    for keys in kept.stream(()):
-        assert keys == {}
+    for layer_kv in kept.stream(()):
+        assert layer_kv == {}
         assert not threads()
-    assert bus.uploads == []
+    assert copy_engine.uploads == []
     assert kept.device_bytes == 0
     list(kept.stream((1, 3)))
-    assert [upload.nbytes for upload in bus.uploads] == [ITEM] * 2 * LAYERS, "those two, once a layer"
+    assert [upload.nbytes for upload in copy_engine.uploads] == [ITEM] * 2 * LAYERS, "both chunks, once per layer"
     assert kept.device_bytes == 2 * 2 * ITEM
     list(kept.stream((1,)))
-    assert len(bus.uploads) == 3 * LAYERS
-    assert kept.device_bytes == 2 * 2 * ITEM, "its room is kept"
+    assert len(copy_engine.uploads) == 3 * LAYERS
+    assert kept.device_bytes == 2 * 2 * ITEM, "the ring buffer is kept"
     list(kept.stream((0, 1, 2, 3)))
     assert kept.device_bytes == 2 * 4 * ITEM
 
 
-def test_a_layer_is_brought_ahead_and_no_more(kv):
-    bus = LazyBus(eager=True)
-    kept = cache(1, on_host=True, bus=bus, pin=Pins())
+def test_one_layer_is_uploaded_ahead_and_no_more(kv):
+    copy_engine = LazyCopyEngine(eager=True)
+    kept = cache(1, on_host=True, copy_engine=copy_engine, pin=Pins())
     fill(kept, kv, (0,))
     for layer, _ in enumerate(kept.stream((0,))):
         coming = min(layer + 2, LAYERS)
         end = time.monotonic() + 5
-        while len(bus.uploads) < coming:
-            assert time.monotonic() < end, "it does not come"
+        while len(copy_engine.uploads) < coming:
+            assert time.monotonic() < end, "no upload within 5 s"
         time.sleep(0.01)
-        assert len(bus.uploads) == coming
+        assert len(copy_engine.uploads) == coming
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_nothing_is_overwritten_that_is_in_use(seed, kv):
-    bus = LazyBus(seed)
-    kept = cache(3, on_host=True, bus=bus, pin=Pins())
+def test_no_slot_is_overwritten_while_it_is_in_use(seed, kv):
+    copy_engine = LazyCopyEngine(seed)
+    kept = cache(3, on_host=True, copy_engine=copy_engine, pin=Pins())
     fill(kept, kv, range(3))
     found = []
     for wanted in ((0, 1), (2,), (0, 1, 2), (1,)):
-        for layer, keys in enumerate(kept.stream(wanted)):
+        for layer, layer_kv in enumerate(kept.stream(wanted)):
             for chunk in wanted:
-                bus.compute(lambda k=keys[chunk], at=(layer, chunk): found.append(torch.equal(k, kv(*at))))
+                copy_engine.compute(lambda k=layer_kv[chunk], at=(layer, chunk): found.append(torch.equal(k, kv(*at))))
         if wanted == (2,):
-            bus.drain()  # the ring of device memory grows: work that was given holds on to the old one
-    bus.drain()
+            copy_engine.synchronize()  # the next call replaces the ring buffer, which submitted work may still read
+    copy_engine.synchronize()
     assert found == [True] * (2 + 1 + 3 + 1) * LAYERS
 
 
-def test_it_may_be_left_early(make, kv):
+def test_a_stream_may_be_closed_early(make, kv):
     kept = make(2)
     fill(kept, kv, range(2))
     make.move(kept)
     for _ in range(3):
-        keys = kept.stream((0, 1))
-        assert torch.equal(next(keys)[1], kv(0, 1))
-        keys.close()
+        layer_kv = kept.stream((0, 1))
+        assert torch.equal(next(layer_kv)[1], kv(0, 1))
+        layer_kv.close()
         assert not threads()
     kept.stream((0,)).close()
     fill(kept, kv, (2,))
-    for layer, keys in enumerate(kept.stream((1, 2))):
-        assert torch.equal(keys[1], kv(layer, 1))
-        assert torch.equal(keys[2], kv(layer, 2))
+    for layer, layer_kv in enumerate(kept.stream((1, 2))):
+        assert torch.equal(layer_kv[1], kv(layer, 1))
+        assert torch.equal(layer_kv[2], kv(layer, 2))
 
 
-def test_memory_that_cannot_be_locked_is_ordinary(kv):
-    kept = cache(2, on_host=True, bus=LazyBus(eager=True), pin=Pins(refuse=True))
+def test_a_cache_falls_back_to_pageable_memory(kv):
+    kept = cache(2, on_host=True, copy_engine=LazyCopyEngine(eager=True), pin=Pins(refuse=True))
     fill(kept, kv, (0,))
-    assert all(torch.equal(keys[0], kv(layer, 0)) for layer, keys in enumerate(kept.stream((0,))))
+    assert all(torch.equal(layer_kv[0], kv(layer, 0)) for layer, layer_kv in enumerate(kept.stream((0,))))
 
 
-def test_locked_memory_is_let_go():
+def test_pinned_memory_is_unpinned_with_the_cache():
     pins = Pins()
-    kept = cache(2, on_host=True, bus=LazyBus(), pin=pins)
-    assert len(pins.locked) == 1
+    kept = cache(2, on_host=True, copy_engine=LazyCopyEngine(), pin=pins)
+    assert len(pins.pinned) == 1
     del kept
-    assert not pins.locked
+    assert not pins.pinned
 
 
 @pytest.mark.parametrize("place", ["device", "host", "moved"])
 @pytest.mark.parametrize("made_in", [True, False])
-def test_inference_mode_may_come_and_go(made_in, place, kv):
+def test_inference_mode_may_be_switched(made_in, place, kv):
     with torch.inference_mode(made_in):
-        kept = cache(1, on_host=place == "host", bus=LazyBus(eager=True), pin=Pins())
+        kept = cache(1, on_host=place == "host", copy_engine=LazyCopyEngine(eager=True), pin=Pins())
         if place == "moved":
             kept.move_to_host()
     for used_in in (True, False):
         with torch.inference_mode(used_in):
             fill(kept, kv, (0,))
-            assert all(torch.equal(keys[0], kv(layer, 0)) for layer, keys in enumerate(kept.stream((0,))))
+            assert all(torch.equal(layer_kv[0], kv(layer, 0)) for layer, layer_kv in enumerate(kept.stream((0,))))
 
 
-def test_on_a_cpu_the_host_is_the_device(kv):
+def test_on_a_cpu_moving_to_the_host_changes_nothing(kv):
     kept = cache(1, on_host=True)
     fill(kept, kv, (0,))
     kept.move_to_host()
@@ -229,9 +229,11 @@ def test_on_a_cpu_the_host_is_the_device(kv):
 
 
 @pytest.mark.parametrize("distill", [False, True])
-def test_a_cache_on_the_host_changes_no_bit(distill, tiny_config, tiny_model, tiny_caption, tiny_tokens, monkeypatch):
+def test_a_cache_on_the_host_gives_the_same_bits(
+    distill, tiny_config, tiny_model, tiny_caption, tiny_tokens, monkeypatch
+):
     config = tiny_config(distill, num_frames=96, window_size=2)
-    bus = LazyBus(eager=True)
+    copy_engine = LazyCopyEngine(eager=True)
 
     def run(**options):
         model = tiny_model(config)
@@ -240,19 +242,21 @@ def test_a_cache_on_the_host_changes_no_bit(distill, tiny_config, tiny_model, ti
         return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
     wanted = run()
-    assert torch.equal(run(on_host=True, bus=bus, pin=Pins()), wanted)
-    assert bus.uploads
+    assert torch.equal(run(on_host=True, copy_engine=copy_engine, pin=Pins()), wanted)
+    assert copy_engine.uploads
     assert not threads()
 
 
-def test_there_is_no_third_place():
+def test_other_places_for_the_cache_are_refused():
     with pytest.raises(MagiError, match=r"cannot be kept on 'disk'\. Choose one of auto, device, host"):
         MemoryOptions(cache="disk")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("distill", [False, True])
-def test_a_cache_on_the_host_changes_no_bit_on_the_gpu(distill, tiny_config, tiny_model, tiny_caption, tiny_tokens):
+def test_a_cache_on_the_host_gives_the_same_bits_on_the_gpu(
+    distill, tiny_config, tiny_model, tiny_caption, tiny_tokens
+):
     config = tiny_config(distill, num_frames=72, window_size=2)
 
     def run(place):

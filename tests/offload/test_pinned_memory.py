@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from magi.offload.pinned_memory import LockedMemory, PinningError, page_lock
+from magi.offload.pinned_memory import PinnedMemory, PinningError, pin_memory
 
 
 class Driver:
@@ -18,7 +18,7 @@ class Driver:
 
 @pytest.fixture
 def driver(monkeypatch):
-    """(code) -> a driver that answers so."""
+    """(code) -> a driver whose registration returns that code."""
 
     def make(code):
         made = Driver(code)
@@ -30,54 +30,54 @@ def driver(monkeypatch):
     return make
 
 
-def test_locking_registers_the_memory_until_it_is_undone(driver):
+def test_pin_memory_registers_the_memory_until_it_is_unpinned(driver):
     made, data = driver(0), torch.empty(1000, dtype=torch.uint8)
-    unlock = page_lock(data, torch.device("cuda:1"))
+    unpin = pin_memory(data, torch.device("cuda:1"))
     assert made.registered == [(data.data_ptr(), 1000)]
     assert made.waited_for == []
-    unlock()
+    unpin()
     assert made.registered == []
-    assert made.waited_for == [torch.device("cuda:1")], "it may still be copying"
+    assert made.waited_for == [torch.device("cuda:1")], "a copy may still be running"
 
 
-def test_memory_is_locked_for_cuda_and_rocm_as_long_as_it_is_needed(driver):
+def test_pinned_memory_is_registered_for_its_lifetime_on_cuda_and_rocm(driver):
     made = driver(0)
-    memory = LockedMemory(torch.device("cuda"))
-    data = [memory.take(100), memory.take_or_else(200)]
+    memory = PinnedMemory(torch.device("cuda"))
+    data = [memory.allocate(100), memory.allocate_or_pageable(200)]
     assert made.registered == [(data[0].data_ptr(), 100), (data[1].data_ptr(), 200)]
     del memory
     assert made.registered == []
 
 
 @pytest.mark.parametrize("device", ["xpu", "mps", "cpu"])
-def test_other_devices_lock_none(device, driver):
+def test_other_devices_support_no_pinned_memory(device, driver):
     made = driver(0)
-    memory = LockedMemory(torch.device(device))
-    assert not memory.possible
-    with pytest.raises(PinningError, match="locks no host memory"):
-        memory.take(100)
-    assert memory.take_or_else(100).shape == (100,)
+    memory = PinnedMemory(torch.device(device))
+    assert not memory.supported
+    with pytest.raises(PinningError, match="cannot be page-locked for this device"):
+        memory.allocate(100)
+    assert memory.allocate_or_pageable(100).shape == (100,)
     assert made.registered == []
 
 
-def test_locked_memory_that_is_not_to_be_had(driver, monkeypatch):
+def test_pinned_memory_falls_back_to_pageable_memory(driver, monkeypatch):
     driver(2)
     monkeypatch.setattr(torch, "ones", lambda *a, **k: torch.empty(1))
-    memory = LockedMemory(torch.device("cuda"))
-    assert memory.possible
+    memory = PinnedMemory(torch.device("cuda"))
+    assert memory.supported
     with pytest.raises(PinningError, match="error 2"):
-        memory.take(100)
-    assert memory.take_or_else(100).shape == (100,)
+        memory.allocate(100)
+    assert memory.allocate_or_pageable(100).shape == (100,)
 
 
-def test_a_driver_that_refuses(driver, monkeypatch):
+def test_pin_memory_raises_if_the_driver_refuses(driver, monkeypatch):
     driver(2)
     monkeypatch.setattr(torch, "ones", lambda *a, **k: torch.empty(1))
-    with pytest.raises(RuntimeError, match=r"the driver refused 0\.0 GB more, error 2"):
-        page_lock(torch.empty(1000, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match=r"the driver refused to page-lock 0\.0 GB more, error 2"):
+        pin_memory(torch.empty(1000, dtype=torch.uint8))
 
 
-def test_no_device_to_lock_memory_for(monkeypatch):
+def test_pin_memory_raises_without_a_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="only CUDA and ROCm"):
-        page_lock(torch.empty(8, dtype=torch.uint8))
+        pin_memory(torch.empty(8, dtype=torch.uint8))

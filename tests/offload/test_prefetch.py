@@ -5,22 +5,22 @@ import weakref
 
 import pytest
 
-from magi.offload.prefetch import Ahead, ClosedError, Session
+from magi.offload.prefetch import ClosedError, IterationThreads, Prefetcher
 
 
 @pytest.fixture
-def session():
-    made = Session()
+def threads():
+    made = IterationThreads()
     yield made
     made.close()
-    assert not threads()
+    assert not running()
 
 
-def threads():
-    return [t for t in threading.enumerate() if t.name == "test-ahead"]
+def running():
+    return [t for t in threading.enumerate() if t.name == "test-prefetch"]
 
 
-def test_items_are_made_ahead_in_order(session):
+def test_items_are_prefetched_in_order(threads):
     made = []
 
     def work():
@@ -28,93 +28,93 @@ def test_items_are_made_ahead_in_order(session):
             made.append(n)
             yield n
 
-    items = Ahead(work(), session, "test-ahead")
+    items = Prefetcher(work(), threads, "test-prefetch")
     end = time.monotonic() + 5
     while len(made) < 5:
         assert time.monotonic() < end
         time.sleep(0.001)
     assert list(items) == [0, 1, 2, 3, 4]
-    assert list(items) == [], "and it stays so"
+    assert list(items) == [], "an exhausted prefetcher stays exhausted"
 
 
-def test_an_error_comes_out_after_what_came_before_it(session):
+def test_an_error_is_raised_after_the_items_before_it(threads):
     def work():
         yield 1
         raise OSError("the disk")
 
-    items = Ahead(work(), session, "test-ahead")
+    items = Prefetcher(work(), threads, "test-prefetch")
     assert next(items) == 1
     with pytest.raises(OSError, match="the disk"):
         next(items)
     assert list(items) == []
 
 
-def test_work_that_waits_is_woken_by_closing(session):
+def test_close_wakes_a_waiting_thread(threads):
     def work():
-        yield session.wait(lambda: None, poll=100)
+        yield threads.wait_for(lambda: None, poll=100)
 
-    items = Ahead(work(), session, "test-ahead")
+    items = Prefetcher(work(), threads, "test-prefetch")
     time.sleep(0.01)
     began = time.monotonic()
-    session.close()
+    threads.close()
     assert time.monotonic() - began < 1
-    assert not threads()
+    assert not running()
     with pytest.raises(ClosedError):
         next(items)
 
 
-def test_one_who_waits_for_an_item_is_woken_by_closing(session):
-    """From another thread, as when a new iteration begins."""
-    items = Ahead(iter(lambda: session.wait(lambda: None), 0), session, "test-ahead")
-    threading.Timer(0.05, session.close).start()
+def test_close_wakes_the_consumer(threads):
+    """Closes from another thread, as when a new iteration starts."""
+    items = Prefetcher(iter(lambda: threads.wait_for(lambda: None), 0), threads, "test-prefetch")
+    threading.Timer(0.05, threads.close).start()
     with pytest.raises(ClosedError):
         next(items)
 
 
-def test_changes_are_noticed_at_once(session):
+def test_a_notification_wakes_waiting_threads_at_once(threads):
     ready = []
 
     def work():
-        yield session.wait(lambda: ready or None, poll=100)
+        yield threads.wait_for(lambda: ready or None, poll=100)
 
-    items = Ahead(work(), session, "test-ahead")
+    items = Prefetcher(work(), threads, "test-prefetch")
     time.sleep(0.01)
-    with session.changing():
+    with threads.lock_and_notify():
         ready.append(1)
     assert next(items) == [1]
 
 
-def test_closing_may_come_from_the_work_itself(session):
-    """The garbage collector runs in any thread, also while another part of the work needs the lock."""
+def test_a_background_thread_may_close_its_iteration(threads):
+    """The garbage collector may close an iteration in any thread, also while another thread waits for the lock."""
 
     def other():
         while True:
-            yield session.wait(lambda: None, poll=0.001)
+            yield threads.wait_for(lambda: None, poll=0.001)
 
     def work():
-        with session.changing():
-            session.close()
+        with threads.lock_and_notify():
+            threads.close()
         yield 1
 
-    items = Ahead(other(), session, "test-ahead")
-    Ahead(work(), session, "test-ahead")
+    items = Prefetcher(other(), threads, "test-prefetch")
+    Prefetcher(work(), threads, "test-prefetch")
     with pytest.raises(ClosedError):
         next(items)
 
 
-def test_nothing_is_held_by_an_error_that_was_handled(session):
+def test_a_handled_error_keeps_no_reference_to_the_frame(threads):
     class Large:
         pass
 
     large = Large()
-    alive = weakref.ref(large)
+    reference = weakref.ref(large)
 
     def work():
         raise OSError
         yield
 
     def use(large):
-        items = Ahead(work(), session, "test-ahead")
+        items = Prefetcher(work(), threads, "test-prefetch")
         next(items)
 
     gc.disable()
@@ -122,7 +122,7 @@ def test_nothing_is_held_by_an_error_that_was_handled(session):
         with pytest.raises(OSError):  # noqa: PT011
             use(large)
         del large
-        session.close()
-        assert alive() is None
+        threads.close()
+        assert reference() is None
     finally:
         gc.enable()

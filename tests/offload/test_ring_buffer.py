@@ -5,87 +5,89 @@ import time
 import pytest
 import torch
 
-from magi.offload.ring_buffer import Feed, Load
-from tests.support.lazy_engine import LazyBus
+from magi.offload.ring_buffer import RingBuffer, Upload
+from tests.support.lazy_engine import LazyCopyEngine
 
 UNIT = 256
 
 
-def load(number: int, sizes: tuple[int, ...]) -> Load:
-    return Load(tuple(torch.full((size,), number, dtype=torch.uint8) for size in sizes))
+def upload(number: int, sizes: tuple[int, ...]) -> Upload:
+    return Upload(tuple(torch.full((size,), number, dtype=torch.uint8) for size in sizes))
 
 
-def drawn(seed: int, count: int) -> list[tuple[int, ...]]:
-    """Sizes of the parts of so many loads."""
+def random_sizes(seed: int, count: int) -> list[tuple[int, ...]]:
+    """Returns random sizes of the parts of `count` uploads."""
     dice = random.Random(seed)
     return [tuple(dice.randrange(1, 2 * UNIT) for _ in range(dice.randrange(1, 4))) for _ in range(count)]
 
 
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_loads_of_any_size_arrive_whole_and_stay_while_they_are_used(slots, seed):
-    bus = LazyBus(seed)
-    feed = Feed(bus, (6 + seed % 5) * UNIT, slots)
-    found, sizes = [], drawn(seed, 30)
+def test_a_slot_of_any_size_is_intact_until_it_is_released(slots, seed):
+    copy_engine = LazyCopyEngine(seed)
+    ring = RingBuffer(copy_engine, (6 + seed % 5) * UNIT, slots)
+    found, sizes = [], random_sizes(seed, 30)
     for part in (sizes[:12], sizes[12:]):
-        made = [load(number, parts) for number, parts in enumerate(part)]
-        arriving = feed.send(lambda session, made=made: iter(made))
+        made = [upload(number, parts) for number, parts in enumerate(part)]
+        uploads = ring.start_uploads(lambda threads, made=made: iter(made))
         for number, parts in enumerate(part):
-            data = next(arriving)[: sum(parts)]
+            data = next(uploads)[: sum(parts)]
             for _ in range(3):
-                bus.compute(lambda data=data, number=number: found.append(bool((data == number).all())))
-            arriving.release()
+                copy_engine.compute(lambda data=data, number=number: found.append(bool((data == number).all())))
+            uploads.release()
         with pytest.raises(StopIteration):
-            next(arriving)
-        arriving.close()
-    bus.drain()
+            next(uploads)
+        uploads.close()
+    copy_engine.synchronize()
     assert found == [True] * 90
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_no_more_loads_than_slots_however_small_they_are(slots):
-    bus = LazyBus()
-    arriving = Feed(bus, 100 * UNIT, slots).send(lambda session: (load(n, (10,)) for n in range(8)))
+def test_no_more_uploads_than_slots_however_small_they_are(slots):
+    copy_engine = LazyCopyEngine()
+    uploads = RingBuffer(copy_engine, 100 * UNIT, slots).start_uploads(
+        lambda threads: (upload(n, (10,)) for n in range(8))
+    )
     for turn in range(8):
-        next(arriving)
+        next(uploads)
         coming, end = min(8, turn + slots), time.monotonic() + 5
-        while len(bus.uploads) < coming:
-            assert time.monotonic() < end, "they do not come"
+        while len(copy_engine.uploads) < coming:
+            assert time.monotonic() < end, "no upload within 5 s"
             time.sleep(0.001)
         time.sleep(0.01)
-        assert len(bus.uploads) == coming
-        arriving.release()
-    arriving.close()
+        assert len(copy_engine.uploads) == coming
+        uploads.release()
+    uploads.close()
 
 
 @pytest.mark.parametrize("left_at", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(10))
-def test_what_is_on_its_way_may_be_given_up(left_at, seed):
-    bus, found = LazyBus(seed), []
-    feed = Feed(bus, 4 * UNIT, 3)
+def test_uploads_may_be_closed_early(left_at, seed):
+    copy_engine, found = LazyCopyEngine(seed), []
+    ring = RingBuffer(copy_engine, 4 * UNIT, 3)
     for number in range(6):
-        arriving = feed.send(lambda session, number=number: (load(number, (UNIT, 3)) for _ in range(4)))
+        uploads = ring.start_uploads(lambda threads, number=number: (upload(number, (UNIT, 3)) for _ in range(4)))
         for _ in range(left_at):
-            data = next(arriving)
-            bus.compute(lambda data=data, number=number: found.append(bool((data[: UNIT + 3] == number).all())))
+            data = next(uploads)
+            copy_engine.compute(lambda data=data, number=number: found.append(bool((data[: UNIT + 3] == number).all())))
             if number % 2:
-                arriving.release()
+                uploads.release()
             else:
                 break
-        arriving.close()
+        uploads.close()
         assert not [t for t in threading.enumerate() if t.name.startswith("magi-")]
-    bus.drain()
+    copy_engine.synchronize()
     assert all(found)
     assert len(found) == 3 * left_at + 3 * min(left_at, 1)
 
 
-def test_memory_that_was_anothers_is_not_written_to_before_that_is_done():
-    bus, order = LazyBus(), []
-    bus.compute(lambda: order.append("the other's work"))
-    feed = Feed(bus, UNIT, 1)
-    arriving = feed.send(lambda session: iter([load(1, (UNIT,))]))
-    data = next(arriving)
-    bus.compute(lambda: order.append(int(data[0])))
-    bus.drain()
-    assert order == ["the other's work", 1]
-    arriving.close()
+def test_uploads_wait_for_work_submitted_before_the_allocation():
+    copy_engine, order = LazyCopyEngine(), []
+    copy_engine.compute(lambda: order.append("earlier work"))
+    ring = RingBuffer(copy_engine, UNIT, 1)
+    uploads = ring.start_uploads(lambda threads: iter([upload(1, (UNIT,))]))
+    data = next(uploads)
+    copy_engine.compute(lambda: order.append(int(data[0])))
+    copy_engine.synchronize()
+    assert order == ["earlier work", 1]
+    uploads.close()

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from magi.errors import MagiError
-from magi.offload.copy_engine import PlainBus
+from magi.offload.copy_engine import InOrderCopies
 from magi.offload.packing import block_layouts, packed_bytes
-from magi.offload.streamed_blocks import StreamedBlocks, arena_bytes
+from magi.offload.streamed_blocks import StreamedBlocks, ring_bytes
 from magi.sampling.prepare import generate_latents
 from magi.transformer.block import layer_rows
 from magi.transformer.float8 import FLOAT8, Fp8Weight, StoredFp8
 from magi.transformer.model import Transformer
 from magi.transformer.weights import WeightReader, tensors_in
 from tests.conftest import MemorySource
-from tests.support.lazy_engine import LazyBus
+from tests.support.lazy_engine import LazyCopyEngine
 
 CPU = torch.device("cpu")
 LAYERS = 6
@@ -116,13 +116,13 @@ def same(found, wanted) -> bool:
     )
 
 
-def iterate(blocks, bus):
+def iterate(blocks, copy_engine):
     """Every layer's bytes, as work that is given to the device sees them."""
     found = []
     for block in blocks:
         for _ in range(3):  # early and late
-            bus.compute(lambda block=block: found.append(raw(block)))
-    bus.drain()
+            copy_engine.compute(lambda block=block: found.append(raw(block)))
+    copy_engine.synchronize()
     assert len(found) == 3 * len(blocks)
     assert same(found[::3], found[1::3])
     assert same(found[::3], found[2::3])
@@ -150,37 +150,37 @@ def test_every_layer_comes_in_its_turn_from_wherever_it_lies(place, weights, slo
     read = reader(**weights)
     reference = wanted(read)
     for seed in range(3):
-        bus, pins = LazyBus(seed), Pins()
-        blocks = StreamedBlocks(read, *PLACES[place], slots, bus=bus, pin=pins)
+        copy_engine, pins = LazyCopyEngine(seed), Pins()
+        blocks = StreamedBlocks(read, *PLACES[place], slots, copy_engine=copy_engine, pin=pins)
         assert len(blocks) == LAYERS
         streamed = LAYERS - len(blocks.on_device)
         for n in range(1, 3):
-            assert same(iterate(blocks, bus), reference)
-            assert len(bus.uploads) == n * streamed, "each layer once, and in one copy"
+            assert same(iterate(blocks, copy_engine), reference)
+            assert len(copy_engine.uploads) == n * streamed, "each layer once, and in one copy"
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_layers_pass_through_the_arena_and_nothing_comes_back(weights, reader):
-    bus = LazyBus()
-    blocks = StreamedBlocks(reader(**weights), (2,), (1, 3), 2, bus=bus, pin=Pins())
+    copy_engine = LazyCopyEngine()
+    blocks = StreamedBlocks(reader(**weights), (2,), (1, 3), 2, copy_engine=copy_engine, pin=Pins())
     sizes = [packed_bytes(block) for block in blocks_of(reader(**weights))]
     del sizes[2]
-    arena = arena_bytes(sizes, 2)
+    arena = ring_bytes(sizes, 2)
     for _ in range(3):
-        iterate(blocks, bus)
-    arenas = {upload.storage for upload in bus.uploads}
+        iterate(blocks, copy_engine)
+    arenas = {upload.storage for upload in copy_engine.uploads}
     assert len(arenas) == 1
-    assert arenas.isdisjoint({upload.source_storage for upload in bus.uploads})
-    assert all(upload.start + upload.nbytes <= arena for upload in bus.uploads)
-    assert [upload.nbytes for upload in bus.uploads] == 3 * sizes
+    assert arenas.isdisjoint({upload.source_storage for upload in copy_engine.uploads})
+    assert all(upload.start + upload.nbytes <= arena for upload in copy_engine.uploads)
+    assert [upload.nbytes for upload in copy_engine.uploads] == 3 * sizes
     assert blocks.nbytes == arena + packed_bytes(reader(**weights).block(2))
 
 
-@pytest.mark.parametrize("bus", [PlainBus(CPU), LazyBus(overlaps=False, eager=True)])
+@pytest.mark.parametrize("copy_engine", [InOrderCopies(CPU), LazyCopyEngine(overlaps=False, eager=True)])
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_device_without_streams_needs_no_thread_for_copies(weights, bus, reader):
+def test_a_device_without_streams_needs_no_thread_for_copies(weights, copy_engine, reader):
     read = reader(**weights)
-    blocks = StreamedBlocks(read, *PLACES["mixed"], 2, bus=bus, pin=Pins())
+    blocks = StreamedBlocks(read, *PLACES["mixed"], 2, copy_engine=copy_engine, pin=Pins())
     found = []
     for block in blocks:
         found.append(raw(block))
@@ -200,7 +200,7 @@ def test_a_run_is_the_same_from_wherever_its_weights_come(
         model = Transformer(config, read.outer(), blocks, CPU, read.dtype)
         return next(generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens)).latents
 
-    streamed = StreamedBlocks(read, *PLACES[place], 2, bus=LazyBus(eager=True), pin=Pins())
+    streamed = StreamedBlocks(read, *PLACES[place], 2, copy_engine=LazyCopyEngine(eager=True), pin=Pins())
     assert torch.equal(run(streamed), run(StreamedBlocks(read, range(LAYERS), (), 1)))
 
 
@@ -210,31 +210,31 @@ def test_a_run_is_the_same_from_wherever_its_weights_come(
 @pytest.mark.parametrize("slots", [2, 3])
 @pytest.mark.parametrize("place", ["host", "file"])
 def test_the_next_layers_are_on_their_way_while_one_is_in_use(place, slots, reader):
-    bus = LazyBus()
-    blocks = StreamedBlocks(reader(), *PLACES[place], slots, bus=bus, pin=Pins())
+    copy_engine = LazyCopyEngine()
+    blocks = StreamedBlocks(reader(), *PLACES[place], slots, copy_engine=copy_engine, pin=Pins())
     for turn, _ in enumerate(blocks):
         coming = min(LAYERS, turn + slots)
-        until(lambda coming=coming: len(bus.uploads) >= coming)
+        until(lambda coming=coming: len(copy_engine.uploads) >= coming)
         time.sleep(0.01)
-        assert len(bus.uploads) == coming, "no more than the slots"
+        assert len(copy_engine.uploads) == coming, "no more than the slots"
 
 
 def test_bringing_begins_before_a_layer_that_is_there_already_is_done(reader):
-    bus = LazyBus()
-    for n, _ in enumerate(StreamedBlocks(reader(), (0, 1), (2, 3, 4, 5), 2, bus=bus, pin=Pins())):
+    copy_engine = LazyCopyEngine()
+    for n, _ in enumerate(StreamedBlocks(reader(), (0, 1), (2, 3, 4, 5), 2, copy_engine=copy_engine, pin=Pins())):
         if n == 0:
-            until(lambda: len(bus.uploads) == 2)
+            until(lambda: len(copy_engine.uploads) == 2)
 
 
 @pytest.mark.parametrize("slots", [2, 3])
 def test_uneven_layers_take_no_more_than_the_arena(slots, reader):
-    bus = LazyBus()
-    blocks = StreamedBlocks(reader(fp8=True), (), range(LAYERS), slots, bus=bus, pin=Pins())
+    copy_engine = LazyCopyEngine()
+    blocks = StreamedBlocks(reader(fp8=True), (), range(LAYERS), slots, copy_engine=copy_engine, pin=Pins())
     for turn, _ in enumerate(blocks):
         if turn == 2:
-            until(lambda: len(bus.uploads) == 2 + slots)  # even ones among themselves
+            until(lambda: len(copy_engine.uploads) == 2 + slots)  # even ones among themselves
         time.sleep(0.01)
-        alive = sorted((u.start, u.start + u.nbytes) for u in bus.uploads[turn:])
+        alive = sorted((u.start, u.start + u.nbytes) for u in copy_engine.uploads[turn:])
         assert all(a[1] <= b[0] for a, b in pairwise(alive)), "they do not overlap"
         assert alive[-1][1] <= blocks.nbytes
         assert len(alive) <= slots
@@ -242,13 +242,13 @@ def test_uneven_layers_take_no_more_than_the_arena(slots, reader):
 
 def test_the_file_is_read_ahead_of_the_copies(reader):
     """Two buffers' worth, while host layers are in use and none of the file's has its turn."""
-    read, bus = reader(), LazyBus()
-    blocks = StreamedBlocks(read, (), (0, 1, 2, 3), 2, bus=bus, pin=Pins())
+    read, copy_engine = reader(), LazyCopyEngine()
+    blocks = StreamedBlocks(read, (), (0, 1, 2, 3), 2, copy_engine=copy_engine, pin=Pins())
     read.source.reads.clear()
     arriving = iter(blocks)
     next(arriving)
     until(lambda: set(read.source.reads) == {4, 5})
-    assert len(bus.uploads) <= 2
+    assert len(copy_engine.uploads) <= 2
     arriving.close()
 
 
@@ -269,7 +269,7 @@ def test_the_file_is_read_ahead_of_the_copies(reader):
     ],
 )
 def test_size_of_the_arena(sizes, slots, nbytes):
-    assert arena_bytes(sizes, slots) == nbytes
+    assert ring_bytes(sizes, slots) == nbytes
 
 
 # -- what is left early, and what fails ------------------------------------------------------------------------------
@@ -281,74 +281,74 @@ def test_an_iteration_may_be_left_early(layers, place, reader):
     read = reader()
     reference = wanted(read)
     for seed in range(3):
-        bus = LazyBus(seed)
-        blocks = StreamedBlocks(read, *PLACES[place], 2, bus=bus, pin=Pins())
+        copy_engine = LazyCopyEngine(seed)
+        blocks = StreamedBlocks(read, *PLACES[place], 2, copy_engine=copy_engine, pin=Pins())
         found = []
         for _ in range(3):
             arriving = iter(blocks)
             for _ in range(layers):
                 block = next(arriving)
-                bus.compute(lambda block=block, found=found: found.append(raw(block)))
+                copy_engine.compute(lambda block=block, found=found: found.append(raw(block)))
             arriving.close()
             assert not threads()
-        assert same(iterate(blocks, bus), reference)
+        assert same(iterate(blocks, copy_engine), reference)
         assert same(found, 3 * reference[:layers]), "also what was given to the device before it was left"
 
 
 def test_an_error_that_is_still_being_handled_does_not_keep_the_next_iteration_from_working(reader):
-    read, bus = reader(), LazyBus()
-    blocks = StreamedBlocks(read, *PLACES["mixed"], 2, bus=bus, pin=Pins())
+    read, copy_engine = reader(), LazyCopyEngine()
+    blocks = StreamedBlocks(read, *PLACES["mixed"], 2, copy_engine=copy_engine, pin=Pins())
 
     def forward():
         for layer, block in enumerate(blocks):
-            bus.compute(lambda block=block: raw(block))
+            copy_engine.compute(lambda block=block: raw(block))
             if layer == 3:
                 raise KeyboardInterrupt
 
     try:
         forward()
     except KeyboardInterrupt:
-        assert same(iterate(blocks, bus), wanted(read))
+        assert same(iterate(blocks, copy_engine), wanted(read))
         assert not threads()
 
 
 def test_an_iteration_ends_when_another_begins(reader):
-    read, bus = reader(), LazyBus()
-    blocks = StreamedBlocks(read, *PLACES["mixed"], 2, bus=bus, pin=Pins())
+    read, copy_engine = reader(), LazyCopyEngine()
+    blocks = StreamedBlocks(read, *PLACES["mixed"], 2, copy_engine=copy_engine, pin=Pins())
     old = iter(blocks)
     next(old)
-    assert same(iterate(blocks, bus), wanted(read))
+    assert same(iterate(blocks, copy_engine), wanted(read))
     with pytest.raises(RuntimeError, match="another one has begun"):
         list(old)
 
 
 def test_a_layer_that_cannot_be_read(reader):
-    read, bus = reader(), LazyBus()
-    blocks = StreamedBlocks(read, *PLACES["file"], 2, bus=bus, pin=Pins())
+    read, copy_engine = reader(), LazyCopyEngine()
+    blocks = StreamedBlocks(read, *PLACES["file"], 2, copy_engine=copy_engine, pin=Pins())
     read.source.damaged, got = 3, 0
     for _ in range(2):
         with pytest.raises(MagiError, match="layer 3 is damaged"):
             got += sum(1 for _ in blocks)
         assert not threads()
     read.source.damaged = None
-    assert same(iterate(blocks, bus), wanted(read))
+    assert same(iterate(blocks, copy_engine), wanted(read))
 
 
 @pytest.mark.parametrize("place", ["host", "file"])
 def test_a_copy_that_fails(place, reader):
-    read, bus, seen = reader(), LazyBus(), []
-    blocks = StreamedBlocks(read, *PLACES[place], 2, bus=bus, pin=Pins())
-    bus.fail_at = 2
-    with pytest.raises(RuntimeError, match="the bus is broken"):
+    read, copy_engine, seen = reader(), LazyCopyEngine(), []
+    blocks = StreamedBlocks(read, *PLACES[place], 2, copy_engine=copy_engine, pin=Pins())
+    copy_engine.fail_at = 2
+    with pytest.raises(RuntimeError, match="the copy engine is broken"):
         seen.extend(1 for _ in blocks)
     assert not threads()
-    bus.fail_at = None
-    assert same(iterate(blocks, bus), wanted(read))
+    copy_engine.fail_at = None
+    assert same(iterate(blocks, copy_engine), wanted(read))
 
 
 def test_leaving_does_not_wait_for_a_large_layer(reader):
     read = reader()
-    blocks = StreamedBlocks(read, (), (0,), 2, bus=LazyBus(), pin=Pins())
+    blocks = StreamedBlocks(read, (), (0,), 2, copy_engine=LazyCopyEngine(), pin=Pins())
     read.source.delay = 0.1  # a tensor; layers have 29
     arriving = iter(blocks)
     next(arriving)
@@ -370,7 +370,7 @@ def test_a_large_tensor_is_not_copied_in_one_go(reader, monkeypatch):
 
 
 def test_blocks_that_are_dropped_leave_no_thread(reader):
-    arriving = iter(StreamedBlocks(reader(), *PLACES["mixed"], 2, bus=LazyBus(), pin=Pins()))
+    arriving = iter(StreamedBlocks(reader(), *PLACES["mixed"], 2, copy_engine=LazyCopyEngine(), pin=Pins()))
     next(arriving)
     del arriving
     gc.collect()
@@ -381,14 +381,16 @@ def test_blocks_that_are_dropped_leave_no_thread(reader):
 
 
 def test_layers_on_the_host_are_read_once_and_their_memory_locked_once(reader):
-    read, pins, seen, bus = reader(), Pins(), [], LazyBus()
-    blocks = StreamedBlocks(read, (0,), (1, 2, 3, 4, 5), 2, lambda *done: seen.append(done), bus=bus, pin=pins)
+    read, pins, seen, copy_engine = reader(), Pins(), [], LazyCopyEngine()
+    blocks = StreamedBlocks(
+        read, (0,), (1, 2, 3, 4, 5), 2, lambda *done: seen.append(done), copy_engine=copy_engine, pin=pins
+    )
     assert seen == [(n, 6) for n in range(1, 7)]
     assert len(pins.locked) == pins.asked == 5
     assert sum(pins.locked.values()) == blocks.host_bytes
     reads = dict(read.source.reads)
     for _ in range(2):
-        iterate(blocks, bus)
+        iterate(blocks, copy_engine)
     assert read.source.reads == reads
     del blocks
     gc.collect()
@@ -396,12 +398,12 @@ def test_layers_on_the_host_are_read_once_and_their_memory_locked_once(reader):
 
 
 def test_layers_of_the_file_take_two_buffers_and_no_more(reader):
-    read, pins, bus = reader(), Pins(), LazyBus()
-    blocks = StreamedBlocks(read, (), (), 2, bus=bus, pin=pins)
+    read, pins, copy_engine = reader(), Pins(), LazyCopyEngine()
+    blocks = StreamedBlocks(read, (), (), 2, copy_engine=copy_engine, pin=pins)
     assert blocks.host_bytes == sum(pins.locked.values()) == 2 * packed_bytes(read.block(0))
     read.source.reads.clear()
-    iterate(blocks, bus)
-    iterate(blocks, bus)
+    iterate(blocks, copy_engine)
+    iterate(blocks, copy_engine)
     assert len(set(read.source.reads.values())) == 1
     assert set(read.source.reads) == set(range(LAYERS))
     del blocks
@@ -417,7 +419,7 @@ def test_cancelling_while_layers_are_read_frees_all(reader):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as held:  # as is all that its traceback leads to
-        StreamedBlocks(reader(), (0, 1), (2, 3, 4, 5), 2, cancel, bus=LazyBus(), pin=pins)
+        StreamedBlocks(reader(), (0, 1), (2, 3, 4, 5), 2, cancel, copy_engine=LazyCopyEngine(), pin=pins)
     assert pins.asked == 2
     assert not pins.locked
     del held
@@ -425,33 +427,33 @@ def test_cancelling_while_layers_are_read_frees_all(reader):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_memory_that_cannot_be_locked_is_done_without(weights, reader):
-    read, bus, pins = reader(**weights), LazyBus(), Pins(refuse_at=2)
+    read, copy_engine, pins = reader(**weights), LazyCopyEngine(), Pins(refuse_at=2)
     instead = "ordinary memory" if "store_fp8" in weights else "the file"
     with pytest.warns(UserWarning, match=rf"\(no more\)\. They are taken from {instead} .* is slower") as caught:
-        blocks = StreamedBlocks(read, (), range(LAYERS), 2, bus=bus, pin=pins)
+        blocks = StreamedBlocks(read, (), range(LAYERS), 2, copy_engine=copy_engine, pin=pins)
     assert len(caught) == 1
     assert len(pins.locked) == 2
     read.source.reads.clear()
-    assert same(iterate(blocks, bus), wanted(reader(**weights)))
+    assert same(iterate(blocks, copy_engine), wanted(reader(**weights)))
     assert set(read.source.reads) == ({5} if "store_fp8" in weights else {2, 3, 4, 5})
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_buffers_that_cannot_be_locked_are_ordinary_memory(weights, reader):
-    read, bus = reader(**weights), LazyBus()
+    read, copy_engine = reader(**weights), LazyCopyEngine()
     with warnings.catch_warnings():
         warnings.simplefilter("error" if "store_fp8" not in weights else "ignore")
-        blocks = StreamedBlocks(read, (), (), 2, bus=bus, pin=Pins(refuse_at=0))
-    assert same(iterate(blocks, bus), wanted(read))
+        blocks = StreamedBlocks(read, (), (), 2, copy_engine=copy_engine, pin=Pins(refuse_at=0))
+    assert same(iterate(blocks, copy_engine), wanted(read))
 
 
 def test_a_device_that_locks_no_memory_takes_the_file_without_a_word(reader):
-    read, bus = reader(), LazyBus()
+    read, copy_engine = reader(), LazyCopyEngine()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        blocks = StreamedBlocks(read, (), range(LAYERS), 2, bus=bus)
+        blocks = StreamedBlocks(read, (), range(LAYERS), 2, copy_engine=copy_engine)
     assert blocks.host_bytes == 2 * packed_bytes(read.block(0))
-    assert same(iterate(blocks, bus), wanted(read))
+    assert same(iterate(blocks, copy_engine), wanted(read))
 
 
 def test_other_errors_while_memory_is_locked_are_not_taken_for_that(reader):
@@ -459,7 +461,7 @@ def test_other_errors_while_memory_is_locked_are_not_taken_for_that(reader):
         raise RuntimeError("of somebody else")
 
     with pytest.raises(RuntimeError, match="of somebody else"):
-        StreamedBlocks(reader(), (), (0, 1), 2, fail, bus=LazyBus(), pin=Pins())
+        StreamedBlocks(reader(), (), (0, 1), 2, fail, copy_engine=LazyCopyEngine(), pin=Pins())
 
 
 @pytest.mark.parametrize("device", ["cpu", "elsewhere"])
@@ -470,8 +472,8 @@ def test_float8_storage_is_made_once_however_often_layers_are_fetched(device, re
     monkeypatch.setattr(
         StoredFp8, "quantise", classmethod(lambda cls, w, to: made.append(w.device.type) or quantise(cls, w, to))
     )
-    bus = None if device == "cpu" else LazyBus(eager=True)
-    blocks = StreamedBlocks(read, (1,), (), 2, bus=bus, pin=Pins())
+    copy_engine = None if device == "cpu" else LazyCopyEngine(eager=True)
+    blocks = StreamedBlocks(read, (1,), (), 2, copy_engine=copy_engine, pin=Pins())
     for _ in range(2):
         assert [isinstance(block.fc1, StoredFp8) for block in blocks] == [False, *[True] * 4, False]
     blocks.keep_on_device(())
@@ -483,9 +485,9 @@ def test_float8_storage_is_made_once_however_often_layers_are_fetched(device, re
 def test_a_device_without_float8_gets_bytes(weights, reader, monkeypatch):
     reference = wanted(reader(**weights))
     monkeypatch.setattr("magi.offload.packing.holds_float8", lambda kind: False)
-    bus, pins = LazyBus(eager=True), Pins()
+    copy_engine, pins = LazyCopyEngine(eager=True), Pins()
     for place in PLACES.values():
-        blocks = StreamedBlocks(reader(**weights), *place, 2, bus=bus, pin=pins)
+        blocks = StreamedBlocks(reader(**weights), *place, 2, copy_engine=copy_engine, pin=pins)
         found = []
         for layer, block in enumerate(blocks):
             found.append(raw(block))
@@ -503,51 +505,51 @@ def test_a_device_without_float8_gets_bytes(weights, reader, monkeypatch):
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kept", [(), (0,), (0, 3, 5), range(LAYERS)])
 def test_layers_may_leave_the_device(kept, weights, reader):
-    read, bus = reader(**weights), LazyBus()
+    read, copy_engine = reader(**weights), LazyCopyEngine()
     reference = wanted(read)
-    blocks = StreamedBlocks(read, range(LAYERS), (), 2, bus=bus, pin=Pins())
+    blocks = StreamedBlocks(read, range(LAYERS), (), 2, copy_engine=copy_engine, pin=Pins())
     before = blocks.nbytes
     assert before == sum(packed_bytes(block) for block in blocks_of(read))
-    assert same(iterate(blocks, bus), reference)
+    assert same(iterate(blocks, copy_engine), reference)
     blocks.keep_on_device(kept)
     assert blocks.on_device == set(kept)
     sizes = [packed_bytes(block) for block in blocks_of(read)]
     gone = [size for layer, size in enumerate(sizes) if layer not in kept]
-    assert blocks.nbytes == before - sum(gone) + arena_bytes(gone, 2)
+    assert blocks.nbytes == before - sum(gone) + ring_bytes(gone, 2)
     read.source.reads.clear()
-    assert same(iterate(blocks, bus), reference)
-    assert len(bus.uploads) == len(gone)
+    assert same(iterate(blocks, copy_engine), reference)
+    assert len(copy_engine.uploads) == len(gone)
     stored = {1, 2, 3, 4} if "store_fp8" in weights else set()
     assert set(read.source.reads) == set(range(LAYERS)) - set(kept) - stored
 
 
 def test_layers_may_leave_while_an_iteration_is_stuck(reader):
-    read, bus = reader(), LazyBus()
-    blocks = StreamedBlocks(read, (0, 1, 2), (3, 4, 5), 2, bus=bus, pin=Pins())
+    read, copy_engine = reader(), LazyCopyEngine()
+    blocks = StreamedBlocks(read, (0, 1, 2), (3, 4, 5), 2, copy_engine=copy_engine, pin=Pins())
     stuck = iter(blocks)
     for _ in range(4):
         next(stuck)
     blocks.keep_on_device((2,))
     assert not threads()
-    assert same(iterate(blocks, bus), wanted(read))
+    assert same(iterate(blocks, copy_engine), wanted(read))
     with pytest.raises(RuntimeError, match="another one has begun"):
         next(stuck)
 
 
 def test_room_that_is_not_there_when_layers_leave_is_asked_for_again(reader, monkeypatch):
-    read, bus = reader(), LazyBus()
-    blocks = StreamedBlocks(read, range(LAYERS), (), 2, bus=bus, pin=Pins())
+    read, copy_engine = reader(), LazyCopyEngine()
+    blocks = StreamedBlocks(read, range(LAYERS), (), 2, copy_engine=copy_engine, pin=Pins())
 
     def full(*args):
         raise MemoryError("full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("magi.offload.streamed_blocks.Feed", full)
+        patch.setattr("magi.offload.streamed_blocks.RingBuffer", full)
         with pytest.raises(MemoryError):
             blocks.keep_on_device((0,))
         with pytest.raises(MemoryError):
             next(iter(blocks))
-    assert same(iterate(blocks, bus), wanted(read))
+    assert same(iterate(blocks, copy_engine), wanted(read))
 
 
 # -- on a CPU, and modes ---------------------------------------------------------------------------------------------
@@ -577,10 +579,10 @@ def test_on_a_cpu_layers_are_simply_read(weights, reader):
 
 @pytest.mark.parametrize("made_in", [True, False])
 def test_inference_mode_may_come_and_go(made_in, reader):
-    read, bus = reader(), LazyBus(eager=True)
+    read, copy_engine = reader(), LazyCopyEngine(eager=True)
     reference = wanted(read)
     with torch.inference_mode(made_in):
-        blocks = StreamedBlocks(read, *PLACES["mixed"], 2, bus=bus, pin=Pins())
+        blocks = StreamedBlocks(read, *PLACES["mixed"], 2, copy_engine=copy_engine, pin=Pins())
     for used_in in (True, False):
         with torch.inference_mode(used_in):
             found = []
@@ -592,11 +594,13 @@ def test_inference_mode_may_come_and_go(made_in, reader):
 
 def test_no_slots(reader):
     with pytest.raises(ValueError, match="slots is 0"):
-        StreamedBlocks(reader(), (), (), 0, bus=LazyBus())
+        StreamedBlocks(reader(), (), (), 0, copy_engine=LazyCopyEngine())
 
 
 def test_alignment(reader):
-    for block in StreamedBlocks(reader(fp8=True), *PLACES["mixed"], 2, bus=LazyBus(eager=True), pin=Pins()):
+    for block in StreamedBlocks(
+        reader(fp8=True), *PLACES["mixed"], 2, copy_engine=LazyCopyEngine(eager=True), pin=Pins()
+    ):
         first = next(tensors_in(block)).data_ptr()
         assert all((t.data_ptr() - first) % 256 == 0 for t in tensors_in(block)), "matrix kernels like it"
 
@@ -636,7 +640,7 @@ def test_compiled_layers_are_the_same_from_wherever_they_come(
     read = reader(dtype=torch.float32)
 
     def run(compiled):
-        blocks = StreamedBlocks(read, *PLACES["mixed"], 2, bus=LazyBus(eager=True), pin=Pins())
+        blocks = StreamedBlocks(read, *PLACES["mixed"], 2, copy_engine=LazyCopyEngine(eager=True), pin=Pins())
         model = Transformer(config, read.outer(), blocks, CPU, read.dtype, compiled=compiled)
         return next(generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens)).latents
 

@@ -20,7 +20,7 @@ from magi.transformer.random_weights import RandomTensors
 from magi.transformer.weights import WeightReader, tensors_in
 from tests.conftest import MemorySource
 from tests.support.counting import PeakBytes
-from tests.support.lazy_engine import LazyBus, cache_with
+from tests.support.lazy_engine import LazyCopyEngine, cache_with
 
 
 class Sizes(RandomTensors):
@@ -155,7 +155,7 @@ def test_on_the_host_two_layers_of_the_cache_are_left(tiny_config, tiny_model):
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_the_working_memory_with_keys_on_their_way_from_the_host(window, tiny_config, tiny_model, monkeypatch):
-    monkeypatch.setattr(sampler, "KVCache", cache_with(bus=LazyBus(eager=True)))
+    monkeypatch.setattr(sampler, "KVCache", cache_with(copy_engine=LazyCopyEngine(eager=True)))
     shape = {"num_layers": 4, "hidden_size": 256, "num_query_groups": 8, "kv_channels": 32, "caption_max_length": 20}
     sizes = {"window_size": window, "video_size_h": 96, "video_size_w": 96, "num_frames": 240, "num_steps": 8}
     config = tiny_config(True, shape=shape, **sizes)
@@ -238,7 +238,12 @@ def test_layers_take_what_was_planned(share, precision, fp8, tiny_config, random
     store_fp8 = precision == "fp8" and not fp8
     reader = WeightReader(source, config.model, torch.device("cpu"), torch.float32, store_fp8)
     blocks = StreamedBlocks(
-        reader, placed.on_device, placed.on_host, placed.slots, bus=LazyBus(eager=True), pin=lambda data: lambda: None
+        reader,
+        placed.on_device,
+        placed.on_host,
+        placed.slots,
+        copy_engine=LazyCopyEngine(eager=True),
+        pin=lambda data: lambda: None,
     )
     for _ in range(2):
         assert blocks.nbytes + sum(t.nbytes for t in tensors_in(reader.outer())) == placed.weight_bytes

@@ -13,7 +13,7 @@ from magi.model_files import load
 from magi.offload.streamed_blocks import StreamedBlocks
 from magi.planning.placement import MemoryOptions
 from magi.sampling import sampler
-from tests.support.lazy_engine import LazyBus, cache_with
+from tests.support.lazy_engine import LazyCopyEngine, cache_with
 from tests.support.paths import GOLDEN
 
 CASES = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"]
@@ -78,21 +78,27 @@ PLACES = {"host": ((), (0, 1, 2, 3)), "file": ((), ()), "mixed": ((1,), (0,))}
 
 
 @pytest.fixture
-def through_a_bus(monkeypatch):
-    """(place) -> a bus; models that are loaded from now on have the CPU as a device at its end, their keys wait on the host."""
+def over_a_copy_engine(monkeypatch):
+    """(place) -> a copy engine, used by models loaded from now on; their K/V cache is on the host."""
 
     def place(name):
-        bus, pin = LazyBus(eager=True), lambda data: lambda: None
+        copy_engine, pin = LazyCopyEngine(eager=True), lambda data: lambda: None
         staying, waiting = PLACES[name]
 
         def placed(reader, on_device, on_host, slots, progress):
             return StreamedBlocks(
-                reader, staying, set(waiting) & set(range(reader.config.num_layers)), slots, progress, bus=bus, pin=pin
+                reader,
+                staying,
+                set(waiting) & set(range(reader.config.num_layers)),
+                slots,
+                progress,
+                copy_engine=copy_engine,
+                pin=pin,
             )
 
         monkeypatch.setattr(load, "StreamedBlocks", placed)
-        monkeypatch.setattr(sampler, "KVCache", cache_with(bus=bus, pin=pin))
-        return bus
+        monkeypatch.setattr(sampler, "KVCache", cache_with(copy_engine=copy_engine, pin=pin))
+        return copy_engine
 
     return place
 
@@ -118,10 +124,10 @@ SMALL_BLOCKS = [
 @pytest.mark.parametrize(
     ("case", "token_block"), SMALL_BLOCKS, ids=lambda value: str(value) if isinstance(value, int) else value["name"]
 )
-def test_with_layers_and_keys_from_the_host_and_few_tokens_at_a_time(golden, case, token_block, through_a_bus):
-    bus = through_a_bus("mixed")
+def test_with_layers_and_keys_from_the_host_and_few_tokens_at_a_time(golden, case, token_block, over_a_copy_engine):
+    copy_engine = over_a_copy_engine("mixed")
     check(case, *run(golden, case, **little(token_block)))
-    assert bus.uploads
+    assert copy_engine.uploads
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -130,14 +136,14 @@ def test_with_layers_and_keys_from_the_host_and_few_tokens_at_a_time(golden, cas
     named("a_t2v_window1", "a_t2v_base_bf16", "b_t2v_fp8_short"),
     ids=lambda case: case["name"],
 )
-def test_where_layers_and_keys_wait_decides_no_bit(golden, case, place, through_a_bus):
+def test_where_layers_and_keys_wait_decides_no_bit(golden, case, place, over_a_copy_engine):
     wanted, _, _ = resident(golden, case["name"])
-    bus = through_a_bus(place)
+    copy_engine = over_a_copy_engine(place)
     velocities, chunks, _ = run(golden, case, **little(64))
     check(case, velocities, chunks, load_file(golden / f"{case['name']}.safetensors"))
     assert len(velocities) == len(wanted)
     assert all(map(torch.equal, velocities, wanted))
-    assert bus.uploads
+    assert copy_engine.uploads
 
 
 @cache

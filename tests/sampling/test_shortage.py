@@ -11,14 +11,14 @@ from magi.errors import MagiError
 from magi.model_files import load
 from magi.model_files.load import build_transformer
 from magi.offload.kv_cache import KVCache
-from magi.offload.streamed_blocks import Feed, StreamedBlocks
+from magi.offload.streamed_blocks import RingBuffer, StreamedBlocks
 from magi.planning.placement import MemoryOptions
 from magi.sampling import sampler
 from magi.sampling.prepare import make_sampler
 from magi.transformer import block
 from magi.transformer.model import Transformer
 from tests.conftest import MemorySource
-from tests.support.lazy_engine import LazyBus, cache_with
+from tests.support.lazy_engine import LazyCopyEngine, cache_with
 
 LAYERS = 4
 KEY_BYTES = 2 * 4 * 24 * 8 * 4  # of a chunk in a layer
@@ -34,12 +34,12 @@ BOTH = pytest.mark.parametrize("distill", [False, True], ids=["base", "distill"]
 
 
 @pytest.fixture
-def bus(monkeypatch):
-    """Models that are made from now on have the CPU as a device behind it, so that layers and keys can leave that."""
-    bus, pin = LazyBus(eager=True), lambda data: lambda: None
-    monkeypatch.setattr(load, "StreamedBlocks", partial(StreamedBlocks, bus=bus, pin=pin))
-    monkeypatch.setattr(sampler, "KVCache", cache_with(bus=bus, pin=pin))
-    return bus
+def copy_engine(monkeypatch):
+    """A copy engine, used by models made from now on, so that layers and K/V can leave the device."""
+    copy_engine, pin = LazyCopyEngine(eager=True), lambda data: lambda: None
+    monkeypatch.setattr(load, "StreamedBlocks", partial(StreamedBlocks, copy_engine=copy_engine, pin=pin))
+    monkeypatch.setattr(sampler, "KVCache", cache_with(copy_engine=copy_engine, pin=pin))
+    return copy_engine
 
 
 @pytest.fixture
@@ -134,9 +134,9 @@ def test_while_given_chunks_are_taken_in(config, start, fail, randn):
 
 
 @BOTH
-def test_layers_and_keys_leave_the_device_on_the_way(distill, bus, config, start, fail):
+def test_layers_and_keys_leave_the_device_on_the_way(distill, copy_engine, config, start, fail):
     wanted = latents(start(config(distill)))
-    assert not bus.uploads
+    assert not copy_engine.uploads
     fail("forward", [2, 3, 5, 7, 9, 14])  # the last as the first finished chunk is in the cache
     run = start(config(distill))
     assert all(map(torch.equal, latents(run), wanted))
@@ -148,7 +148,7 @@ def test_layers_and_keys_leave_the_device_on_the_way(distill, bus, config, start
         "0 of 4 layers stay on the device.",
         "the keys of finished chunks are kept on the host.",
     ]
-    assert {upload.nbytes == KEY_BYTES for upload in bus.uploads} == {True, False}, "layers and keys"
+    assert {upload.nbytes == KEY_BYTES for upload in copy_engine.uploads} == {True, False}, "layers and keys"
 
 
 @BOTH
@@ -214,7 +214,7 @@ def test_other_errors_come_out_as_they_are(error, config, start, fail):
 @pytest.mark.parametrize("on_a_bus", [True, False])
 def test_what_costs_least_comes_first_and_an_error_last(on_a_bus, request, config, built, start, fail):
     if on_a_bus:
-        request.getfixturevalue("bus")
+        request.getfixturevalue("copy_engine")
     calls = fail("forward", lambda call: True)
     made = built(config())
     run = start(config(), made, width=48)
@@ -249,7 +249,7 @@ def test_layers_that_cannot_leave_are_not_asked_again_and_again(config, built, s
     assert "1 instead of 2 chunks" in reports[-1]
 
 
-def test_there_may_be_no_room_for_layers_to_pass_through(bus, config, start, fail, monkeypatch):
+def test_there_may_be_no_room_for_layers_to_pass_through(copy_engine, config, start, fail, monkeypatch):
     wanted = latents(start(config()))
     asked = []
 
@@ -257,9 +257,9 @@ def test_there_may_be_no_room_for_layers_to_pass_through(bus, config, start, fai
         asked.append(args)
         if len(asked) < 3:
             raise SAID["CUDA"]()
-        return Feed(*args)
+        return RingBuffer(*args)
 
-    monkeypatch.setattr("magi.offload.streamed_blocks.Feed", full)
+    monkeypatch.setattr("magi.offload.streamed_blocks.RingBuffer", full)
     fail("forward", [4, 5, 6])
     run = start(config())
     assert all(map(torch.equal, latents(run), wanted))
@@ -267,7 +267,7 @@ def test_there_may_be_no_room_for_layers_to_pass_through(bus, config, start, fai
     assert run.reports[-1].endswith("0 of 4 layers stay on the device.")
 
 
-def test_there_may_be_no_room_for_keys_on_the_host(bus, config, built, start, fail, monkeypatch):
+def test_there_may_be_no_room_for_keys_on_the_host(copy_engine, config, built, start, fail, monkeypatch):
     def full(*args):
         raise SAID["Python"]()
 
@@ -309,7 +309,9 @@ class Full(MemorySource):
 
 
 @pytest.mark.parametrize(("room", "staying"), [(4, {0, 1, 2, 3}), (3, {1, 3}), (1, {3}), (0, set())])
-def test_fewer_layers_stay_if_there_is_too_little_room_to_load_them(room, staying, bus, config, random_weights, start):
+def test_fewer_layers_stay_if_there_is_too_little_room_to_load_them(
+    room, staying, copy_engine, config, random_weights, start
+):
     settings = config(num_frames=24)
     weights, options = random_weights(settings.model), {"device": "cpu", "dtype": torch.float32}
     wanted = latents(start(settings, build_transformer(MemorySource(weights), settings, **options)))
@@ -328,20 +330,20 @@ def test_fewer_layers_stay_if_there_is_too_little_room_to_load_them(room, stayin
 
 
 @pytest.mark.filterwarnings("ignore:cpu ran out of memory")
-def test_if_there_is_no_room_for_any_layer_that_is_the_end(bus, config, random_weights, monkeypatch):
+def test_if_there_is_no_room_for_any_layer_that_is_the_end(copy_engine, config, random_weights, monkeypatch):
     error = SAID["MPS"]()
 
     def full(*args):
         raise error
 
-    monkeypatch.setattr("magi.offload.streamed_blocks.Feed", full)
+    monkeypatch.setattr("magi.offload.streamed_blocks.RingBuffer", full)
     source = Full(random_weights(config().model), 1)
     with pytest.raises(RuntimeError) as caught:
         build_transformer(source, config(), device="cpu", offload=False)
     assert caught.value is error
 
 
-def test_other_errors_while_loading_come_out_at_once(bus, config, random_weights, recwarn):
+def test_other_errors_while_loading_come_out_at_once(copy_engine, config, random_weights, recwarn):
     def cancel(done, total):
         raise RuntimeError("cancelled")
 

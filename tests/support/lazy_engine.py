@@ -1,4 +1,4 @@
-"""Stands in for a device that works beside the host: copies and computing in two queues, each carried out late."""
+"""Simulates a device that works asynchronously: a copy queue and a compute queue, whose work is executed late."""
 
 import random
 import threading
@@ -12,18 +12,18 @@ from magi.offload.kv_cache import KVCache
 POISON = 0xAB
 
 
-class Upload(NamedTuple):
-    storage: int
+class RecordedUpload(NamedTuple):
+    storage: int  # address
     start: int
     nbytes: int
-    source_storage: int
+    source_storage: int  # address
 
 
-class LazyBus:
-    """A `Bus` to host memory. What it is given is carried out at random moments, in the order that marks and queues demand.
+class LazyCopyEngine:
+    """A `CopyEngine` to host memory. Submitted work is executed at random moments, in an order that events and queues allow.
 
-    `eager` is for code that computes at once instead of through `compute`: what is required has then arrived, and until then
-    the memory it goes to holds nonsense.
+    `eager` is for code that computes directly instead of through `compute`: `wait_event` then executes the compute queue,
+    and `upload` poisons the target until the copy has been executed.
     """
 
     device = torch.device("cpu")
@@ -31,81 +31,79 @@ class LazyBus:
     def __init__(self, seed: int = 0, eager: bool = False, overlaps: bool = True):
         self.overlaps = overlaps
         self.eager = eager
-        self.uploads: list[Upload] = []
-        self.fail_at: int | None = None  # the upload that raises
+        self.uploads: list[RecordedUpload] = []
+        self.fail_at: int | None = None  # index of the upload that raises
         self._random = random.Random(seed)
         self._lock = threading.RLock()
-        self._queues: dict[str, deque] = {"copies": deque(), "compute": deque()}
-        self._given = dict.fromkeys(self._queues, 0)
-        self._done = dict.fromkeys(self._queues, 0)
+        self._queues: dict[str, deque] = {"copy": deque(), "compute": deque()}
+        self._submitted = dict.fromkeys(self._queues, 0)
+        self._completed = dict.fromkeys(self._queues, 0)
 
     def upload(self, source, target, after=None):
         assert source.dtype == target.dtype == torch.uint8
         assert source.dim() == target.dim() == 1
-        assert not target.is_inference(), "threads could not write there"
+        assert not target.is_inference(), "threads cannot write to inference tensors"
         with self._lock:
             if len(self.uploads) == self.fail_at:
-                raise RuntimeError("the bus is broken")
-            start = target.storage_offset()
-            places = (x.untyped_storage().data_ptr() for x in (target, source))
-            storage, origin = places
-            self.uploads.append(Upload(storage, start, target.nbytes, origin))
+                raise RuntimeError("the copy engine is broken")
+            storage, source_storage = (x.untyped_storage().data_ptr() for x in (target, source))
+            self.uploads.append(RecordedUpload(storage, target.storage_offset(), target.nbytes, source_storage))
             if self.eager:
-                assert self._is_reached(after), "everything that was given has been computed"
+                assert self._has_completed(after), "all submitted compute work has been executed"
                 target.fill_(POISON)
-            return self._give("copies", after, lambda: target.copy_(source))
+            return self._submit("copy", after, lambda: target.copy_(source))
 
-    def mark(self):
+    def record_event(self):
         with self._lock:
             self._step()
-            return "compute", self._given["compute"]
+            return "compute", self._submitted["compute"]
 
-    def require(self, mark):
+    def wait_event(self, event):
         with self._lock:
-            self._give("compute", mark, lambda: None)
+            self._submit("compute", event, lambda: None)
             while self.eager and self._queues["compute"]:
                 self._step(must=True)
 
-    def reached(self, mark):
+    def query(self, event):
         with self._lock:
             self._step(most=4)
-            return self._is_reached(mark)
+            return self._has_completed(event)
 
     def compute(self, work):
-        """Gives the device something to do, now or later."""
+        """Submits compute work, which is executed now or later."""
         with self._lock:
-            self._give("compute", None, work)
+            self._submit("compute", None, work)
 
-    def drain(self):
-        """Waits for everything."""
+    def synchronize(self):
+        """Executes all submitted work."""
         with self._lock:
             while any(self._queues.values()):
                 self._step(must=True)
 
-    def _give(self, queue, needs, work):
-        self._queues[queue].append((needs, work))
-        self._given[queue] += 1
-        mark = queue, self._given[queue]
+    def _submit(self, queue, after, work):
+        self._queues[queue].append((after, work))
+        self._submitted[queue] += 1
+        event = queue, self._submitted[queue]
         self._step()
-        return mark
+        return event
 
-    def _is_reached(self, mark):
-        return mark is None or self._done[mark[0]] >= mark[1]
+    def _has_completed(self, event):
+        return event is None or self._completed[event[0]] >= event[1]
 
     def _step(self, most=1, must=False):
-        """Carries out at most so many of the things that may be next, mostly none so that work piles up; or just one."""
+        """Executes up to `most` operations that are ready, usually none so that work queues up; exactly one if `must`."""
         for _ in range(1 if must else self._random.choice((0, 0, 0, most))):
-            ready = [name for name, queue in self._queues.items() if queue and self._is_reached(queue[0][0])]
+            ready = [name for name, queue in self._queues.items() if queue and self._has_completed(queue[0][0])]
             if not ready:
-                assert not must, "what is waited for does not come"
+                assert not must, "deadlock: an event is waited for that never completes"
                 return
             name = self._random.choice(ready)
             self._queues[name].popleft()[1]()
-            self._done[name] += 1
+            self._completed[name] += 1
 
 
 def cache_with(**options: Any) -> type[KVCache]:
-    """`KVCache` whose caches are all made with these options, for instance a bus to a pretended device."""
+    """Returns a `KVCache` class that always uses these options, for instance the copy engine of a simulated device."""
 
     class Cache(KVCache):
         def __init__(self, *arguments: Any, **named: Any) -> None:
