@@ -291,8 +291,9 @@ class MagiPipeline:
                 progress=counted(progress, "text"),
             )
         captions = [Caption(e) for e in embeds]
-        # Another model's encoder: say so before loading.
-        caption_per_chunk(captions, plan.chunks, model, None, (), False)
+        caption_per_chunk(
+            captions, plan.chunks, model, None, (), False
+        )  # another model's encoder is told before loading
         prefix = plan.latents
         if plan.prefix is not None:
             prefix = self._models.vae.encode(to_model(plan.prefix), progress=counted(progress, "prefix"))
