@@ -284,16 +284,10 @@ class MagiPipeline:
         if saved is not None:
             embeds = [saved[f"{_CAPTION}.{i}"] for i in range(sum(name != _PREFIX for name in saved))]
         else:
-            embeds = encode_prompts(
-                **self._text(request),
-                device=self._text_device,
-                channels=model.caption_channels,
-                progress=counted(progress, "text"),
-            )
+            embeds = encode_prompts(**self._text(request), device=self._text_device, progress=counted(progress, "text"))
         captions = [Caption(e) for e in embeds]
-        caption_per_chunk(
-            captions, plan.chunks, model, None, (), False
-        )  # another model's encoder is told before loading
+        # Another model's encoder: say so before loading.
+        caption_per_chunk(captions, plan.chunks, model, None, (), False)
         prefix = plan.latents
         if plan.prefix is not None:
             prefix = self._models.vae.encode(to_model(plan.prefix), progress=counted(progress, "prefix"))
