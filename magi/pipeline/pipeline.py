@@ -284,12 +284,7 @@ class MagiPipeline:
         if saved is not None:
             embeds = [saved[f"{_CAPTION}.{i}"] for i in range(sum(name != _PREFIX for name in saved))]
         else:
-            embeds = encode_prompts(
-                **self._text(request),
-                device=self._text_device,
-                channels=model.caption_channels,
-                progress=counted(progress, "text"),
-            )
+            embeds = encode_prompts(**self._text(request), device=self._text_device, progress=counted(progress, "text"))
         captions = [Caption(e) for e in embeds]
         # Another model's encoder: say so before loading.
         caption_per_chunk(captions, plan.chunks, model, None, (), False)

@@ -217,6 +217,17 @@ def test_the_config_nearby_is_the_one_to_load_with(tmp_path):
     assert resolve_config(opened("4.5B_distill", tmp_path / "model.safetensors"), None) == settings
 
 
+def test_a_config_nearby_that_asks_for_what_is_not_implemented_is_not_passed_over_in_silence(tmp_path):
+    settings = PRESETS["4.5B_distill"].to_dict()
+    settings["runtime_config"]["scale_factor"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"config\.json' is left out\..*scale_factor is 0\.5") as caught:
+        found = recognise_tensors(header("4.5B_distill"), {}, tmp_path / "magi_4.5b_base.safetensors")
+    assert found.distilled is False
+    assert not [warning for warning in caught if "tokenizer" in str(warning.message)]
+
+
 def test_a_config_nearby_of_the_other_variant_is_left_aside(tmp_path):
     write_config(tmp_path, "4.5B_base")
     quant = opened("4.5B_distill_quant", tmp_path / "model.safetensors")

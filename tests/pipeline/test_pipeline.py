@@ -20,6 +20,7 @@ from magi.model_files.locate import ModelFiles, find_files
 from magi.pipeline import pipeline, resident_models
 from magi.pipeline.pipeline import MagiPipeline, Request
 from magi.pipeline.request import make_plan
+from magi.runs.store import RunStore
 from magi.sampling.special_tokens import SpecialTokens
 from magi.text import encode
 from magi.text.embedding_cache import EmbeddingCache
@@ -257,6 +258,27 @@ def test_a_text_encoder_that_is_away_is_missed_in_planning_and_only_for_new_prom
             pipe.plan(Request(prompts, seconds=2, image=PHOTO))
     with pytest.raises(MagiError, match="text encoder is not at"):
         load(own).plan(Request("A cat", seconds=1))  # no cache
+
+
+def test_a_kept_run_goes_on_without_any_text_encoder(files, tmp_path):
+    """Even where the prompts are in no cache: the captions are kept with the run."""
+    folder = shutil.copytree(files.text_encoder, tmp_path / "t5")
+    own = dataclasses.replace(files, text_encoder=folder)
+    request = {**SMALL, "seconds": 2}
+
+    def interrupt(stage):
+        if stage.name == "sample" and stage.done >= 3:
+            raise KeyboardInterrupt
+
+    whole = torch.cat([clip.frames for clip in load(own).generate(**request)])
+    store, begun = RunStore(tmp_path / "run"), load(own)
+    plan = begun.plan(Request(**request))
+    store.open(begun.settings(plan))
+    with pytest.raises(KeyboardInterrupt):
+        list(begun.run(plan, interrupt, store, save_seconds=0))
+    shutil.rmtree(folder)
+    again = load(own).generate(**request, state=tmp_path / "run", resume=True)
+    assert torch.equal(torch.cat([clip.frames for clip in again]), whole)
 
 
 def test_layers_left_in_the_file_give_the_same_video(files, pipe):

@@ -8,7 +8,7 @@ import torch
 
 from magi.errors import MagiError
 from magi.sampling.captions import Caption
-from magi.sampling.prepare import generate_latents, make_sampler
+from magi.sampling.prepare import generate_latents, make_sampler, prepare
 from magi.sampling.special_tokens import SpecialTokens
 
 
@@ -121,6 +121,15 @@ def test_special_tokens_are_asked_for_only_where_they_are_used(
     wide = SpecialTokens(*(torch.zeros(n, 4096) for n in (1, 1, 100)))
     for special in (None, tiny_tokens, wide):
         make_sampler(model, special_tokens=special, **plain)
+
+
+def test_a_caption_of_no_tokens_fits_every_model(tiny_config, tiny_caption, tiny_tokens):
+    for width in (1, 12, 4096):
+        run = prepare(
+            tiny_config(), caption=[Caption(torch.zeros(0, width)), tiny_caption()], special_tokens=tiny_tokens
+        )
+        assert [tuple(c.shape)[1] for c in run.captions] == [12] * 4
+        assert len(run.captions[0]) == 0
 
 
 def test_an_unknown_style(refuse):
