@@ -248,7 +248,7 @@ def test_a_cache_on_the_host_gives_the_same_bits(
 
 
 def test_other_places_for_the_cache_are_refused():
-    with pytest.raises(MagiError, match=r"cannot be kv_cache on 'disk'\. Choose one of auto, device, host"):
+    with pytest.raises(MagiError, match=r"cannot be kept on 'disk'\. Choose one of auto, device, host"):
         MemoryOptions(cache="disk")
 
 

@@ -230,7 +230,7 @@ def test_layers_of_different_sizes_fit_into_the_ring_buffer(slots, reader):
     blocks = StreamedBlocks(reader(fp8=True), (), range(LAYERS), slots, copy_engine=copy_engine, pin=Pins())
     for turn, _ in enumerate(blocks):
         if turn == 2:
-            until(lambda: len(copy_engine.uploads) == 2 + slots)  # from here on layers have one size
+            until(lambda: len(copy_engine.uploads) == 2 + slots)  # layers 2 to 4 have one size
         time.sleep(0.01)
         in_use = sorted((u.start, u.start + u.nbytes) for u in copy_engine.uploads[turn:])
         assert all(a[1] <= b[0] for a, b in pairwise(in_use)), "slots do not overlap"

@@ -20,10 +20,10 @@ class RecordedUpload(NamedTuple):
 
 
 class LazyCopyEngine:
-    """A `CopyEngine` to host memory. Executes submitted work at random moments, in an order that events and queues allow.
+    """A `CopyEngine` to host memory. Executes submitted work at random moments, in an order allowed by its events.
 
-    With `eager`, for code that computes directly instead of through `compute`, `wait_event` executes the compute queue, and
-    `upload` poisons the target until the copy has been executed.
+    `eager` is for code that computes directly instead of through `compute`: `wait_event` then executes the compute
+    queue, and `upload` poisons the target until the copy has been executed.
     """
 
     device = torch.device("cpu")
