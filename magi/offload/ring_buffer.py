@@ -43,7 +43,7 @@ class _SlotAllocator:
         Args:
             nbytes: of the ring buffer.
             max_slots: slots in use at a time.
-            last_use: event of the memory's last use before.
+            last_use: event after which the memory may be written to.
         """
         self._nbytes = nbytes
         self._max_slots = max_slots

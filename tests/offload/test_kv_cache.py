@@ -141,7 +141,7 @@ def test_only_requested_chunks_are_uploaded(kv):
     assert kv_cache.device_bytes == 2 * 2 * ITEM
     list(kv_cache.stream((1,)))
     assert len(copy_engine.uploads) == 3 * LAYERS
-    assert kv_cache.device_bytes == 2 * 2 * ITEM, "the ring buffer is kv_cache"
+    assert kv_cache.device_bytes == 2 * 2 * ITEM, "the ring buffer is not reallocated"
     list(kv_cache.stream((0, 1, 2, 3)))
     assert kv_cache.device_bytes == 2 * 4 * ITEM
 
@@ -180,9 +180,9 @@ def test_a_stream_may_be_closed_early(make, kv):
     fill(kv_cache, kv, range(2))
     make.move(kv_cache)
     for _ in range(3):
-        layer_kv = kv_cache.stream((0, 1))
-        assert torch.equal(next(layer_kv)[1], kv(0, 1))
-        layer_kv.close()
+        layers = kv_cache.stream((0, 1))
+        assert torch.equal(next(layers)[1], kv(0, 1))
+        layers.close()
         assert not threads()
     kv_cache.stream((0,)).close()
     fill(kv_cache, kv, (2,))
