@@ -43,7 +43,7 @@ class _SlotAllocator:
         Args:
             nbytes: of the ring buffer.
             max_slots: slots in use at a time.
-            last_use: event of the memory's last use before.
+            last_use: event after which the memory may be written to.
         """
         self._nbytes = nbytes
         self._max_slots = max_slots
@@ -157,10 +157,10 @@ class UploadIterator(Iterator[torch.Tensor]):
         copy_engine, allocator = self._ring.copy_engine, self._ring.allocator
         for upload in uploads:
             size = aligned(sum(part.nbytes for part in upload.parts))
-            slot, free = self._threads.wait_for(lambda size=size: allocator.allocate(size))  # type: ignore[misc]
+            slot, last_use = self._threads.wait_for(lambda size=size: allocator.allocate(size))  # type: ignore[misc]
             start, copied = slot.start, None
             for part in upload.parts:
-                copied = copy_engine.upload(part, self._ring.data[start : start + part.nbytes], free)
+                copied = copy_engine.upload(part, self._ring.data[start : start + part.nbytes], last_use)
                 start += part.nbytes
             if upload.on_enqueued:
                 upload.on_enqueued(copied)

@@ -153,7 +153,7 @@ class StreamedBlocks:
         stored = {layer for layer in range(len(self)) if self._is_stored_fp8(layer)}
         staying = set(on_device) | (stored if self._in_place else set())
         waiting = set() if self._in_place else (stored | set(on_host)) - staying
-        # The device quantises in a fraction of the CPU's time. Layers that are not quantised need no way through it.
+        # Quantising on the device takes a fraction of the CPU's time. Without it, layers are read into host memory.
         by_device = self._in_place or self._reader.store_fp8
         reader = self._reader if by_device else replace(self._reader, device=torch.device("cpu"))
         for placed, layer in enumerate(sorted(staying | waiting), 1):

@@ -42,7 +42,7 @@ def make(request):
             return cache(slots)
         return cache(slots, on_host=request.param == "host", copy_engine=LazyCopyEngine(eager=True), pin=Pins())
 
-    made.move = KVCache.move_to_host if request.param == "moved" else lambda kept: None
+    made.move = KVCache.move_to_host if request.param == "moved" else lambda kv_cache: None
     return made
 
 
@@ -52,11 +52,11 @@ def kv(randn):
     return lambda layer, chunk: randn(*SHAPE, seed=f"{layer}/{chunk}").bfloat16()
 
 
-def fill(kept, kv, chunks):
+def fill(kv_cache, kv, chunks):
     for chunk in chunks:
         for layer in range(LAYERS):
             value = kv(layer, chunk)
-            kept.store(layer, chunk, value)
+            kv_cache.store(layer, chunk, value)
             value.zero_()
 
 
@@ -66,49 +66,49 @@ def threads():
 
 @pytest.mark.parametrize("wanted", [(5,), (5, 6, 7), (7, 5), ()])
 def test_the_last_chunks_are_cached_and_older_ones_overwritten(wanted, make, kv):
-    kept = make(3)
-    fill(kept, kv, range(8))
-    make.move(kept)
+    kv_cache = make(3)
+    fill(kv_cache, kv, range(8))
+    make.move(kv_cache)
     found = 0
-    for layer, layer_kv in enumerate(kept.stream(wanted)):
+    for layer, layer_kv in enumerate(kv_cache.stream(wanted)):
         assert set(layer_kv) == set(wanted)
         assert all(torch.equal(layer_kv[chunk], kv(layer, chunk)) for chunk in wanted)
         found += 1
     assert found == LAYERS
     for chunk in (0, 4, 8):
         with pytest.raises(LookupError, match=f"chunk {chunk} is not in the cache of layer 0"):
-            kept.stream((*wanted, chunk))
+            kv_cache.stream((*wanted, chunk))
     assert not threads()
 
 
 def test_a_chunk_must_be_cached_in_every_layer(make, kv):
-    kept = make(1)
+    kv_cache = make(1)
     for layer in (0, 2):
-        kept.store(layer, 0, kv(layer, 0))
+        kv_cache.store(layer, 0, kv(layer, 0))
     with pytest.raises(LookupError, match="chunk 0 is not in the cache of layer 1"):
-        kept.stream((0,))
+        kv_cache.stream((0,))
 
 
 def test_chunks_can_be_stored_while_others_are_streamed(make, kv):
     """Stores layer by layer, as a forward call does, for a video much longer than the ring."""
-    kept = make(2)
-    fill(kept, kv, range(2))
+    kv_cache = make(2)
+    fill(kv_cache, kv, range(2))
     for chunk in range(2, 12):
         if chunk == 7:
-            make.move(kept)
-        for layer, layer_kv in enumerate(kept.stream((chunk - 2, chunk - 1))):
+            make.move(kv_cache)
+        for layer, layer_kv in enumerate(kv_cache.stream((chunk - 2, chunk - 1))):
             assert all(torch.equal(layer_kv[c], kv(layer, c)) for c in (chunk - 2, chunk - 1))
-            kept.store(layer, chunk, kv(layer, chunk))
+            kv_cache.store(layer, chunk, kv(layer, chunk))
 
 
 def test_a_cache_without_slots(make, kv):
-    kept = make(0)
-    kept.store(0, 0, kv(0, 0))
-    make.move(kept)
-    assert kept.nbytes == kept.device_bytes == 0
-    assert list(kept.stream(())) == [{}] * LAYERS
+    kv_cache = make(0)
+    kv_cache.store(0, 0, kv(0, 0))
+    make.move(kv_cache)
+    assert kv_cache.nbytes == kv_cache.device_bytes == 0
+    assert list(kv_cache.stream(())) == [{}] * LAYERS
     with pytest.raises(LookupError):
-        kept.stream((0,))
+        kv_cache.stream((0,))
 
 
 @pytest.mark.parametrize("chunks", [6, 60])
@@ -118,9 +118,9 @@ def test_size_does_not_depend_on_the_length_of_the_video(chunks, kv):
     pins = Pins()
     host = cache(3, on_host=True, copy_engine=LazyCopyEngine(eager=True), pin=pins)
     for chunk in range(chunks):
-        for kept in (device, host):
-            fill(kept, kv, (chunk,))
-            for _ in kept.stream(range(max(0, chunk - 1), chunk + 1)):
+        for kv_cache in (device, host):
+            fill(kv_cache, kv, (chunk,))
+            for _ in kv_cache.stream(range(max(0, chunk - 1), chunk + 1)):
                 pass
     assert device.nbytes == device.device_bytes == host.nbytes == ring
     assert host.device_bytes == 2 * 2 * ITEM
@@ -129,28 +129,28 @@ def test_size_does_not_depend_on_the_length_of_the_video(chunks, kv):
 
 def test_only_requested_chunks_are_uploaded(kv):
     copy_engine = LazyCopyEngine(eager=True)
-    kept = cache(4, on_host=True, copy_engine=copy_engine, pin=Pins())
-    fill(kept, kv, range(4))
-    for layer_kv in kept.stream(()):
+    kv_cache = cache(4, on_host=True, copy_engine=copy_engine, pin=Pins())
+    fill(kv_cache, kv, range(4))
+    for layer_kv in kv_cache.stream(()):
         assert layer_kv == {}
         assert not threads()
     assert copy_engine.uploads == []
-    assert kept.device_bytes == 0
-    list(kept.stream((1, 3)))
+    assert kv_cache.device_bytes == 0
+    list(kv_cache.stream((1, 3)))
     assert [upload.nbytes for upload in copy_engine.uploads] == [ITEM] * 2 * LAYERS, "both chunks, once per layer"
-    assert kept.device_bytes == 2 * 2 * ITEM
-    list(kept.stream((1,)))
+    assert kv_cache.device_bytes == 2 * 2 * ITEM
+    list(kv_cache.stream((1,)))
     assert len(copy_engine.uploads) == 3 * LAYERS
-    assert kept.device_bytes == 2 * 2 * ITEM, "the ring buffer is kept"
-    list(kept.stream((0, 1, 2, 3)))
-    assert kept.device_bytes == 2 * 4 * ITEM
+    assert kv_cache.device_bytes == 2 * 2 * ITEM, "the ring buffer is not reallocated"
+    list(kv_cache.stream((0, 1, 2, 3)))
+    assert kv_cache.device_bytes == 2 * 4 * ITEM
 
 
 def test_one_layer_is_uploaded_ahead_and_no_more(kv):
     copy_engine = LazyCopyEngine(eager=True)
-    kept = cache(1, on_host=True, copy_engine=copy_engine, pin=Pins())
-    fill(kept, kv, (0,))
-    for layer, _ in enumerate(kept.stream((0,))):
+    kv_cache = cache(1, on_host=True, copy_engine=copy_engine, pin=Pins())
+    fill(kv_cache, kv, (0,))
+    for layer, _ in enumerate(kv_cache.stream((0,))):
         coming = min(layer + 2, LAYERS)
         end = time.monotonic() + 5
         while len(copy_engine.uploads) < coming:
@@ -162,11 +162,11 @@ def test_one_layer_is_uploaded_ahead_and_no_more(kv):
 @pytest.mark.parametrize("seed", range(20))
 def test_no_slot_is_overwritten_while_it_is_in_use(seed, kv):
     copy_engine = LazyCopyEngine(seed)
-    kept = cache(3, on_host=True, copy_engine=copy_engine, pin=Pins())
-    fill(kept, kv, range(3))
+    kv_cache = cache(3, on_host=True, copy_engine=copy_engine, pin=Pins())
+    fill(kv_cache, kv, range(3))
     found = []
     for wanted in ((0, 1), (2,), (0, 1, 2), (1,)):
-        for layer, layer_kv in enumerate(kept.stream(wanted)):
+        for layer, layer_kv in enumerate(kv_cache.stream(wanted)):
             for chunk in wanted:
                 copy_engine.compute(lambda k=layer_kv[chunk], at=(layer, chunk): found.append(torch.equal(k, kv(*at))))
         if wanted == (2,):
@@ -176,32 +176,32 @@ def test_no_slot_is_overwritten_while_it_is_in_use(seed, kv):
 
 
 def test_a_stream_may_be_closed_early(make, kv):
-    kept = make(2)
-    fill(kept, kv, range(2))
-    make.move(kept)
+    kv_cache = make(2)
+    fill(kv_cache, kv, range(2))
+    make.move(kv_cache)
     for _ in range(3):
-        layer_kv = kept.stream((0, 1))
-        assert torch.equal(next(layer_kv)[1], kv(0, 1))
-        layer_kv.close()
+        layers = kv_cache.stream((0, 1))
+        assert torch.equal(next(layers)[1], kv(0, 1))
+        layers.close()
         assert not threads()
-    kept.stream((0,)).close()
-    fill(kept, kv, (2,))
-    for layer, layer_kv in enumerate(kept.stream((1, 2))):
+    kv_cache.stream((0,)).close()
+    fill(kv_cache, kv, (2,))
+    for layer, layer_kv in enumerate(kv_cache.stream((1, 2))):
         assert torch.equal(layer_kv[1], kv(layer, 1))
         assert torch.equal(layer_kv[2], kv(layer, 2))
 
 
 def test_a_cache_falls_back_to_pageable_memory(kv):
-    kept = cache(2, on_host=True, copy_engine=LazyCopyEngine(eager=True), pin=Pins(refuse=True))
-    fill(kept, kv, (0,))
-    assert all(torch.equal(layer_kv[0], kv(layer, 0)) for layer, layer_kv in enumerate(kept.stream((0,))))
+    kv_cache = cache(2, on_host=True, copy_engine=LazyCopyEngine(eager=True), pin=Pins(refuse=True))
+    fill(kv_cache, kv, (0,))
+    assert all(torch.equal(layer_kv[0], kv(layer, 0)) for layer, layer_kv in enumerate(kv_cache.stream((0,))))
 
 
 def test_pinned_memory_is_unpinned_with_the_cache():
     pins = Pins()
-    kept = cache(2, on_host=True, copy_engine=LazyCopyEngine(), pin=pins)
+    kv_cache = cache(2, on_host=True, copy_engine=LazyCopyEngine(), pin=pins)
     assert len(pins.pinned) == 1
-    del kept
+    del kv_cache
     assert not pins.pinned
 
 
@@ -209,23 +209,23 @@ def test_pinned_memory_is_unpinned_with_the_cache():
 @pytest.mark.parametrize("made_in", [True, False])
 def test_inference_mode_may_be_switched(made_in, place, kv):
     with torch.inference_mode(made_in):
-        kept = cache(1, on_host=place == "host", copy_engine=LazyCopyEngine(eager=True), pin=Pins())
+        kv_cache = cache(1, on_host=place == "host", copy_engine=LazyCopyEngine(eager=True), pin=Pins())
         if place == "moved":
-            kept.move_to_host()
+            kv_cache.move_to_host()
     for used_in in (True, False):
         with torch.inference_mode(used_in):
-            fill(kept, kv, (0,))
-            assert all(torch.equal(layer_kv[0], kv(layer, 0)) for layer, layer_kv in enumerate(kept.stream((0,))))
+            fill(kv_cache, kv, (0,))
+            assert all(torch.equal(layer_kv[0], kv(layer, 0)) for layer, layer_kv in enumerate(kv_cache.stream((0,))))
 
 
 def test_on_a_cpu_moving_to_the_host_changes_nothing(kv):
-    kept = cache(1, on_host=True)
-    fill(kept, kv, (0,))
-    kept.move_to_host()
-    assert kept.device_bytes == kept.nbytes
-    before = next(kept.stream((0,)))[0]
+    kv_cache = cache(1, on_host=True)
+    fill(kv_cache, kv, (0,))
+    kv_cache.move_to_host()
+    assert kv_cache.device_bytes == kv_cache.nbytes
+    before = next(kv_cache.stream((0,)))[0]
     assert torch.equal(before, kv(0, 0))
-    assert before.data_ptr() == next(kept.stream((0,)))[0].data_ptr(), "nothing is copied"
+    assert before.data_ptr() == next(kv_cache.stream((0,)))[0].data_ptr(), "nothing is copied"
 
 
 @pytest.mark.parametrize("distill", [False, True])

@@ -33,20 +33,20 @@ PLACES = {  # on the device, on the host
 
 
 class Pins:
-    """Stands in for page-locking; the CPU's torch cannot. Refuses from the piece numbered `refuse_at` on."""
+    """Stands in for `pin_memory`, which needs a GPU. Refuses all calls after the first `refuse_at`."""
 
     def __init__(self, refuse_at: int = sys.maxsize):
         self.refuse_at = refuse_at
         self.asked = 0
-        self.locked: dict[int, int] = {}  # address -> bytes
+        self.pinned: dict[int, int] = {}  # address -> bytes
 
     def __call__(self, data):
         self.asked += 1
         if self.asked > self.refuse_at:
             raise RuntimeError("no more")
         address = data.data_ptr()
-        self.locked[address] = data.nbytes
-        return lambda: self.locked.pop(address)
+        self.pinned[address] = data.nbytes
+        return lambda: self.pinned.pop(address)
 
 
 class CountedTensors(MemorySource):
@@ -117,10 +117,10 @@ def same(found, wanted) -> bool:
 
 
 def iterate(blocks, copy_engine):
-    """Every layer's bytes, as work that is given to the device sees them."""
+    """Returns every layer's bytes as compute work sees them, however late it is executed."""
     found = []
     for block in blocks:
-        for _ in range(3):  # early and late
+        for _ in range(3):  # the engine executes some at once and some later
             copy_engine.compute(lambda block=block: found.append(raw(block)))
     copy_engine.synchronize()
     assert len(found) == 3 * len(blocks)
@@ -136,17 +136,17 @@ def wanted(read):
 def until(condition, seconds=5.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it does not happen"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.001)
 
 
-# -- the same numbers from everywhere --------------------------------------------------------------------------------
+# -- the same bits from every place ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("place", PLACES)
-def test_every_layer_comes_in_its_turn_from_wherever_it_lies(place, weights, slots, reader):
+def test_layers_are_yielded_in_order_from_every_place(place, weights, slots, reader):
     read = reader(**weights)
     reference = wanted(read)
     for seed in range(3):
@@ -156,24 +156,24 @@ def test_every_layer_comes_in_its_turn_from_wherever_it_lies(place, weights, slo
         streamed = LAYERS - len(blocks.on_device)
         for n in range(1, 3):
             assert same(iterate(blocks, copy_engine), reference)
-            assert len(copy_engine.uploads) == n * streamed, "each layer once, and in one copy"
+            assert len(copy_engine.uploads) == n * streamed, "one copy per layer and iteration"
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_layers_pass_through_the_arena_and_nothing_comes_back(weights, reader):
+def test_layers_are_uploaded_to_the_ring_buffer_and_never_copied_back(weights, reader):
     copy_engine = LazyCopyEngine()
     blocks = StreamedBlocks(reader(**weights), (2,), (1, 3), 2, copy_engine=copy_engine, pin=Pins())
     sizes = [packed_bytes(block) for block in blocks_of(reader(**weights))]
     del sizes[2]
-    arena = ring_bytes(sizes, 2)
+    ring = ring_bytes(sizes, 2)
     for _ in range(3):
         iterate(blocks, copy_engine)
-    arenas = {upload.storage for upload in copy_engine.uploads}
-    assert len(arenas) == 1
-    assert arenas.isdisjoint({upload.source_storage for upload in copy_engine.uploads})
-    assert all(upload.start + upload.nbytes <= arena for upload in copy_engine.uploads)
+    rings = {upload.storage for upload in copy_engine.uploads}
+    assert len(rings) == 1
+    assert rings.isdisjoint({upload.source_storage for upload in copy_engine.uploads})
+    assert all(upload.start + upload.nbytes <= ring for upload in copy_engine.uploads)
     assert [upload.nbytes for upload in copy_engine.uploads] == 3 * sizes
-    assert blocks.nbytes == arena + packed_bytes(reader(**weights).block(2))
+    assert blocks.nbytes == ring + packed_bytes(reader(**weights).block(2))
 
 
 @pytest.mark.parametrize("copy_engine", [InOrderCopies(CPU), LazyCopyEngine(overlaps=False, eager=True)])
@@ -190,9 +190,7 @@ def test_a_device_without_streams_needs_no_thread_for_copies(weights, copy_engin
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_run_is_the_same_from_wherever_its_weights_come(
-    place, weights, reader, tiny_config, tiny_caption, tiny_tokens
-):
+def test_a_run_gives_the_same_bits_from_every_place(place, weights, reader, tiny_config, tiny_caption, tiny_tokens):
     config = tiny_config(True, shape={"num_layers": LAYERS}, num_steps=4, num_frames=24)
     read = reader(**weights)
 
@@ -204,22 +202,22 @@ def test_a_run_is_the_same_from_wherever_its_weights_come(
     assert torch.equal(run(streamed), run(StreamedBlocks(read, range(LAYERS), (), 1)))
 
 
-# -- ahead, but not too far ------------------------------------------------------------------------------------------
+# -- prefetching -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", [2, 3])
 @pytest.mark.parametrize("place", ["host", "file"])
-def test_the_next_layers_are_on_their_way_while_one_is_in_use(place, slots, reader):
+def test_the_next_layers_are_uploaded_while_one_is_in_use(place, slots, reader):
     copy_engine = LazyCopyEngine()
     blocks = StreamedBlocks(reader(), *PLACES[place], slots, copy_engine=copy_engine, pin=Pins())
     for turn, _ in enumerate(blocks):
         coming = min(LAYERS, turn + slots)
         until(lambda coming=coming: len(copy_engine.uploads) >= coming)
         time.sleep(0.01)
-        assert len(copy_engine.uploads) == coming, "no more than the slots"
+        assert len(copy_engine.uploads) == coming, "no more than there are slots"
 
 
-def test_bringing_begins_before_a_layer_that_is_there_already_is_done(reader):
+def test_uploads_start_while_a_resident_layer_is_in_use(reader):
     copy_engine = LazyCopyEngine()
     for n, _ in enumerate(StreamedBlocks(reader(), (0, 1), (2, 3, 4, 5), 2, copy_engine=copy_engine, pin=Pins())):
         if n == 0:
@@ -227,29 +225,29 @@ def test_bringing_begins_before_a_layer_that_is_there_already_is_done(reader):
 
 
 @pytest.mark.parametrize("slots", [2, 3])
-def test_uneven_layers_take_no_more_than_the_arena(slots, reader):
+def test_layers_of_different_sizes_fit_into_the_ring_buffer(slots, reader):
     copy_engine = LazyCopyEngine()
     blocks = StreamedBlocks(reader(fp8=True), (), range(LAYERS), slots, copy_engine=copy_engine, pin=Pins())
     for turn, _ in enumerate(blocks):
         if turn == 2:
-            until(lambda: len(copy_engine.uploads) == 2 + slots)  # even ones among themselves
+            until(lambda: len(copy_engine.uploads) == 2 + slots)  # layers 2 to 4 have one size
         time.sleep(0.01)
-        alive = sorted((u.start, u.start + u.nbytes) for u in copy_engine.uploads[turn:])
-        assert all(a[1] <= b[0] for a, b in pairwise(alive)), "they do not overlap"
-        assert alive[-1][1] <= blocks.nbytes
-        assert len(alive) <= slots
+        in_use = sorted((u.start, u.start + u.nbytes) for u in copy_engine.uploads[turn:])
+        assert all(a[1] <= b[0] for a, b in pairwise(in_use)), "slots do not overlap"
+        assert in_use[-1][1] <= blocks.nbytes
+        assert len(in_use) <= slots
 
 
 def test_the_file_is_read_ahead_of_the_copies(reader):
-    """Two buffers' worth, while host layers are in use and none of the file's has its turn."""
+    """Both host buffers are filled while layers from the host are in use."""
     read, copy_engine = reader(), LazyCopyEngine()
     blocks = StreamedBlocks(read, (), (0, 1, 2, 3), 2, copy_engine=copy_engine, pin=Pins())
     read.source.reads.clear()
-    arriving = iter(blocks)
-    next(arriving)
+    iteration = iter(blocks)
+    next(iteration)
     until(lambda: set(read.source.reads) == {4, 5})
     assert len(copy_engine.uploads) <= 2
-    arriving.close()
+    iteration.close()
 
 
 @pytest.mark.parametrize(
@@ -268,16 +266,16 @@ def test_the_file_is_read_ahead_of_the_copies(reader):
         ([8, 4, 4, 4, 8], 1, 8),
     ],
 )
-def test_size_of_the_arena(sizes, slots, nbytes):
+def test_size_of_the_ring_buffer(sizes, slots, nbytes):
     assert ring_bytes(sizes, slots) == nbytes
 
 
-# -- what is left early, and what fails ------------------------------------------------------------------------------
+# -- early exits and errors ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("place", ["host", "file", "mixed"])
 @pytest.mark.parametrize("layers", range(1, LAYERS))
-def test_an_iteration_may_be_left_early(layers, place, reader):
+def test_an_iteration_may_be_closed_early(layers, place, reader):
     read = reader()
     reference = wanted(read)
     for seed in range(3):
@@ -285,17 +283,17 @@ def test_an_iteration_may_be_left_early(layers, place, reader):
         blocks = StreamedBlocks(read, *PLACES[place], 2, copy_engine=copy_engine, pin=Pins())
         found = []
         for _ in range(3):
-            arriving = iter(blocks)
+            iteration = iter(blocks)
             for _ in range(layers):
-                block = next(arriving)
+                block = next(iteration)
                 copy_engine.compute(lambda block=block, found=found: found.append(raw(block)))
-            arriving.close()
+            iteration.close()
             assert not threads()
         assert same(iterate(blocks, copy_engine), reference)
-        assert same(found, 3 * reference[:layers]), "also what was given to the device before it was left"
+        assert same(found, 3 * reference[:layers]), "also in compute work submitted before the close"
 
 
-def test_an_error_that_is_still_being_handled_does_not_keep_the_next_iteration_from_working(reader):
+def test_a_new_iteration_works_while_an_error_of_the_last_one_is_handled(reader):
     read, copy_engine = reader(), LazyCopyEngine()
     blocks = StreamedBlocks(read, *PLACES["mixed"], 2, copy_engine=copy_engine, pin=Pins())
 
@@ -312,7 +310,7 @@ def test_an_error_that_is_still_being_handled_does_not_keep_the_next_iteration_f
         assert not threads()
 
 
-def test_an_iteration_ends_when_another_begins(reader):
+def test_a_new_iteration_closes_the_old_one(reader):
     read, copy_engine = reader(), LazyCopyEngine()
     blocks = StreamedBlocks(read, *PLACES["mixed"], 2, copy_engine=copy_engine, pin=Pins())
     old = iter(blocks)
@@ -322,7 +320,7 @@ def test_an_iteration_ends_when_another_begins(reader):
         list(old)
 
 
-def test_a_layer_that_cannot_be_read(reader):
+def test_an_error_of_the_file_is_raised(reader):
     read, copy_engine = reader(), LazyCopyEngine()
     blocks = StreamedBlocks(read, *PLACES["file"], 2, copy_engine=copy_engine, pin=Pins())
     read.source.damaged, got = 3, 0
@@ -335,7 +333,7 @@ def test_a_layer_that_cannot_be_read(reader):
 
 
 @pytest.mark.parametrize("place", ["host", "file"])
-def test_a_copy_that_fails(place, reader):
+def test_an_error_of_an_upload_is_raised(place, reader):
     read, copy_engine, seen = reader(), LazyCopyEngine(), []
     blocks = StreamedBlocks(read, *PLACES[place], 2, copy_engine=copy_engine, pin=Pins())
     copy_engine.fail_at = 2
@@ -346,61 +344,61 @@ def test_a_copy_that_fails(place, reader):
     assert same(iterate(blocks, copy_engine), wanted(read))
 
 
-def test_leaving_does_not_wait_for_a_large_layer(reader):
+def test_close_does_not_wait_for_a_large_layer(reader):
     read = reader()
     blocks = StreamedBlocks(read, (), (0,), 2, copy_engine=LazyCopyEngine(), pin=Pins())
-    read.source.delay = 0.1  # a tensor; layers have 29
-    arriving = iter(blocks)
-    next(arriving)
+    read.source.delay = 0.1  # seconds per tensor; a layer has 29
+    iteration = iter(blocks)
+    next(iteration)
     until(lambda: 1 in read.source.reads)
     began = time.monotonic()
-    arriving.close()
+    iteration.close()
     assert time.monotonic() - began < 1
     assert not threads()
 
 
-def test_a_large_tensor_is_not_copied_in_one_go(reader, monkeypatch):
-    monkeypatch.setattr("magi.offload.packing._PIECE", 100)
+def test_copying_a_large_tensor_can_be_interrupted(reader, monkeypatch):
+    monkeypatch.setattr("magi.offload.packing._PIECE_ELEMENTS", 100)
     read = reader()
     layout, block, asked = block_layouts(read)[0], read.block(0), []
     data = torch.empty(layout.nbytes, dtype=torch.uint8)
-    layout.fill(data, block, lambda: asked.append(1))
-    assert same([raw(layout.block(data))], [raw(block)])
+    layout.pack_into(data, block, lambda: asked.append(1))
+    assert same([raw(layout.unpack(data))], [raw(block)])
     assert len(asked) == sum(-(-t.numel() // 100) for t in tensors_in(block))
 
 
-def test_blocks_that_are_dropped_leave_no_thread(reader):
-    arriving = iter(StreamedBlocks(reader(), *PLACES["mixed"], 2, copy_engine=LazyCopyEngine(), pin=Pins()))
-    next(arriving)
-    del arriving
+def test_garbage_collection_ends_the_threads(reader):
+    iteration = iter(StreamedBlocks(reader(), *PLACES["mixed"], 2, copy_engine=LazyCopyEngine(), pin=Pins()))
+    next(iteration)
+    del iteration
     gc.collect()
     assert not threads()
 
 
-# -- the host's memory -----------------------------------------------------------------------------------------------
+# -- host memory -----------------------------------------------------------------------------------------------------
 
 
-def test_layers_on_the_host_are_read_once_and_their_memory_locked_once(reader):
+def test_layers_on_the_host_are_read_and_pinned_once(reader):
     read, pins, seen, copy_engine = reader(), Pins(), [], LazyCopyEngine()
     blocks = StreamedBlocks(
         read, (0,), (1, 2, 3, 4, 5), 2, lambda *done: seen.append(done), copy_engine=copy_engine, pin=pins
     )
     assert seen == [(n, 6) for n in range(1, 7)]
-    assert len(pins.locked) == pins.asked == 5
-    assert sum(pins.locked.values()) == blocks.host_bytes
+    assert len(pins.pinned) == pins.asked == 5
+    assert sum(pins.pinned.values()) == blocks.host_bytes
     reads = dict(read.source.reads)
     for _ in range(2):
         iterate(blocks, copy_engine)
     assert read.source.reads == reads
     del blocks
     gc.collect()
-    assert not pins.locked
+    assert not pins.pinned
 
 
-def test_layers_of_the_file_take_two_buffers_and_no_more(reader):
+def test_layers_from_the_file_use_two_host_buffers(reader):
     read, pins, copy_engine = reader(), Pins(), LazyCopyEngine()
     blocks = StreamedBlocks(read, (), (), 2, copy_engine=copy_engine, pin=pins)
-    assert blocks.host_bytes == sum(pins.locked.values()) == 2 * packed_bytes(read.block(0))
+    assert blocks.host_bytes == sum(pins.pinned.values()) == 2 * packed_bytes(read.block(0))
     read.source.reads.clear()
     iterate(blocks, copy_engine)
     iterate(blocks, copy_engine)
@@ -408,38 +406,38 @@ def test_layers_of_the_file_take_two_buffers_and_no_more(reader):
     assert set(read.source.reads) == set(range(LAYERS))
     del blocks
     gc.collect()
-    assert not pins.locked
+    assert not pins.pinned
 
 
-def test_cancelling_while_layers_are_read_frees_all(reader):
+def test_cancelling_while_layers_are_read_unpins_all_memory(reader):
     pins = Pins()
 
     def cancel(done, total):
         if done == 4:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) as held:  # as is all that its traceback leads to
+    with pytest.raises(KeyboardInterrupt) as held:  # a kept traceback must not keep memory pinned
         StreamedBlocks(reader(), (0, 1), (2, 3, 4, 5), 2, cancel, copy_engine=LazyCopyEngine(), pin=pins)
     assert pins.asked == 2
-    assert not pins.locked
+    assert not pins.pinned
     del held
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_memory_that_cannot_be_locked_is_done_without(weights, reader):
+def test_layers_that_cannot_be_pinned_are_copied_from_elsewhere(weights, reader):
     read, copy_engine, pins = reader(**weights), LazyCopyEngine(), Pins(refuse_at=2)
     instead = "ordinary memory" if "store_fp8" in weights else "the file"
-    with pytest.warns(UserWarning, match=rf"\(no more\)\. They are taken from {instead} .* is slower") as caught:
+    with pytest.warns(UserWarning, match=rf"\(no more\)\. They are copied from {instead} .* is slower") as caught:
         blocks = StreamedBlocks(read, (), range(LAYERS), 2, copy_engine=copy_engine, pin=pins)
     assert len(caught) == 1
-    assert len(pins.locked) == 2
+    assert len(pins.pinned) == 2
     read.source.reads.clear()
     assert same(iterate(blocks, copy_engine), wanted(reader(**weights)))
     assert set(read.source.reads) == ({5} if "store_fp8" in weights else {2, 3, 4, 5})
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_buffers_that_cannot_be_locked_are_ordinary_memory(weights, reader):
+def test_file_buffers_fall_back_to_pageable_memory(weights, reader):
     read, copy_engine = reader(**weights), LazyCopyEngine()
     with warnings.catch_warnings():
         warnings.simplefilter("error" if "store_fp8" not in weights else "ignore")
@@ -447,7 +445,7 @@ def test_buffers_that_cannot_be_locked_are_ordinary_memory(weights, reader):
     assert same(iterate(blocks, copy_engine), wanted(read))
 
 
-def test_a_device_that_locks_no_memory_takes_the_file_without_a_word(reader):
+def test_a_device_without_pinned_memory_reads_the_file_without_a_warning(reader):
     read, copy_engine = reader(), LazyCopyEngine()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -456,16 +454,16 @@ def test_a_device_that_locks_no_memory_takes_the_file_without_a_word(reader):
     assert same(iterate(blocks, copy_engine), wanted(read))
 
 
-def test_other_errors_while_memory_is_locked_are_not_taken_for_that(reader):
+def test_errors_of_the_progress_callback_are_no_pinning_errors(reader):
     def fail(done, total):
-        raise RuntimeError("of somebody else")
+        raise RuntimeError("of the callback")
 
-    with pytest.raises(RuntimeError, match="of somebody else"):
+    with pytest.raises(RuntimeError, match="of the callback"):
         StreamedBlocks(reader(), (), (0, 1), 2, fail, copy_engine=LazyCopyEngine(), pin=Pins())
 
 
 @pytest.mark.parametrize("device", ["cpu", "elsewhere"])
-def test_float8_storage_is_made_once_however_often_layers_are_fetched(device, reader, monkeypatch):
+def test_layers_are_quantised_once_however_often_they_are_used(device, reader, monkeypatch):
     made = []
     quantise = StoredFp8.quantise.__func__
     read = reader(store_fp8=True)
@@ -499,12 +497,12 @@ def test_a_device_without_float8_gets_bytes(weights, reader, monkeypatch):
             assert same(found, reference)
 
 
-# -- less room than was thought --------------------------------------------------------------------------------------
+# -- freeing device memory -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kept", [(), (0,), (0, 3, 5), range(LAYERS)])
-def test_layers_may_leave_the_device(kept, weights, reader):
+def test_layers_can_be_freed_on_the_device(kept, weights, reader):
     read, copy_engine = reader(**weights), LazyCopyEngine()
     reference = wanted(read)
     blocks = StreamedBlocks(read, range(LAYERS), (), 2, copy_engine=copy_engine, pin=Pins())
@@ -523,20 +521,20 @@ def test_layers_may_leave_the_device(kept, weights, reader):
     assert set(read.source.reads) == set(range(LAYERS)) - set(kept) - stored
 
 
-def test_layers_may_leave_while_an_iteration_is_stuck(reader):
+def test_layers_can_be_freed_during_an_iteration(reader):
     read, copy_engine = reader(), LazyCopyEngine()
     blocks = StreamedBlocks(read, (0, 1, 2), (3, 4, 5), 2, copy_engine=copy_engine, pin=Pins())
-    stuck = iter(blocks)
+    old = iter(blocks)
     for _ in range(4):
-        next(stuck)
+        next(old)
     blocks.keep_on_device((2,))
     assert not threads()
     assert same(iterate(blocks, copy_engine), wanted(read))
     with pytest.raises(RuntimeError, match="another one has begun"):
-        next(stuck)
+        next(old)
 
 
-def test_room_that_is_not_there_when_layers_leave_is_asked_for_again(reader, monkeypatch):
+def test_a_failed_allocation_of_the_ring_buffer_is_retried(reader, monkeypatch):
     read, copy_engine = reader(), LazyCopyEngine()
     blocks = StreamedBlocks(read, range(LAYERS), (), 2, copy_engine=copy_engine, pin=Pins())
 
@@ -552,11 +550,11 @@ def test_room_that_is_not_there_when_layers_leave_is_asked_for_again(reader, mon
     assert same(iterate(blocks, copy_engine), wanted(read))
 
 
-# -- on a CPU, and modes ---------------------------------------------------------------------------------------------
+# -- CPU, inference mode, alignment, GPU, torch.compile --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_on_a_cpu_layers_are_simply_read(weights, reader):
+def test_on_a_cpu_layers_are_read_at_every_use(weights, reader):
     read, seen = reader(**weights), []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -578,7 +576,7 @@ def test_on_a_cpu_layers_are_simply_read(weights, reader):
 
 
 @pytest.mark.parametrize("made_in", [True, False])
-def test_inference_mode_may_come_and_go(made_in, reader):
+def test_inference_mode_may_be_switched(made_in, reader):
     read, copy_engine = reader(), LazyCopyEngine(eager=True)
     reference = wanted(read)
     with torch.inference_mode(made_in):
@@ -592,23 +590,23 @@ def test_inference_mode_may_come_and_go(made_in, reader):
             blocks.keep_on_device((1,))
 
 
-def test_no_slots(reader):
+def test_zero_slots_are_refused(reader):
     with pytest.raises(ValueError, match="slots is 0"):
         StreamedBlocks(reader(), (), (), 0, copy_engine=LazyCopyEngine())
 
 
-def test_alignment(reader):
+def test_tensors_are_aligned(reader):
     for block in StreamedBlocks(
         reader(fp8=True), *PLACES["mixed"], 2, copy_engine=LazyCopyEngine(eager=True), pin=Pins()
     ):
         first = next(tensors_in(block)).data_ptr()
-        assert all((t.data_ptr() - first) % 256 == 0 for t in tensors_in(block)), "matrix kernels like it"
+        assert all((t.data_ptr() - first) % 256 == 0 for t in tensors_in(block)), "matrix kernels prefer it"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("place", PLACES)
-def test_streamed_is_resident_on_the_gpu(place, weights, reader):
+def test_streamed_layers_equal_resident_ones_on_the_gpu(place, weights, reader):
     read = reader(**weights, device=torch.device("cuda"))
     reference = wanted(read)
     blocks = StreamedBlocks(read, *PLACES[place], 2)
@@ -616,21 +614,19 @@ def test_streamed_is_resident_on_the_gpu(place, weights, reader):
     for turn in range(3):
         found = []
         for block in blocks:
-            busy = (busy @ busy).clamp_(-1, 1)  # the device is behind the host
+            busy = (busy @ busy).clamp_(-1, 1)  # keeps the device behind the host
             found.append(raw(block))
         assert same(found, reference)
         if turn == 1:
             blocks.keep_on_device((1,))
 
 
-def test_compiled_layers_are_the_same_from_wherever_they_come(
-    reader, tiny_config, tiny_caption, tiny_tokens, monkeypatch
-):
+def test_compiled_layers_agree_with_eager_ones(reader, tiny_config, tiny_caption, tiny_tokens, monkeypatch):
     if not torch._dynamo.is_dynamo_supported():
         pytest.skip("torch.compile does not work with this Python")
     compiled = []
 
-    def traced(function, **options):  # by torch's own tracer, without a C++ compiler
+    def traced(function, **options):  # traces only, which needs no C++ compiler
         compiled.append(function)
         return compile_(function, backend="eager", **options)
 

@@ -20,10 +20,10 @@ class RecordedUpload(NamedTuple):
 
 
 class LazyCopyEngine:
-    """A `CopyEngine` to host memory. Submitted work is executed at random moments, in an order that events and queues allow.
+    """A `CopyEngine` to host memory. Executes submitted work at random moments, in an order allowed by its events.
 
-    `eager` is for code that computes directly instead of through `compute`: `wait_event` then executes the compute queue,
-    and `upload` poisons the target until the copy has been executed.
+    `eager` is for code that computes directly instead of through `compute`: `wait_event` then executes the compute
+    queue, and `upload` poisons the target until the copy has been executed.
     """
 
     device = torch.device("cpu")
@@ -91,7 +91,7 @@ class LazyCopyEngine:
         return event is None or self._completed[event[0]] >= event[1]
 
     def _step(self, most=1, must=False):
-        """Executes up to `most` operations that are ready, usually none so that work queues up; exactly one if `must`."""
+        """Executes up to `most` operations that are ready: often none, so that work queues up; one if `must`."""
         for _ in range(1 if must else self._random.choice((0, 0, 0, most))):
             ready = [name for name, queue in self._queues.items() if queue and self._has_completed(queue[0][0])]
             if not ready:
