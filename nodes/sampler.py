@@ -161,7 +161,7 @@ class Magi1Sampler(io.ComfyNode):
             "num_frames": length.num_frames,
         }
         run = prepare(config, **settings)
-        placement = model.transformer.plan(run.config, given // config.runtime.chunk_width, may_narrow=not window)
+        placement = model.transformer.plan(run.config, given, may_narrow=not window)
         logging.info(f"MAGI-1 {model.name}: {placement.describe()}.")
         narrow = placement.window != config.runtime.window_size
         if narrow:

@@ -163,8 +163,7 @@ class MagiPipeline:
         return replace(plan, config=plan.config.with_runtime(window_size=placement.window), placement=placement)
 
     def _placement(self, plan: Plan) -> Placement:
-        given = plan.given // plan.config.runtime.chunk_width
-        return self._models.place(plan.config, given, may_narrow=plan.request.window_size is None)
+        return self._models.place(plan.config, plan.given, may_narrow=plan.request.window_size is None)
 
     def settings(self, plan: Plan) -> dict[str, Any]:
         """Everything that decides how a plan's video becomes, by readable names, for `RunStore.open`. Loads no weights."""

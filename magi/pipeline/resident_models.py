@@ -49,12 +49,12 @@ class LoadedModels:
         self._vae: VideoVAE | None = None
         self._parks = False  # the VAE, while the transformer works
 
-    def place(self, run: MagiConfig, given_chunks: int, may_narrow: bool) -> Placement:
+    def place(self, run: MagiConfig, given: int, may_narrow: bool) -> Placement:
         """What goes where in a run, from headers and what memory is free now; what is loaded here counts as free.
 
         Args:
             run: with its size, length and window.
-            given_chunks: whole chunks of a given video.
+            given: latent frames of an image or clip that come before what is made.
             may_narrow: a smaller window may be taken where nothing else helps.
 
         Raises:
@@ -66,7 +66,7 @@ class LoadedModels:
         def placed(free: int | None, companion: int) -> Placement:
             host = memory_beside(self._device)
             return place(
-                run, sizes, free, self._memory, given_chunks, free_host=host, may_narrow=may_narrow, companion=companion
+                run, sizes, free, self._memory, given, free_host=host, may_narrow=may_narrow, companion=companion
             )
 
         empty_cache(self._device)

@@ -29,21 +29,21 @@ class MagiTransformer(Held):
         self.precision, self.attention, self._options = precision, attention, options
         with Checkpoint(path) as checkpoint:
             self._sizes = weight_sizes(checkpoint.tensors, config.model, host.device(), precision)
-        self._run, self._given_chunks, self._may_narrow = config, 0, False
+        self._run, self._given, self._may_narrow = config, 0, False
         self.placement: Placement | None = None  # of the run that is to come
 
-    def plan(self, run: MagiConfig, given_chunks: int, may_narrow: bool = False) -> Placement:
+    def plan(self, run: MagiConfig, given: int, may_narrow: bool = False) -> Placement:
         """What goes where in a run, if all that is evictable makes room for it.
 
         Args:
             run: with its size, length and window.
-            given_chunks: whole chunks of a given video.
+            given: latent frames of an image or clip that come before what is made.
             may_narrow: a smaller window may be taken where nothing else helps.
 
         Raises:
             MagiError: the run cannot fit.
         """
-        self._run, self._given_chunks, self._may_narrow = run, given_chunks, may_narrow
+        self._run, self._given, self._may_narrow = run, given, may_narrow
         self.placement = self._place(host.usable_memory())
         return self.placement
 
@@ -98,7 +98,7 @@ class MagiTransformer(Held):
             self._sizes,
             free,
             self._options,
-            self._given_chunks,
+            self._given,
             free_host=memory_beside(host.device()),
             may_narrow=self._may_narrow,
         )

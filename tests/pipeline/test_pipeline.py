@@ -20,6 +20,7 @@ from magi.model_files.locate import ModelFiles, find_files
 from magi.pipeline import pipeline, resident_models
 from magi.pipeline.pipeline import MagiPipeline, Request
 from magi.pipeline.request import make_plan
+from magi.sampling.schedule import Schedule
 from magi.sampling.special_tokens import SpecialTokens
 from magi.text import encode
 from magi.text.embedding_cache import EmbeddingCache
@@ -80,6 +81,25 @@ def test_as_many_frames_come_out_as_were_announced(start, frames, pipe):
     assert frames <= plan.frames < frames + 48
     assert plan.seconds == plan.frames / 24
     assert all(clip.frames.dtype == torch.uint8 and clip.frames.shape[1:] == (32, 48, 3) for clip in clips)
+
+
+@pytest.mark.parametrize("start", [None, "image", 4, 9, 12, 24, 28, 44])
+@pytest.mark.parametrize("frames", [24, 48])
+def test_memory_is_planned_for_the_run_that_is_made(start, frames, files, monkeypatch):
+    given = {} if start is None else {"image": PHOTO} if start == "image" else {"video": numbered(start)}
+    planned, place = [], resident_models.place
+
+    def placing(run, sizes, free, options, given, **others):
+        planned.append(Schedule.of_run(run.runtime, given))
+        return place(run, sizes, free, options, given, **others)
+
+    monkeypatch.setattr(resident_models, "place", placing)
+    totals = set()
+    plan = load(files).plan(Request(**SMALL, frames=frames, **given))
+    for _ in load(files).run(plan, lambda at: totals.add(at.total) if at.name == "sample" else None):
+        pass
+    assert {len(schedule) for schedule in planned} == totals
+    assert {schedule.chunks - schedule.prefix_chunks for schedule in planned} == {plan.chunks}
 
 
 @pytest.mark.parametrize(

@@ -202,8 +202,8 @@ def test_a_window_that_was_asked_for_is_kept(card, models, sizes, vae_and_tile):
 def test_given_chunks_and_options_are_passed_on(card, models, sizes):
     card.free = 10**10
     short = RUN.with_runtime(num_frames=24)
-    alone, after = (models().place(short, given, may_narrow=True) for given in (0, 8))
-    assert after.working_bytes - alone.working_bytes > 2 * key_bytes(short, 8)
+    alone, after = (models().place(short, given, may_narrow=True) for given in (0, 48))
+    assert after.working_bytes - alone.working_bytes > 2 * key_bytes(short, 48)
     placed = models(cache="host", token_block=32, streaming=True).place(RUN, 0, may_narrow=True)
     assert (placed.cache, placed.token_block, placed.on_device) == ("host", 32, ())
 
