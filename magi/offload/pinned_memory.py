@@ -78,14 +78,16 @@ def page_lock(data: torch.Tensor, device: torch.device | None = None) -> Callabl
     if not torch.cuda.is_available():
         raise RuntimeError("only CUDA and ROCm devices can lock host memory")
     runtime = torch.cuda.cudart()
-    code = int(runtime.cudaHostRegister(data.data_ptr(), data.nbytes, 0))
-    if code:
-        with suppress(RuntimeError):  # the driver repeats the error at the next call, whatever that is
-            torch.ones(1, device="cuda").add_(1).item()
-        raise RuntimeError(f"the driver refused {data.nbytes / 1e9:.1f} GB more, error {code}")
+    with torch.cuda.device(device):  # memory is locked for the current card
+        code = int(runtime.cudaHostRegister(data.data_ptr(), data.nbytes, 0))
+        if code:
+            with suppress(RuntimeError):  # the driver repeats the error at the next call, whatever that is
+                torch.ones(1, device="cuda").add_(1).item()
+            raise RuntimeError(f"the driver refused {data.nbytes / 1e9:.1f} GB more, error {code}")
 
     def unlock() -> None:
-        torch.cuda.synchronize(device)
-        runtime.cudaHostUnregister(data.data_ptr())
+        with torch.cuda.device(device):
+            torch.cuda.synchronize(device)
+            runtime.cudaHostUnregister(data.data_ptr())
 
     return unlock
