@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..magi.config import MagiConfig
+from ..magi.config import MagiConfig, RuntimeConfig
+from ..magi.errors import MagiError
 from ..magi.media.frames import from_model
 from ..magi.pipeline.request import Length, plan_length
 from ..magi.runs.autosave import Keeper
 from ..magi.runs.store import RunStore, Saved
 from ..magi.sampling.prepare import Run, make_sampler, prepare
+from ..magi.sampling.schedule import check_steps
 from ..magi.sampling.state import Chunk, ProgressEvent
 from ..magi.vae.preview import RoughDecoder
 from ..magi.vae.tiling import Tiling
@@ -121,11 +123,15 @@ class Magi1Sampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, steps: int | None = None) -> bool | str:
-        """Refuses step counts no model takes before anything runs."""
-        if steps is not None and steps % 4:
-            below = steps - steps % 4
-            return f"{steps} steps cannot be split over the four stages of a chunk. Use {f'{below} or ' if below else ''}{below + 4}, or 0."
+    def validate_inputs(cls, steps: int | None = None, window: int | None = None) -> bool | str:
+        """Refuses steps that cannot be split over the window before anything runs; what is the model's own is not known here."""
+        if not steps:
+            return True
+        released = RuntimeConfig()
+        try:
+            check_steps(steps, window or released.window_size, released.noise2clean_kvrange)
+        except MagiError as error:
+            return str(error)
         return True
 
     @classmethod
@@ -147,6 +153,7 @@ class Magi1Sampler(io.ComfyNode):
         """Checks everything, loads the transformer and runs."""
         config = model.config.with_guidance(guidance or None, previous_guidance or None)
         config = config.with_runtime(num_steps=steps or None, window_size=window or None)
+        check_steps(config.runtime.num_steps, config.runtime.window_size, config.runtime.noise2clean_kvrange)
         prefix, config = _start(start, config)
         given = 0 if prefix is None else prefix.shape[2]
         length = plan_length(config.runtime, round(seconds * config.runtime.fps), given, shown=given == 1)

@@ -73,7 +73,7 @@ class MagiPipeline:
         self.device = pick_device(device)
         self._dtype = dtype
         self._vae_dtype = vae_dtype
-        self._text_device = text_device
+        self._text_device = pick_device(text_device)
         self._text_dtype = text_dtype
         self._cache = cache
         self._precision: Precision = precision

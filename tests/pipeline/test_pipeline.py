@@ -680,3 +680,10 @@ def test_other_failures_are_not_taken_for_a_shortage(function, files, monkeypatc
     with pytest.raises(RuntimeError) as caught:
         made(small)
     assert caught.value is error
+
+
+@pytest.mark.parametrize("start", ["image", "video"])
+@pytest.mark.parametrize("settings", [{"num_steps": 8, "window_size": 3}, {"num_steps": 0}, {"window_size": 0}])
+def test_steps_that_do_not_fit_are_refused_before_a_file_is_read(settings, start, pipe, tmp_path):
+    with pytest.raises(MagiError, match=r"cannot be split evenly|must be at least 1"):
+        pipe.plan(Request(**SMALL | {start: tmp_path / "not there"} | settings))
