@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -187,7 +187,7 @@ class Magi1Sampler(io.ComfyNode):
                 view.resumed(store.saved)
             loaded, decoder = _load(model, vae, placement.spare_bytes, view)
             view.use(decoder)
-            for chunk in _chunks(loaded, config, store, view, seed=seed, **settings):
+            for chunk in _chunks(loaded, config, store, view, model.transformer.left_with, seed=seed, **settings):
                 finished.append(chunk.latents.to("cpu", torch.float32))
                 if chunk.index >= view.taken_over:
                     view.finished(chunk.index, finished[-1])
@@ -197,27 +197,40 @@ class Magi1Sampler(io.ComfyNode):
         return io.NodeOutput({"samples": torch.cat(finished, dim=2)}, length.frames)
 
 
-def _chunks(loaded: Any, config: MagiConfig, store: RunStore | None, view: "_View", **settings: Any) -> Iterator[Chunk]:
-    """The chunks, first those that the store has. The sampler goes with this, and with it its keys on the device."""
-    if store is None:
-        return iter(
-            make_sampler(loaded, config, progress=view.sampled, heartbeat=view.heartbeat, report=view.note, **settings)
-        )
-    keeper = Keeper(store, loaded)
+def _chunks(
+    loaded: Any,
+    config: MagiConfig,
+    store: RunStore | None,
+    view: "_View",
+    left_with: Callable[[int], None],
+    **settings: Any,
+) -> Iterator[Chunk]:
+    """The chunks, first those that the store has; in the end `left_with` is told the window, if it had to become smaller.
+
+    The sampler goes with this, and with it its keys on the device.
+    """
+    keeper = None if store is None else Keeper(store, loaded)
 
     def sampled(event: ProgressEvent) -> None:
-        keeper.alive()
+        if keeper:
+            keeper.alive()
         view.sampled(event)
 
     def heartbeat(fraction: float) -> None:
-        keeper.alive()
+        if keeper:
+            keeper.alive()
         view.heartbeat(fraction)
 
-    return keeper.chunks(
-        make_sampler(
-            loaded, config, state=keeper.state, progress=sampled, heartbeat=heartbeat, report=view.note, **settings
-        )
+    state = keeper.state if keeper else None
+    sampler = make_sampler(
+        loaded, config, state=state, progress=sampled, heartbeat=heartbeat, report=view.note, **settings
     )
+    window = sampler.window
+    try:
+        yield from keeper.chunks(sampler) if keeper else sampler
+    finally:
+        if sampler.window < window:
+            left_with(sampler.window)
 
 
 def _start(start: dict[str, Any] | None, config: MagiConfig) -> tuple[torch.Tensor | None, MagiConfig]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -10,8 +12,9 @@ from ..config import MagiConfig
 from ..errors import MagiError
 from ..model_files.load import load_transformer
 from ..model_files.locate import ModelFiles
-from ..planning.footprint import weight_sizes
-from ..planning.placement import MemoryOptions, Placement, place
+from ..planning.footprint import WeightSizes, weight_sizes
+from ..planning.placement import Limit, MemoryOptions, Placement, place
+from ..planning.shortage import Shortage, shortage_of, within_shortage
 from ..sampling.state import Chunk
 from ..system.device import empty_cache, free_memory
 from ..system.host_memory import memory_beside
@@ -21,6 +24,15 @@ from ..transformer.weights import Precision
 from ..vae.footprint import makes_scores, tile_bytes
 from ..vae.tiling import Tiling
 from ..vae.video_vae import VideoVAE, load_vae
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A run, and what was free when it was planned."""
+
+    run: MagiConfig
+    given: int
+    free: int | None
 
 
 class LoadedModels:
@@ -45,7 +57,12 @@ class LoadedModels:
         self._attention = attention
         self._memory = memory
         self._transformer: Transformer | None = None
-        self._placement: Placement | None = None
+        self._placement: Placement | None = None  # how the transformer was loaded
+        self._wanted: Placement | None = None  # how it was laid out for the last run
+        self._planned: WeakKeyDictionary[Placement, _Planned] = WeakKeyDictionary()
+        self._ran: _Planned | None = None  # the run that the transformer was laid out for
+        self._shortage: Shortage | None = None
+        self._window: int | None = None  # that the last run was left with, where that is known
         self._vae: VideoVAE | None = None
         self._parks = False  # the VAE, while the transformer works
 
@@ -63,11 +80,28 @@ class LoadedModels:
         with Checkpoint(self._files.transformer) as checkpoint:
             sizes = weight_sizes(checkpoint.tensors, run.model, self._device, self._precision, self._dtype)
 
+        host = memory_beside(self._device)
+        self._look(sizes)
+
         def placed(free: int | None, companion: int) -> Placement:
-            host = memory_beside(self._device)
-            return place(
-                run, sizes, free, self._memory, given, free_host=host, may_narrow=may_narrow, companion=companion
-            )
+            def within(limit: Limit | None) -> Placement:
+                return place(
+                    run,
+                    sizes,
+                    free,
+                    self._memory,
+                    given,
+                    free_host=host,
+                    may_narrow=may_narrow,
+                    companion=companion,
+                    limit=limit,
+                )
+
+            room = host if free is None else free
+            found = within_shortage(within, self._shortage, room)
+            self._planned.pop(found, None)  # an equal one may not live as long
+            self._planned[found] = _Planned(run, given, room)
+            return found
 
         empty_cache(self._device)
         free = free_memory(self._device)
@@ -84,12 +118,32 @@ class LoadedModels:
         self._parks = True
         return placed(free, vae + tile)
 
+    def _look(self, sizes: WeightSizes) -> None:
+        """Learns from how the last run has left the transformer, which gives way where memory runs out."""
+        if self._transformer is None or self._wanted is None or self._ran is None:
+            return
+        ran = self._ran
+        short = shortage_of(
+            self._transformer, self._wanted, self._window, ran.run, sizes, ran.free, self._memory, ran.given
+        )
+        self._shortage, self._window = short or self._shortage, None
+
+    def left_with(self, window: int) -> None:
+        """Tells that a run had to denoise fewer chunks at a time, so many in the end."""
+        self._window = window
+
     def transformer(self, placement: Placement, progress: Callable[[int, int], None] | None = None) -> Transformer:
         """The transformer, placed so; read anew only if other layers are to stay on the device than do, or fewer pass through."""
         loaded = self._placement
+        self._wanted, self._ran, self._window = placement, self._planned.get(placement), None
         if self._transformer is not None and loaded is not None:
             roomy = placement.streaming and loaded.slots > placement.slots
-            if (loaded.on_device, loaded.on_host) == (placement.on_device, placement.on_host) and not roomy:
+            there = set(self._transformer.blocks.on_device)  # not where some had to leave
+            if (
+                there >= set(placement.on_device)
+                and (loaded.on_device, loaded.on_host) == (placement.on_device, placement.on_host)
+                and not roomy
+            ):
                 self._transformer.cache_device = placement.cache
                 self._transformer.token_block = placement.token_block
                 return self._transformer

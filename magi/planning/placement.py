@@ -45,6 +45,23 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The largest layout that may be chosen, where a larger one ran out of memory.
+
+    Attributes:
+        layers: that stay on the device.
+        token_block: tokens that are taken through a layer at a time.
+        cache: where keys and values are kept: "device" leaves it open, "host" does not.
+        window: chunks denoised at a time, where a smaller window may be taken.
+    """
+
+    layers: int
+    token_block: int
+    cache: CacheDevice
+    window: int
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where a run's parts lie.
 
@@ -121,6 +138,7 @@ def place(
     may_narrow: bool = False,
     companion: int = 0,
     machine: Machine | None = None,
+    limit: Limit | None = None,
 ) -> Placement:
     """Where to put a model's weights and keys so that a run has room: the fastest way that fits, by a forecast.
 
@@ -137,13 +155,14 @@ def place(
         may_narrow: a smaller window may be taken, if nothing else helps.
         companion: bytes that another model, such as the VAE, takes on the device between two iterations.
         machine: what the forecast assumes.
+        limit: nothing larger is chosen, whatever `options` say.
 
     Raises:
         MagiError: it does not fit, whatever of what is not fixed is chosen.
     """
     options, machine = options or MemoryOptions(), machine or Machine()
     if free is None:
-        choices = _choices(config, weights, options, given, None, companion, machine)
+        choices = _choices(config, weights, options, given, None, companion, machine, limit)
         first = [c for c in choices if c.cache == choices[0].cache and c.slots == choices[0].slots]
         room = math.inf if free_host is None else (1 - _HOST_RESERVE) * free_host
         choice = next((c for c in first if c.working_bytes <= room), first[-1])
@@ -151,9 +170,10 @@ def place(
     room = free if options.budget is None else options.budget
     runtime = config.runtime
     windows = smaller_windows(runtime.num_steps, runtime.window_size) if may_narrow else []
-    for window in (runtime.window_size, *windows):
+    allowed = [w for w in (runtime.window_size, *windows) if not (may_narrow and limit and w > limit.window)]
+    for window in allowed or (runtime.window_size,):
         run = config.with_runtime(window_size=window)
-        choices = _choices(run, weights, options, given, free_host, companion, machine)
+        choices = _choices(run, weights, options, given, free_host, companion, machine, limit)
         found = [placement for choice in choices for placement in _fitting(choice, room)]
         if found:
             return min(found, key=lambda p: (p.slowdown, p.device_bytes))
@@ -192,13 +212,15 @@ class _Choice:
     room_on_host: int | None
     machine: Machine
     seconds: float  # of a layer's work
+    most_layers: int
 
     @property
     def counts(self) -> range:
         """How many layers may stay, from all to none."""
         layers = len(self.weights.blocks)
-        least = layers if self.options.streaming is False else 0
-        return range(0 if self.options.streaming else layers, least - 1, -1)
+        most = min(self.most_layers, layers)
+        least = most if self.options.streaming is False else 0
+        return range(0 if self.options.streaming else most, least - 1, -1)
 
     def weight_bytes(self, count: int) -> int:
         """On the device, if `count` layers stay."""
@@ -255,11 +277,17 @@ def _choices(
     free_host: int | None,
     companion: int,
     machine: Machine,
+    limit: Limit | None = None,
 ) -> list[_Choice]:
     """Every combination of what is not fixed, the fastest first."""
     seconds = iteration_flops(config, given) / len(weights.blocks) / (machine.tflops * 1e12)
     caches: tuple[CacheDevice, ...] = get_args(CacheDevice) if options.cache == "auto" else (options.cache,)
-    blocks = TOKEN_BLOCKS if options.token_block is None else (options.token_block,)
+    blocks: tuple[int, ...] = TOKEN_BLOCKS if options.token_block is None else (options.token_block,)
+    most_layers = len(weights.blocks)
+    if limit:
+        caches = ("host",) if limit.cache == "host" else caches
+        blocks = tuple(b for b in blocks if b <= limit.token_block) or (limit.token_block,)
+        most_layers = limit.layers
     keys = key_bytes(config, given, weights.itemsize)
     found = []
     for cache in caches:
@@ -277,7 +305,10 @@ def _choices(
             working = max(working, companion + len(weights.blocks) * keys * (cache == "device"))
             room_on_host = None if free_host is None else round(free_host * (1 - _HOST_RESERVE))
             found += [
-                _Choice(config, weights, options, cache, block, slots, working, keys, room_on_host, machine, seconds)
+                _Choice(
+                    *(config, weights, options, cache, block, slots, working),
+                    *(keys, room_on_host, machine, seconds, most_layers),
+                )
                 for slots in _SLOTS
             ]
     return found
