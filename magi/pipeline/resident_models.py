@@ -80,7 +80,9 @@ class LoadedModels:
         with Checkpoint(self._files.transformer) as checkpoint:
             sizes = weight_sizes(checkpoint.tensors, run.model, self._device, self._precision, self._dtype)
 
-        host = memory_beside(self._device)
+        empty_cache(self._device)
+        host, room = memory_beside(self._device), free_memory(self._device)
+        room = None if room is None else room + self._held()
         self._look(sizes)
 
         def placed(free: int | None, companion: int) -> Placement:
@@ -97,26 +99,22 @@ class LoadedModels:
                     limit=limit,
                 )
 
-            room = host if free is None else free
-            found = within_shortage(within, self._shortage, room)
+            found = within_shortage(within, self._shortage, host if free is None else free)
             self._planned.pop(found, None)  # an equal one may not live as long
-            self._planned[found] = _Planned(run, given, room)
+            self._planned[found] = _Planned(run, given, host if room is None else room)
             return found
 
-        empty_cache(self._device)
-        free = free_memory(self._device)
         self._parks = False
-        if free is None:
+        if room is None:
             return placed(None, 0)
-        free += self._held()
         vae, tile = self._vae_needs()
         with suppress(MagiError):
-            roomy = placed(free - vae, tile)
+            roomy = placed(room - vae, tile)
             best = ("device", self._memory.token_block or TOKEN_BLOCK, run.runtime.window_size)
             if not roomy.streaming and (roomy.cache, roomy.token_block, roomy.window) == best:
                 return roomy
         self._parks = True
-        return placed(free, vae + tile)
+        return placed(room, vae + tile)
 
     def _look(self, sizes: WeightSizes) -> None:
         """Learns from how the last run has left the transformer, which gives way where memory runs out."""
@@ -126,7 +124,7 @@ class LoadedModels:
         short = shortage_of(
             self._transformer, self._wanted, self._window, ran.run, sizes, ran.free, self._memory, ran.given
         )
-        self._shortage, self._window = short or self._shortage, None
+        self._shortage = short or self._shortage
 
     def left_with(self, window: int) -> None:
         """Tells that a run had to denoise fewer chunks at a time, so many in the end."""

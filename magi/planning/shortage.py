@@ -27,11 +27,11 @@ class Shortage:
     def trusts(self, placement: Placement, free: int | None) -> bool:
         """Whether a placement may be tried while so much is free.
 
-        What the run was left with is known to fit, and every byte that has become free since adds to it. What takes more than
-        both together is no smaller than what may have run out already.
+        What the run was left with is known to fit, and every byte that has become free since adds to it. What takes as much as
+        both together or more may be what ran out already, whatever the forecast says: it was wrong then, too.
         """
         grown = 0 if free is None or self.free is None else free - self.free
-        return placement.device_bytes <= self.took + grown
+        return placement.device_bytes < self.took + grown
 
 
 def shortage_of(

@@ -120,7 +120,7 @@ class MagiTransformer(Held):
         short = shortage_of(
             self.content, laid.placement, self._window, laid.run, self._sizes, laid.free, self._options, laid.given
         )
-        self._shortage, self._window = short or self._shortage, None
+        self._shortage = short or self._shortage
 
     def _for(self, room: float) -> Placement:
         """The placement with `room` bytes for weights besides what is spared for the work; the planned one where that is too little."""
