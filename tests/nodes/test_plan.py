@@ -66,3 +66,28 @@ def test_the_models_own_steps_are_checked_before_the_model_is_loaded(window, com
 
 def vars_of(schedule: object) -> tuple:
     return tuple(vars(schedule).items())
+
+
+@pytest.mark.parametrize("most", [(2048, 2), (1024, 1), (1024, 0), (256, 0)])
+def test_memory_that_ran_out_once_does_not_run_out_in_the_next_run(most, comfy, monkeypatch):
+    transformer = comfy.module("magi.transformer.model").Transformer
+    forward, short = transformer.forward, []
+
+    def fails(self, *args, **options):
+        if self.token_block > most[0] or len(self.blocks.on_device) > most[1]:
+            short.append((self.token_block, len(self.blocks.on_device)))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(transformer, "forward", fails)
+    monkeypatch.setattr(comfy.module("nodes.comfyui.models"), "memory_beside", lambda device: 10**11)
+    monkeypatch.setattr(comfy.module("nodes.comfyui.host"), "usable_memory", lambda: 64 << 30)
+    comfy.run(text_to_video(comfy, steps=4))
+    assert short
+    short.clear()
+    placement = comfy.run(text_to_video(comfy, steps=4, seed=2))["model"][0].transformer.placement
+    assert short == []
+    assert (placement.token_block, len(placement.on_device)) <= most, "that is what is announced, too"
+    comfy.management.unload_all_models()
+    comfy.run(text_to_video(comfy, steps=4, seed=3))
+    assert short == [], "nor after the model was evicted"

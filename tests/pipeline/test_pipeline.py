@@ -25,6 +25,7 @@ from magi.sampling.special_tokens import SpecialTokens
 from magi.text import encode
 from magi.text.embedding_cache import EmbeddingCache
 from magi.transformer import float8
+from magi.transformer.model import Transformer
 
 PHOTO = embedded.DEMO_IMAGE
 SMALL = {"prompt": "A cat", "height": 32, "width": 48, "num_steps": 4}  # as little work as can be
@@ -687,3 +688,27 @@ def test_other_failures_are_not_taken_for_a_shortage(function, files, monkeypatc
 def test_steps_that_do_not_fit_are_refused_before_a_file_is_read(settings, start, pipe, tmp_path):
     with pytest.raises(MagiError, match=r"cannot be split evenly|must be at least 1"):
         pipe.plan(Request(**SMALL | {start: tmp_path / "not there"} | settings))
+
+
+@pytest.mark.parametrize("most", [(2048, 2), (1024, 1), (1024, 0), (256, 0)])
+def test_memory_that_ran_out_once_does_not_run_out_in_the_next_run(most, files, monkeypatch):
+    forward, short = Transformer.forward, []
+
+    def fails(self, *args, **options):
+        if self.token_block > most[0] or len(self.blocks.on_device) > most[1]:
+            short.append((self.token_block, len(self.blocks.on_device)))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(Transformer, "forward", fails)
+    monkeypatch.setattr(resident_models, "memory_beside", lambda device: 10**11)
+    pipe = load(files)
+    with pytest.warns(UserWarning, match="From the last finished step on"):
+        made(pipe, frames=24)
+    assert short
+    short.clear()
+    made(pipe, frames=24, seed=1)
+    assert short == []
+    plan = pipe.plan(Request(**SMALL, frames=24))
+    assert plan.placement is not None
+    assert (plan.placement.token_block, len(plan.placement.on_device)) <= most, "that is what is announced, too"
