@@ -65,8 +65,12 @@ def shortage_of(
     )
     if limit == Limit(len(wanted.on_device), wanted.token_block, wanted.cache, wanted.window):
         return None
-    left = place(run.with_runtime(window_size=limit.window), weights, None, options, given, limit=limit)
-    return Shortage(limit, left.device_bytes, free)
+    # With the wider window it ran out: it had room for less, even where the forecast takes a narrower one for larger.
+    took = min(
+        place(run.with_runtime(window_size=window), weights, None, options, given, limit=limit).device_bytes
+        for window in (limit.window, wanted.window)
+    )
+    return Shortage(limit, took, free)
 
 
 def within_shortage(placed: Callable[[Limit | None], Placement], short: Shortage | None, free: int | None) -> Placement:
