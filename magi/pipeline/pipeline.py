@@ -23,7 +23,6 @@ from ..runs.identity import UNKNOWN
 from ..runs.store import RunStore
 from ..sampling.captions import Caption, caption_per_chunk
 from ..sampling.prepare import make_sampler
-from ..sampling.sampler import Sampler
 from ..sampling.special_tokens import SpecialTokens
 from ..sampling.state import Chunk, ProgressEvent
 from ..system.device import is_out_of_memory, pick_device
@@ -343,16 +342,7 @@ class MagiPipeline:
             heartbeat=heartbeat,
         )
         done[:] = sampler.state.iteration, sampler.total
-        return self._models.alternately(self._noted(sampler, keeper.chunks(sampler) if keeper else iter(sampler)))
-
-    def _noted(self, sampler: Sampler, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The chunks; then the models know of a window that had to become smaller."""
-        window = sampler.window
-        try:
-            yield from chunks
-        finally:
-            if sampler.window < window:
-                self._models.left_with(sampler.window)
+        return self._models.alternately(keeper.chunks(sampler) if keeper else iter(sampler), sampler)
 
     @cached_property
     def _special_tokens(self) -> SpecialTokens | None:

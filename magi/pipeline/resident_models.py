@@ -13,8 +13,10 @@ from ..errors import MagiError
 from ..model_files.load import load_transformer
 from ..model_files.locate import ModelFiles
 from ..planning.footprint import WeightSizes, weight_sizes
-from ..planning.placement import Limit, MemoryOptions, Placement, place
+from ..planning.limit import Limit
+from ..planning.placement import MemoryOptions, Placement, place
 from ..planning.shortage import Shortage, shortage_of, within_shortage
+from ..sampling.sampler import Sampler
 from ..sampling.state import Chunk
 from ..system.device import empty_cache, free_memory
 from ..system.host_memory import memory_beside
@@ -126,10 +128,6 @@ class LoadedModels:
         )
         self._shortage = short or self._shortage
 
-    def left_with(self, window: int) -> None:
-        """Tells that a run had to denoise fewer chunks at a time, so many in the end."""
-        self._window = window
-
     def transformer(self, placement: Placement, progress: Callable[[int, int], None] | None = None) -> Transformer:
         """The transformer, placed so; read anew only if other layers are to stay on the device than do, or fewer pass through."""
         loaded = self._placement
@@ -167,17 +165,31 @@ class LoadedModels:
             self._vae = load_vae(self._files.vae, self._device, self._vae_dtype)
         return self._vae
 
-    def alternately(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The sampler's chunks. Where memory is short the VAE is off the device while they are made: each has the other's room."""
-        while True:
-            if self._parks and self._vae is not None:
-                self._vae.park()
-            chunk = next(chunks, None)
-            if chunk is None:
-                return
-            if self._parks:
-                empty_cache(self._device)
-            yield chunk
+    def left_with(self, window: int) -> None:
+        """Tells that a run had to denoise fewer chunks at a time, so many in the end."""
+        self._window = window
+
+    def alternately(self, chunks: Iterator[Chunk], sampler: Sampler | None = None) -> Iterator[Chunk]:
+        """The sampler's chunks. Where memory is short the VAE is off the device while they are made: each has the other's room.
+
+        Args:
+            chunks: of the run.
+            sampler: that makes them: a window that it had to make smaller is remembered.
+        """
+        window = sampler.window if sampler else 0
+        try:
+            while True:
+                if self._parks and self._vae is not None:
+                    self._vae.park()
+                chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                if self._parks:
+                    empty_cache(self._device)
+                yield chunk
+        finally:
+            if sampler and sampler.window < window:
+                self.left_with(sampler.window)
 
     def _vae_needs(self) -> tuple[int, int]:
         """Bytes of the VAE, and of a tile on its way through it."""

@@ -12,6 +12,7 @@ from ..sampling.schedule import smaller_windows
 from ..transformer.inputs import TOKEN_BLOCK, CacheDevice
 from .cost import Machine, iteration_flops, iteration_seconds
 from .footprint import WeightSizes, key_bytes, working_bytes
+from .limit import Limit
 
 TOKEN_BLOCKS = (TOKEN_BLOCK, 2048, 1024, 512, 256)
 _SLOTS = (3, 2)
@@ -42,23 +43,6 @@ class MemoryOptions:
             raise MagiError(f"The cache cannot be kept on {self.cache!r}. Choose one of auto, device, host.")
         if self.token_block is not None and self.token_block < 1:
             raise MagiError(f"A token block of {self.token_block} holds nothing. Use at least 1.")
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The largest layout that may be chosen, where a larger one ran out of memory.
-
-    Attributes:
-        layers: that stay on the device.
-        token_block: tokens that are taken through a layer at a time.
-        cache: where keys and values are kept: "device" leaves it open, "host" does not.
-        window: chunks denoised at a time, where a smaller window may be taken.
-    """
-
-    layers: int
-    token_block: int
-    cache: CacheDevice
-    window: int
 
 
 @dataclass(frozen=True)

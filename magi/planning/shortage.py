@@ -7,7 +7,8 @@ from ..config import MagiConfig
 from ..transformer.inputs import CacheDevice
 from ..transformer.model import Transformer
 from .footprint import WeightSizes
-from .placement import Limit, MemoryOptions, Placement, place
+from .limit import Limit
+from .placement import MemoryOptions, Placement, place
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from ...magi.config import MagiConfig
 from ...magi.errors import MagiError
 from ...magi.model_files.load import load_transformer
 from ...magi.planning.footprint import weight_sizes
-from ...magi.planning.placement import Limit, MemoryOptions, Placement, place, spread
+from ...magi.planning.limit import Limit
+from ...magi.planning.placement import MemoryOptions, Placement, place, spread
 from ...magi.planning.shortage import Shortage, shortage_of, within_shortage
 from ...magi.sampling.special_tokens import SpecialTokens
 from ...magi.system.host_memory import memory_beside
