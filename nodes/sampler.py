@@ -2,20 +2,22 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 
-from ..magi.config import MagiConfig
+from ..magi.config import MagiConfig, RuntimeConfig
+from ..magi.errors import MagiError
 from ..magi.media.frames import from_model
 from ..magi.pipeline.request import Length, plan_length
 from ..magi.runs.autosave import Keeper
 from ..magi.runs.store import RunStore, Saved
 from ..magi.sampling.captions import need_special_tokens
 from ..magi.sampling.prepare import Run, make_sampler, prepare
+from ..magi.sampling.schedule import check_steps
 from ..magi.sampling.special_tokens import SpecialTokens
 from ..magi.sampling.state import Chunk, ProgressEvent
 from ..magi.vae.preview import RoughDecoder
@@ -124,11 +126,15 @@ class Magi1Sampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, steps: int | None = None) -> bool | str:
-        """Refuses step counts no model takes before anything runs."""
-        if steps is not None and steps % 4:
-            below = steps - steps % 4
-            return f"{steps} steps cannot be split over the four stages of a chunk. Use {f'{below} or ' if below else ''}{below + 4}, or 0."
+    def validate_inputs(cls, steps: int | None = None, window: int | None = None) -> bool | str:
+        """Refuses steps that cannot be split over the window before anything runs; what is the model's own is not known here."""
+        if not steps:
+            return True
+        released = RuntimeConfig()
+        try:
+            check_steps(steps, window or released.window_size, released.noise2clean_kvrange)
+        except MagiError as error:
+            return str(error)
         return True
 
     @classmethod
@@ -150,6 +156,7 @@ class Magi1Sampler(io.ComfyNode):
         """Checks everything, loads the transformer and runs."""
         config = model.config.with_guidance(guidance or None, previous_guidance or None)
         config = config.with_runtime(num_steps=steps or None, window_size=window or None)
+        check_steps(config.runtime.num_steps, config.runtime.window_size, config.runtime.noise2clean_kvrange)
         prefix, config = _start(start, config)
         given = 0 if prefix is None else prefix.shape[2]
         length = plan_length(config.runtime, round(seconds * config.runtime.fps), given, shown=given == 1)
@@ -168,7 +175,7 @@ class Magi1Sampler(io.ComfyNode):
             "num_frames": length.num_frames,
         }
         run = prepare(config, **settings)
-        placement = model.transformer.plan(run.config, given // config.runtime.chunk_width, may_narrow=not window)
+        placement = model.transformer.plan(run.config, given, may_narrow=not window)
         logging.info(f"MAGI-1 {model.name}: {placement.describe()}.")
         narrow = placement.window != config.runtime.window_size
         if narrow:
@@ -187,7 +194,7 @@ class Magi1Sampler(io.ComfyNode):
                 view.resumed(store.saved)
             loaded, decoder = _load(model, vae, placement.spare_bytes, view)
             view.use(decoder)
-            for chunk in _chunks(loaded, config, store, view, seed=seed, **settings):
+            for chunk in _chunks(loaded, config, store, view, model.transformer.left_with, seed=seed, **settings):
                 finished.append(chunk.latents.to("cpu", torch.float32))
                 if chunk.index >= view.taken_over:
                     view.finished(chunk.index, finished[-1])
@@ -197,27 +204,40 @@ class Magi1Sampler(io.ComfyNode):
         return io.NodeOutput({"samples": torch.cat(finished, dim=2)}, length.frames)
 
 
-def _chunks(loaded: Any, config: MagiConfig, store: RunStore | None, view: "_View", **settings: Any) -> Iterator[Chunk]:
-    """The chunks, first those that the store has. The sampler goes with this, and with it its keys on the device."""
-    if store is None:
-        return iter(
-            make_sampler(loaded, config, progress=view.sampled, heartbeat=view.heartbeat, report=view.note, **settings)
-        )
-    keeper = Keeper(store, loaded)
+def _chunks(
+    loaded: Any,
+    config: MagiConfig,
+    store: RunStore | None,
+    view: "_View",
+    left_with: Callable[[int], None],
+    **settings: Any,
+) -> Iterator[Chunk]:
+    """The chunks, first those that the store has; in the end `left_with` is told the window, if it had to become smaller.
+
+    The sampler goes with this, and with it its keys on the device.
+    """
+    keeper = None if store is None else Keeper(store, loaded)
 
     def sampled(event: ProgressEvent) -> None:
-        keeper.alive()
+        if keeper:
+            keeper.alive()
         view.sampled(event)
 
     def heartbeat(fraction: float) -> None:
-        keeper.alive()
+        if keeper:
+            keeper.alive()
         view.heartbeat(fraction)
 
-    return keeper.chunks(
-        make_sampler(
-            loaded, config, state=keeper.state, progress=sampled, heartbeat=heartbeat, report=view.note, **settings
-        )
+    state = keeper.state if keeper else None
+    sampler = make_sampler(
+        loaded, config, state=state, progress=sampled, heartbeat=heartbeat, report=view.note, **settings
     )
+    window = sampler.window
+    try:
+        yield from keeper.chunks(sampler) if keeper else sampler
+    finally:
+        if sampler.window < window:
+            left_with(sampler.window)
 
 
 def _start(start: dict[str, Any] | None, config: MagiConfig) -> tuple[torch.Tensor | None, MagiConfig]:

@@ -71,7 +71,7 @@ class Layout:
 def block_layouts(reader: WeightReader) -> list[Layout]:
     """Returns the layout of each layer on the reader's device. Reads only the headers of the checkpoint."""
     meta = replace(reader, source=HeaderShapes(reader.source.tensors), device=torch.device("meta"))
-    raw = not holds_float8(reader.device.type)
+    raw = not holds_float8(reader.device)
 
     def stored(like: torch.Tensor) -> torch.Tensor:
         return like.view(torch.uint8) if raw and like.dtype is FLOAT8 else like

@@ -90,14 +90,16 @@ def pin_memory(data: torch.Tensor, device: torch.device | None = None) -> Callab
     if not torch.cuda.is_available():
         raise RuntimeError("only CUDA and ROCm devices can page-lock host memory")
     runtime = torch.cuda.cudart()
-    code = int(runtime.cudaHostRegister(data.data_ptr(), data.nbytes, 0))
-    if code:
-        with suppress(RuntimeError):  # the driver reports the error again at the next call, so make one
-            torch.ones(1, device="cuda").add_(1).item()
-        raise RuntimeError(f"the driver refused to page-lock {data.nbytes / 1e9:.1f} GB more, error {code}")
+    with torch.cuda.device(device):  # memory is locked for the current card
+        code = int(runtime.cudaHostRegister(data.data_ptr(), data.nbytes, 0))
+        if code:
+            with suppress(RuntimeError):  # the driver reports the error again at the next call, so make one
+                torch.ones(1, device="cuda").add_(1).item()
+            raise RuntimeError(f"the driver refused to page-lock {data.nbytes / 1e9:.1f} GB more, error {code}")
 
     def unpin() -> None:
-        torch.cuda.synchronize(device)
-        runtime.cudaHostUnregister(data.data_ptr())
+        with torch.cuda.device(device):
+            torch.cuda.synchronize(device)
+            runtime.cudaHostUnregister(data.data_ptr())
 
     return unpin

@@ -73,7 +73,7 @@ class MagiPipeline:
         self.device = pick_device(device)
         self._dtype = dtype
         self._vae_dtype = vae_dtype
-        self._text_device = text_device
+        self._text_device = pick_device(text_device)
         self._text_dtype = text_dtype
         self._cache = cache
         self._precision: Precision = precision
@@ -165,8 +165,7 @@ class MagiPipeline:
         return replace(plan, config=plan.config.with_runtime(window_size=placement.window), placement=placement)
 
     def _placement(self, plan: Plan) -> Placement:
-        given = plan.given // plan.config.runtime.chunk_width
-        return self._models.place(plan.config, given, may_narrow=plan.request.window_size is None)
+        return self._models.place(plan.config, plan.given, may_narrow=plan.request.window_size is None)
 
     def _text(self, request: Request) -> dict[str, Any]:
         """What decides the prompts' embeddings, for `encode_prompts` and `check_encoder`."""
@@ -339,7 +338,7 @@ class MagiPipeline:
             heartbeat=heartbeat,
         )
         done[:] = sampler.state.iteration, sampler.total
-        return self._models.alternately(keeper.chunks(sampler) if keeper else iter(sampler))
+        return self._models.alternately(keeper.chunks(sampler) if keeper else iter(sampler), sampler)
 
     @cached_property
     def _special_tokens(self) -> SpecialTokens | None:

@@ -15,7 +15,7 @@ from ..media.video_reader import probe, read_image, read_video
 from ..planning.placement import Placement
 from ..runs.identity import UNKNOWN, config_settings
 from ..sampling.captions import Caption, caption_per_chunk, null_caption
-from ..sampling.schedule import Schedule
+from ..sampling.schedule import check_steps, chunks_in
 from ..sampling.special_tokens import SpecialTokens
 from ..system.whole_files import file_fingerprint, tensor_digest
 
@@ -125,7 +125,7 @@ def plan_length(runtime: RuntimeConfig, wanted: int, given: int, shown: bool) ->
     """
     per_latent, width = runtime.temporal_downsample_factor, runtime.chunk_width
     latents = max(1, -(-wanted // per_latent) - given * shown)
-    chunks = -(-(latents + given) // width)
+    chunks = chunks_in(runtime, latents * per_latent, given)
     hidden = 0 if shown else given
     return Length(latents * per_latent, chunks, chunks - given // width, (chunks * width - hidden) * per_latent)
 
@@ -144,7 +144,9 @@ def make_plan(
     Raises:
         MagiError: anything about it that cannot work.
     """
+    config = config.with_runtime(num_steps=request.num_steps, window_size=request.window_size, seed=request.seed)
     runtime = config.runtime
+    check_steps(runtime.num_steps, runtime.window_size, runtime.noise2clean_kvrange)
     if request.image is not None and request.video is not None:
         raise MagiError("Both an image and a video are given. Give one to start from.")
     check_mode(request.fit)
@@ -166,15 +168,7 @@ def make_plan(
         given = 0
         height, width = _size(request, config, None)
     length = plan_length(runtime, wanted, given, shown=request.image is not None)
-    config = config.with_runtime(
-        num_frames=length.num_frames,
-        video_size_h=height,
-        video_size_w=width,
-        num_steps=request.num_steps,
-        window_size=request.window_size,
-        seed=request.seed,
-    )
-    Schedule.of(config.runtime, length.chunks, given // runtime.chunk_width)  # settings that do not go together
+    config = config.with_runtime(num_frames=length.num_frames, video_size_h=height, video_size_w=width)
     if not isinstance(request.prompt, str) and not 1 <= len(request.prompt) <= length.made:
         raise MagiError(
             f"There are {len(request.prompt)} prompts for {length.made} chunks of a second each. "

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -10,8 +12,11 @@ from ..config import MagiConfig
 from ..errors import MagiError
 from ..model_files.load import load_transformer
 from ..model_files.locate import ModelFiles
-from ..planning.footprint import weight_sizes
+from ..planning.footprint import WeightSizes, weight_sizes
+from ..planning.limit import Limit
 from ..planning.placement import MemoryOptions, Placement, place
+from ..planning.shortage import Shortage, shortage_of, within_shortage
+from ..sampling.sampler import Sampler
 from ..sampling.state import Chunk
 from ..system.device import empty_cache, free_memory
 from ..system.host_memory import memory_beside
@@ -21,6 +26,15 @@ from ..transformer.weights import Precision
 from ..vae.footprint import makes_scores, tile_bytes
 from ..vae.tiling import Tiling
 from ..vae.video_vae import VideoVAE, load_vae
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A run, and what was free when it was planned."""
+
+    run: MagiConfig
+    given: int
+    free: int | None
 
 
 class LoadedModels:
@@ -45,16 +59,21 @@ class LoadedModels:
         self._attention = attention
         self._memory = memory
         self._transformer: Transformer | None = None
-        self._placement: Placement | None = None
+        self._placement: Placement | None = None  # how the transformer was loaded
+        self._wanted: Placement | None = None  # how it was laid out for the last run
+        self._planned: WeakKeyDictionary[Placement, _Planned] = WeakKeyDictionary()
+        self._ran: _Planned | None = None  # the run that the transformer was laid out for
+        self._shortage: Shortage | None = None
+        self._window: int | None = None  # that the last run was left with, where that is known
         self._vae: VideoVAE | None = None
         self._parks = False  # the VAE, while the transformer works
 
-    def place(self, run: MagiConfig, given_chunks: int, may_narrow: bool) -> Placement:
+    def place(self, run: MagiConfig, given: int, may_narrow: bool) -> Placement:
         """What goes where in a run, from headers and what memory is free now; what is loaded here counts as free.
 
         Args:
             run: with its size, length and window.
-            given_chunks: whole chunks of a given video.
+            given: latent frames of an image or clip that come before what is made.
             may_narrow: a smaller window may be taken where nothing else helps.
 
         Raises:
@@ -63,33 +82,64 @@ class LoadedModels:
         with Checkpoint(self._files.transformer) as checkpoint:
             sizes = weight_sizes(checkpoint.tensors, run.model, self._device, self._precision, self._dtype)
 
-        def placed(free: int | None, companion: int) -> Placement:
-            host = memory_beside(self._device)
-            return place(
-                run, sizes, free, self._memory, given_chunks, free_host=host, may_narrow=may_narrow, companion=companion
-            )
-
         empty_cache(self._device)
-        free = free_memory(self._device)
+        host, room = memory_beside(self._device), free_memory(self._device)
+        room = None if room is None else room + self._held()
+        self._look(sizes)
+
+        def placed(free: int | None, companion: int) -> Placement:
+            def within(limit: Limit | None) -> Placement:
+                return place(
+                    run,
+                    sizes,
+                    free,
+                    self._memory,
+                    given,
+                    free_host=host,
+                    may_narrow=may_narrow,
+                    companion=companion,
+                    limit=limit,
+                )
+
+            found = within_shortage(within, self._shortage, host if free is None else free)
+            self._planned.pop(found, None)  # an equal one may not live as long
+            self._planned[found] = _Planned(run, given, host if room is None else room)
+            return found
+
         self._parks = False
-        if free is None:
+        if room is None:
             return placed(None, 0)
-        free += self._held()
         vae, tile = self._vae_needs()
         with suppress(MagiError):
-            roomy = placed(free - vae, tile)
+            roomy = placed(room - vae, tile)
             best = ("device", self._memory.token_block or TOKEN_BLOCK, run.runtime.window_size)
             if not roomy.streaming and (roomy.cache, roomy.token_block, roomy.window) == best:
                 return roomy
         self._parks = True
-        return placed(free, vae + tile)
+        return placed(room, vae + tile)
+
+    def _look(self, sizes: WeightSizes) -> None:
+        """Learns from how the last run has left the transformer, which gives way where memory runs out."""
+        if self._transformer is None or self._wanted is None or self._ran is None:
+            return
+        ran = self._ran
+        short = shortage_of(
+            self._transformer, self._wanted, self._window, ran.run, sizes, ran.free, self._memory, ran.given
+        )
+        self._shortage = short or self._shortage
 
     def transformer(self, placement: Placement, progress: Callable[[int, int], None] | None = None) -> Transformer:
         """The transformer, placed so; read anew only if other layers are to stay on the device than do, or fewer pass through."""
         loaded = self._placement
+        self._wanted, self._ran, self._window = placement, self._planned.get(placement), None
         if self._transformer is not None and loaded is not None:
             roomy = placement.streaming and loaded.slots > placement.slots
-            if (loaded.on_device, loaded.on_host) == (placement.on_device, placement.on_host) and not roomy:
+            there = set(self._transformer.blocks.on_device)  # not where some had to leave
+            if (
+                there >= set(placement.on_device)
+                and (loaded.on_device, loaded.on_host) == (placement.on_device, placement.on_host)
+                and not roomy
+            ):
                 self._transformer.cache_device = placement.cache
                 self._transformer.token_block = placement.token_block
                 return self._transformer
@@ -115,17 +165,31 @@ class LoadedModels:
             self._vae = load_vae(self._files.vae, self._device, self._vae_dtype)
         return self._vae
 
-    def alternately(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The sampler's chunks. Where memory is short the VAE is off the device while they are made: each has the other's room."""
-        while True:
-            if self._parks and self._vae is not None:
-                self._vae.park()
-            chunk = next(chunks, None)
-            if chunk is None:
-                return
-            if self._parks:
-                empty_cache(self._device)
-            yield chunk
+    def left_with(self, window: int) -> None:
+        """Tells that a run had to denoise fewer chunks at a time, so many in the end."""
+        self._window = window
+
+    def alternately(self, chunks: Iterator[Chunk], sampler: Sampler | None = None) -> Iterator[Chunk]:
+        """The sampler's chunks. Where memory is short the VAE is off the device while they are made: each has the other's room.
+
+        Args:
+            chunks: of the run.
+            sampler: that makes them: a window that it had to make smaller is remembered.
+        """
+        window = sampler.window if sampler else 0
+        try:
+            while True:
+                if self._parks and self._vae is not None:
+                    self._vae.park()
+                chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                if self._parks:
+                    empty_cache(self._device)
+                yield chunk
+        finally:
+            if sampler and sampler.window < window:
+                self.left_with(sampler.window)
 
     def _vae_needs(self) -> tuple[int, int]:
         """Bytes of the VAE, and of a tile on its way through it."""

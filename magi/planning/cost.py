@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from ..config import MagiConfig, ModelConfig
 from ..errors import MagiError
+from ..sampling.schedule import Schedule
 from ..transformer.inputs import ChunkInput, Pass
-from .footprint import chunk_tokens, schedule_of
+from .footprint import chunk_tokens
 
 _CAPTION_TOKENS = 100
 _BLOCK_COST = 96  # tokens: what starting a token block costs, in tokens' time
@@ -65,9 +66,9 @@ def chunk_flops(config: ModelConfig, tokens: int, keys: int, text: int) -> float
     return 2.0 * config.num_layers * tokens * (weights + attention)
 
 
-def iteration_flops(config: MagiConfig, given_chunks: int = 0) -> float:
+def iteration_flops(config: MagiConfig, given: int = 0) -> float:
     """Operations of a forward iteration with a full window; all passes that a base model may need are counted."""
-    schedule, tokens = schedule_of(config, given_chunks), chunk_tokens(config)
+    schedule, tokens = Schedule.of_run(config.runtime, given), chunk_tokens(config)
     it = schedule[len(schedule) // 2]  # the window is as full as it ever is
     seen = [c + 1 - schedule.first_key(c, g) for c, g in zip(it.chunks, it.grid, strict=True)]
     alone = [1] if config.engine.distill else [1] * len(seen)

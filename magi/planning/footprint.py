@@ -129,21 +129,14 @@ def chunk_tokens(config: MagiConfig) -> int:
     return runtime.chunk_width * (runtime.video_size_h // side) * (runtime.video_size_w // side)
 
 
-def key_bytes(config: MagiConfig, given_chunks: int = 0, itemsize: int = 2) -> int:
+def key_bytes(config: MagiConfig, given: int = 0, itemsize: int = 2) -> int:
     """Bytes of the keys and values of finished chunks that are kept, of one layer."""
-    cached = schedule_of(config, given_chunks).cached_chunks
+    cached = Schedule.of_run(config.runtime, given).cached_chunks
     return cached * chunk_tokens(config) * _keys_a_token(config.model, itemsize)
 
 
 def _keys_a_token(c: ModelConfig, itemsize: int) -> int:
     return 2 * c.num_query_groups * c.kv_channels * itemsize
-
-
-def schedule_of(config: MagiConfig, given_chunks: int = 0) -> Schedule:
-    """The schedule of a run of the config's length after so many given chunks."""
-    runtime = config.runtime
-    generated = -(-(runtime.num_frames // runtime.temporal_downsample_factor) // runtime.chunk_width)
-    return Schedule.of(runtime, given_chunks + generated, given_chunks)
 
 
 def fullest_stage(schedule: Schedule) -> list[Iteration]:
@@ -158,7 +151,7 @@ def fullest_stage(schedule: Schedule) -> list[Iteration]:
 def working_bytes(
     config: MagiConfig,
     *,
-    given_chunks: int = 0,
+    given: int = 0,
     cache_on_device: bool = True,
     token_block: int = TOKEN_BLOCK,
     itemsize: int = 2,
@@ -169,7 +162,7 @@ def working_bytes(
 
     Args:
         config: the model, and the size, steps, window and frames of the run.
-        given_chunks: whole chunks of a given video.
+        given: latent frames of an image or clip that come before what is made.
         cache_on_device: the cache of keys and values is there; else only what of it is on its way.
         token_block: tokens that are taken through a layer at a time.
         itemsize: bytes of the compute dtype.
@@ -177,8 +170,8 @@ def working_bytes(
         widened: products need float32 copies of what is multiplied.
     """
     c, runtime, e = config.model, config.runtime, itemsize
-    schedule = schedule_of(config, given_chunks)
-    generated = schedule.chunks - given_chunks
+    schedule = Schedule.of_run(runtime, given)
+    generated = schedule.chunks - schedule.prefix_chunks
     active = min(runtime.window_size, generated)
     refresh = int(generated > 1)  # the chunk that has just become clean
     times = [float(t) for t in time_grid(runtime.num_steps, config.engine.shortcut_mode)]
@@ -190,7 +183,7 @@ def working_bytes(
     rope = places * tokens * 2 * 3 * (c.kv_channels // 8) * 4
     captions = (active + 1) * c.caption_max_length * (c.hidden_size * e + keys)
     # On the host two layers' keys are on the device at a time: the one in use and the next.
-    cached = key_bytes(config, given_chunks, e) * (c.num_layers if cache_on_device else min(2, c.num_layers))
+    cached = key_bytes(config, given, e) * (c.num_layers if cache_on_device else min(2, c.num_layers))
     scratch = (active + max(schedule.cached_chunks, refresh)) * tokens * keys
     on_their_way = streams * (tokens * c.hidden_size * e + 2 * LATENT_CHANNELS * latents * 4)
     fp8 = config.engine.fp8_quant if fp8 is None else fp8

@@ -12,6 +12,7 @@ from ..sampling.schedule import smaller_windows
 from ..transformer.inputs import TOKEN_BLOCK, CacheDevice
 from .cost import Machine, iteration_flops, iteration_seconds
 from .footprint import WeightSizes, key_bytes, working_bytes
+from .limit import Limit
 
 TOKEN_BLOCKS = (TOKEN_BLOCK, 2048, 1024, 512, 256)
 _SLOTS = (3, 2)
@@ -115,12 +116,13 @@ def place(
     weights: WeightSizes,
     free: int | None,
     options: MemoryOptions | None = None,
-    given_chunks: int = 0,
+    given: int = 0,
     *,
     free_host: int | None = None,
     may_narrow: bool = False,
     companion: int = 0,
     machine: Machine | None = None,
+    limit: Limit | None = None,
 ) -> Placement:
     """Where to put a model's weights and keys so that a run has room: the fastest way that fits, by a forecast.
 
@@ -132,18 +134,19 @@ def place(
         free: bytes free on the device before anything is loaded; None where memory is the host's own: a budget means
             nothing there, nothing is moved that `options` does not ask for, and only the token block depends on what is free.
         options: what is fixed by hand.
-        given_chunks: whole chunks of a given video.
+        given: latent frames of an image or clip that come before what is made.
         free_host: bytes free in host memory; None: unknown, then fetched layers come from the file.
         may_narrow: a smaller window may be taken, if nothing else helps.
         companion: bytes that another model, such as the VAE, takes on the device between two iterations.
         machine: what the forecast assumes.
+        limit: nothing larger is chosen, whatever `options` say.
 
     Raises:
         MagiError: it does not fit, whatever of what is not fixed is chosen.
     """
     options, machine = options or MemoryOptions(), machine or Machine()
     if free is None:
-        choices = _choices(config, weights, options, given_chunks, None, companion, machine)
+        choices = _choices(config, weights, options, given, None, companion, machine, limit)
         first = [c for c in choices if c.cache == choices[0].cache and c.slots == choices[0].slots]
         room = math.inf if free_host is None else (1 - _HOST_RESERVE) * free_host
         choice = next((c for c in first if c.working_bytes <= room), first[-1])
@@ -151,24 +154,25 @@ def place(
     room = free if options.budget is None else options.budget
     runtime = config.runtime
     windows = smaller_windows(runtime.num_steps, runtime.window_size) if may_narrow else []
-    for window in (runtime.window_size, *windows):
+    allowed = [w for w in (runtime.window_size, *windows) if not (may_narrow and limit and w > limit.window)]
+    for window in allowed or (runtime.window_size,):
         run = config.with_runtime(window_size=window)
-        choices = _choices(run, weights, options, given_chunks, free_host, companion, machine)
+        choices = _choices(run, weights, options, given, free_host, companion, machine, limit)
         found = [placement for choice in choices for placement in _fitting(choice, room)]
         if found:
             return min(found, key=lambda p: (p.slowdown, p.device_bytes))
-    raise MagiError(_too_little(config, weights, options, given_chunks, companion, room, windows))
+    raise MagiError(_too_little(config, weights, options, given, companion, room, windows))
 
 
 def smallest(
     config: MagiConfig,
     weights: WeightSizes,
     options: MemoryOptions | None = None,
-    given_chunks: int = 0,
+    given: int = 0,
     companion: int = 0,
 ) -> Placement:
     """The placement that takes least of the device, within what `options` fix; arguments as for `place`."""
-    choices = _choices(config, weights, options or MemoryOptions(), given_chunks, None, companion, Machine())
+    choices = _choices(config, weights, options or MemoryOptions(), given, None, companion, Machine())
     return min((c.place(c.counts[-1]) for c in choices), key=lambda p: p.device_bytes)
 
 
@@ -192,13 +196,15 @@ class _Choice:
     room_on_host: int | None
     machine: Machine
     seconds: float  # of a layer's work
+    most_layers: int
 
     @property
     def counts(self) -> range:
         """How many layers may stay, from all to none."""
         layers = len(self.weights.blocks)
-        least = layers if self.options.streaming is False else 0
-        return range(0 if self.options.streaming else layers, least - 1, -1)
+        most = min(self.most_layers, layers)
+        least = most if self.options.streaming is False else 0
+        return range(0 if self.options.streaming else most, least - 1, -1)
 
     def weight_bytes(self, count: int) -> int:
         """On the device, if `count` layers stay."""
@@ -251,22 +257,28 @@ def _choices(
     config: MagiConfig,
     weights: WeightSizes,
     options: MemoryOptions,
-    given_chunks: int,
+    given: int,
     free_host: int | None,
     companion: int,
     machine: Machine,
+    limit: Limit | None = None,
 ) -> list[_Choice]:
     """Every combination of what is not fixed, the fastest first."""
-    seconds = iteration_flops(config, given_chunks) / len(weights.blocks) / (machine.tflops * 1e12)
+    seconds = iteration_flops(config, given) / len(weights.blocks) / (machine.tflops * 1e12)
     caches: tuple[CacheDevice, ...] = get_args(CacheDevice) if options.cache == "auto" else (options.cache,)
-    blocks = TOKEN_BLOCKS if options.token_block is None else (options.token_block,)
-    keys = key_bytes(config, given_chunks, weights.itemsize)
+    blocks: tuple[int, ...] = TOKEN_BLOCKS if options.token_block is None else (options.token_block,)
+    most_layers = len(weights.blocks)
+    if limit:
+        caches = ("host",) if limit.cache == "host" else caches
+        blocks = tuple(b for b in blocks if b <= limit.token_block) or (limit.token_block,)
+        most_layers = limit.layers
+    keys = key_bytes(config, given, weights.itemsize)
     found = []
     for cache in caches:
         for block in blocks:
             working = weights.converted + working_bytes(
                 config,
-                given_chunks=given_chunks,
+                given=given,
                 cache_on_device=cache == "device",
                 token_block=block,
                 itemsize=weights.itemsize,
@@ -277,7 +289,10 @@ def _choices(
             working = max(working, companion + len(weights.blocks) * keys * (cache == "device"))
             room_on_host = None if free_host is None else round(free_host * (1 - _HOST_RESERVE))
             found += [
-                _Choice(config, weights, options, cache, block, slots, working, keys, room_on_host, machine, seconds)
+                _Choice(
+                    *(config, weights, options, cache, block, slots, working),
+                    *(keys, room_on_host, machine, seconds, most_layers),
+                )
                 for slots in _SLOTS
             ]
     return found
@@ -295,13 +310,13 @@ def _too_little(
     config: MagiConfig,
     weights: WeightSizes,
     options: MemoryOptions,
-    given_chunks: int,
+    given: int,
     companion: int,
     room: int,
     windows: Sequence[int],
 ) -> str:
     def least(config: MagiConfig, **changes: Any) -> int:
-        return smallest(config, weights, replace(options, **changes), given_chunks, companion).needed_bytes
+        return smallest(config, weights, replace(options, **changes), given, companion).needed_bytes
 
     needed = least(config)
     remedies = {

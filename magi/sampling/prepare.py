@@ -134,17 +134,15 @@ def prepare(
         raise MagiError(
             f"num_frames is {runtime.num_frames}; it must be at least {runtime.temporal_downsample_factor}."
         )
-    chunks = -(-(runtime.num_frames // runtime.temporal_downsample_factor + given) // runtime.chunk_width)
+    schedule = Schedule.of_run(runtime, given)
     shape = (1, LATENT_CHANNELS, runtime.chunk_width, *latent_size)
-    whole = (*shape[:2], chunks * runtime.chunk_width, *latent_size)
+    whole = (*shape[:2], schedule.chunks * runtime.chunk_width, *latent_size)
     if noise is not None and tuple(noise.shape) != whole:
         raise MagiError(
             f"The noise has the shape {tuple(noise.shape)}; {runtime.num_frames} frames after {given} given latents need {whole}."
         )
-    schedule = Schedule.of(runtime, chunks, given // runtime.chunk_width)
-    captions = caption_per_chunk(
-        caption, chunks - schedule.prefix_chunks, config.model, special_tokens, style_tokens, duration_tokens
-    )
+    made = schedule.chunks - schedule.prefix_chunks
+    captions = caption_per_chunk(caption, made, config.model, special_tokens, style_tokens, duration_tokens)
     null_caption(torch.zeros(1, config.model.caption_channels), special_tokens, negative_tokens)
     return Run(config, schedule, shape, captions)
 

@@ -64,6 +64,11 @@ class Sampler:
         return len(self._schedule)
 
     @property
+    def window(self) -> int:
+        """Chunks that are denoised at a time: fewer than the settings ask for where memory ran out."""
+        return self._schedule.window
+
+    @property
     def nbytes(self) -> int:
         """Bytes of latents and of the cache: they do not grow with the video."""
         return self.state.nbytes + (self._cache.nbytes if self._cache else 0)

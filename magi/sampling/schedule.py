@@ -93,6 +93,11 @@ class Schedule:
             _clean_key_range(runtime),
         )
 
+    @classmethod
+    def of_run(cls, runtime: RuntimeConfig, given: int = 0) -> "Schedule":
+        """The schedule of a run of the runtime's length after so many given latent frames."""
+        return cls.of(runtime, chunks_in(runtime, runtime.num_frames, given), given // runtime.chunk_width)
+
     @property
     def steps_per_stage(self) -> int:
         """Forward iterations of one stage."""
@@ -164,6 +169,11 @@ class Schedule:
         Where clean chunks see only themselves these are the cached ones; else every one depends on all before it.
         """
         return self.cached_chunks if self.clean_key_range == 1 else self.chunks
+
+
+def chunks_in(runtime: RuntimeConfig, num_frames: int, given: int = 0) -> int:
+    """Chunks of a video of `given` latent frames and what `num_frames` video frames fill after them, the last one made whole."""
+    return -(-(num_frames // runtime.temporal_downsample_factor + given) // runtime.chunk_width)
 
 
 def _clean_key_range(runtime: RuntimeConfig) -> int:

@@ -42,14 +42,20 @@ def free_memory(device: torch.device) -> int | None:
 
 def empty_cache(device: torch.device) -> None:
     """Gives memory that torch holds but does not use back to the device."""
-    if device.type in ("cuda", "xpu", "mps"):
-        getattr(torch, device.type).empty_cache()
+    if device.type in ("cuda", "xpu"):
+        # torch takes no device here. It empties all of them today; with this one current it is among them in any case.
+        with getattr(torch, device.type).device(device):
+            getattr(torch, device.type).empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done all it was given."""
-    if device.type in ("cuda", "xpu", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).synchronize(device)
+    elif device.type == "mps":  # there is only one, and torch takes none
+        torch.mps.synchronize()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -58,7 +58,7 @@ class Fp8Weight:
         """From a checkpoint's tensors: weight (1, out, in) or (out, in), scales of any shape with equal entries."""
         device = torch.device(device or weight.device)
         weight = weight.reshape(weight.shape[-2:])
-        if not holds_float8(device.type):
+        if not holds_float8(device):
             weight = weight.view(torch.uint8)
 
         def scale(s: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ class StoredFp8:
         """From (out, in) numbers of any floating type. Raises MagiError where torch has no float8."""
         float8 = require_float8()
         device = torch.device(device)
-        native = holds_float8(device.type)
+        native = holds_float8(device)
         weight = weight.to(device if native else "cpu")
         ratio = weight.abs().amax(dim=1, keepdim=True).float() / E4M3_MAX
         power = (ratio.view(torch.int32) & _EXPONENT).view(torch.float32) * 2
@@ -171,14 +171,14 @@ def _plain(weight: torch.Tensor) -> torch.Tensor:
 
 def keeps_sums(device: torch.device) -> bool:
     """Whether a product of 16-bit numbers can have float32 results on `device`, without float32 copies of its factors."""
-    return device.type == "cuda" and torch.version.hip is None and _has_out_dtype()
+    return device.type == "cuda" and torch.version.hip is None and _has_out_dtype(device)
 
 
-@lru_cache(1)
-def _has_out_dtype() -> bool:
-    """Whether torch.mm can keep the float32 sums of 16-bit factors (newer builds): tried once, on the current device."""
+@lru_cache(8)
+def _has_out_dtype(device: torch.device) -> bool:
+    """Whether torch.mm can keep the float32 sums of 16-bit factors (newer builds): tried once."""
     try:
-        probe = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
+        probe = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
         return torch.mm(probe, probe, out_dtype=torch.float32).dtype == torch.float32
     except (RuntimeError, TypeError, NotImplementedError):
         return False
@@ -201,12 +201,12 @@ def multiplies_float8(device: torch.device) -> bool:
 
 
 @lru_cache(8)
-def holds_float8(device_type: str) -> bool:
-    """Whether tensors of e4m3fn can live on this kind of device and be cast there."""
+def holds_float8(device: torch.device | str) -> bool:
+    """Whether tensors of e4m3fn can live on this device and be cast there."""
     if FLOAT8 is None:
         return False
     try:
-        torch.zeros(1, device=device_type).to(FLOAT8).float()
+        torch.zeros(1, device=device).to(FLOAT8).float()
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return True

@@ -1,6 +1,6 @@
 """What the loaders hand on: files that were found and checked, and weights that are read when a node needs them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,25 @@ from ...magi.config import MagiConfig
 from ...magi.errors import MagiError
 from ...magi.model_files.load import load_transformer
 from ...magi.planning.footprint import weight_sizes
+from ...magi.planning.limit import Limit
 from ...magi.planning.placement import MemoryOptions, Placement, place, spread
+from ...magi.planning.shortage import Shortage, shortage_of, within_shortage
 from ...magi.sampling.special_tokens import SpecialTokens
 from ...magi.system.host_memory import memory_beside
 from ...magi.transformer.weights import Precision
 from ...magi.vae.video_vae import load_vae
 from . import host
 from .memory import Held, Managed
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """How a transformer was laid out, for which run, and what was free when that was planned."""
+
+    placement: Placement
+    run: MagiConfig
+    given: int
+    free: int | None
 
 
 class MagiTransformer(Held):
@@ -32,22 +44,29 @@ class MagiTransformer(Held):
         self.precision, self.attention, self._options = precision, attention, options
         with Checkpoint(path) as checkpoint:
             self._sizes = weight_sizes(checkpoint.tensors, config.model, host.device(), precision)
-        self._run, self._given_chunks, self._may_narrow = config, 0, False
+        self._run, self._given, self._may_narrow = config, 0, False
         self.placement: Placement | None = None  # of the run that is to come
+        self._free: int | None = None  # when it was planned
+        self._laid: _Laid | None = None  # how the content was laid out, and what for
+        self._shortage: Shortage | None = None
+        self._window: int | None = None  # that the last run was left with, where that is known
 
-    def plan(self, run: MagiConfig, given_chunks: int, may_narrow: bool = False) -> Placement:
+    def plan(self, run: MagiConfig, given: int, may_narrow: bool = False) -> Placement:
         """What goes where in a run, if all that is evictable makes room for it.
 
         Args:
             run: with its size, length and window.
-            given_chunks: whole chunks of a given video.
+            given: latent frames of an image or clip that come before what is made.
             may_narrow: a smaller window may be taken where nothing else helps.
 
         Raises:
             MagiError: the run cannot fit.
         """
-        self._run, self._given_chunks, self._may_narrow = run, given_chunks, may_narrow
-        self.placement = self._place(host.usable_memory())
+        self._look()
+        self._run, self._given, self._may_narrow = run, given, may_narrow
+        usable = host.usable_memory()
+        self._free = memory_beside(host.device()) if usable is None else usable
+        self.placement = self._place(usable)
         return self.placement
 
     @property
@@ -76,12 +95,36 @@ class MagiTransformer(Held):
 
     def load(self, room: float) -> None:
         """Also has what this run wants and needs no reading: fewer layers on the device, keys elsewhere, other token blocks."""
+        before = self.content
         super().load(room)
         wanted, model = self._for(room), self.content
         staying = sorted(model.blocks.on_device)
         if len(staying) > len(wanted.on_device):
             model.blocks.keep_on_device([staying[i] for i in spread(len(staying), len(wanted.on_device))])
         model.cache_device, model.token_block = wanted.cache, wanted.token_block
+        if model is before:  # a few layers fewer than there is room for may have been left
+            wanted = replace(wanted, on_device=tuple(sorted(model.blocks.on_device)))
+        self._laid, self._window = _Laid(wanted, self._run, self._given, self._free), None
+
+    def drop(self) -> None:
+        """Also learns from how the last run has left it."""
+        self._look()
+        self._laid = None
+        super().drop()
+
+    def left_with(self, window: int) -> None:
+        """Tells that a run had to denoise fewer chunks at a time, so many in the end."""
+        self._window = window
+
+    def _look(self) -> None:
+        """Learns from how the last run has left the content, which gives way where memory runs out."""
+        laid = self._laid
+        if self.content is None or laid is None:
+            return
+        short = shortage_of(
+            self.content, laid.placement, self._window, laid.run, self._sizes, laid.free, self._options, laid.given
+        )
+        self._shortage = short or self._shortage
 
     def _for(self, room: float) -> Placement:
         """The placement with `room` bytes for weights besides what is spared for the work; the planned one where that is too little."""
@@ -95,16 +138,21 @@ class MagiTransformer(Held):
             return planned
 
     def _place(self, free: int | None) -> Placement:
+        beside = memory_beside(host.device())
 
-        return place(
-            self._run,
-            self._sizes,
-            free,
-            self._options,
-            self._given_chunks,
-            free_host=memory_beside(host.device()),
-            may_narrow=self._may_narrow,
-        )
+        def within(limit: Limit | None) -> Placement:
+            return place(
+                self._run,
+                self._sizes,
+                free,
+                self._options,
+                self._given,
+                free_host=beside,
+                may_narrow=self._may_narrow,
+                limit=limit,
+            )
+
+        return within_shortage(within, self._shortage, beside if free is None else free)
 
 
 @dataclass(frozen=True)

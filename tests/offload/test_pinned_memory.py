@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -5,14 +7,23 @@ from magi.offload.pinned_memory import PinnedMemory, PinningError, pin_memory
 
 
 class Driver:
+    @contextmanager
+    def device(self, device):
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
     def __init__(self, code):
         self.code, self.registered, self.waited_for = code, [], []
+        self.current, self.calls = None, []  # the current card, and those that calls were made for
 
     def cudaHostRegister(self, address, nbytes, flags):
+        self.calls.append(self.current)
         self.registered.append((address, nbytes))
         return self.code
 
     def cudaHostUnregister(self, address):
+        self.calls.append(self.current)
         self.registered = [entry for entry in self.registered if entry[0] != address]
 
 
@@ -23,6 +34,7 @@ def driver(monkeypatch):
     def make(code):
         made = Driver(code)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device", made.device)
         monkeypatch.setattr(torch.cuda, "synchronize", made.waited_for.append)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
         return made
@@ -38,6 +50,7 @@ def test_pin_memory_registers_the_memory_until_it_is_unpinned(driver):
     unpin()
     assert made.registered == []
     assert made.waited_for == [torch.device("cuda:1")], "a copy may still be running"
+    assert made.calls == [torch.device("cuda:1")] * 2, "another card's copies would not be the fast ones"
 
 
 def test_pinned_memory_is_registered_for_its_lifetime_on_cuda_and_rocm(driver):

@@ -21,10 +21,12 @@ from magi.pipeline import pipeline, resident_models
 from magi.pipeline.pipeline import MagiPipeline, Request
 from magi.pipeline.request import make_plan
 from magi.runs.store import RunStore
+from magi.sampling.schedule import Schedule
 from magi.sampling.special_tokens import SpecialTokens
 from magi.text import encode
 from magi.text.embedding_cache import EmbeddingCache
 from magi.transformer import float8
+from magi.transformer.model import Transformer
 
 PHOTO = embedded.DEMO_IMAGE
 SMALL = {"prompt": "A cat", "height": 32, "width": 48, "num_steps": 4}  # as little work as can be
@@ -81,6 +83,25 @@ def test_as_many_frames_come_out_as_were_announced(start, frames, pipe):
     assert frames <= plan.frames < frames + 48
     assert plan.seconds == plan.frames / 24
     assert all(clip.frames.dtype == torch.uint8 and clip.frames.shape[1:] == (32, 48, 3) for clip in clips)
+
+
+@pytest.mark.parametrize("start", [None, "image", 4, 9, 12, 24, 28, 44])
+@pytest.mark.parametrize("frames", [24, 48])
+def test_memory_is_planned_for_the_run_that_is_made(start, frames, files, monkeypatch):
+    given = {} if start is None else {"image": PHOTO} if start == "image" else {"video": numbered(start)}
+    planned, place = [], resident_models.place
+
+    def placing(run, sizes, free, options, given, **others):
+        planned.append(Schedule.of_run(run.runtime, given))
+        return place(run, sizes, free, options, given, **others)
+
+    monkeypatch.setattr(resident_models, "place", placing)
+    totals = set()
+    plan = load(files).plan(Request(**SMALL, frames=frames, **given))
+    for _ in load(files).run(plan, lambda at: totals.add(at.total) if at.name == "sample" else None):
+        pass
+    assert {len(schedule) for schedule in planned} == totals
+    assert {schedule.chunks - schedule.prefix_chunks for schedule in planned} == {plan.chunks}
 
 
 @pytest.mark.parametrize(
@@ -696,3 +717,35 @@ def test_other_failures_are_not_taken_for_a_shortage(function, files, monkeypatc
     with pytest.raises(RuntimeError) as caught:
         made(small)
     assert caught.value is error
+
+
+@pytest.mark.parametrize("start", ["image", "video"])
+@pytest.mark.parametrize("settings", [{"num_steps": 8, "window_size": 3}, {"num_steps": 0}, {"window_size": 0}])
+def test_steps_that_do_not_fit_are_refused_before_a_file_is_read(settings, start, pipe, tmp_path):
+    with pytest.raises(MagiError, match=r"cannot be split evenly|must be at least 1"):
+        pipe.plan(Request(**SMALL | {start: tmp_path / "not there"} | settings))
+
+
+@pytest.mark.parametrize("most", [(2048, 2), (1024, 1), (1024, 0), (256, 0)])
+def test_memory_that_ran_out_once_does_not_run_out_in_the_next_run(most, files, monkeypatch):
+    forward, short = Transformer.forward, []
+
+    def fails(self, *args, **options):
+        if self.token_block > most[0] or len(self.blocks.on_device) > most[1]:
+            short.append((self.token_block, len(self.blocks.on_device)))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(Transformer, "forward", fails)
+    monkeypatch.setattr(resident_models, "memory_beside", lambda device: 10**11)
+    pipe = load(files)
+    with pytest.warns(UserWarning, match="From the last finished step on"):
+        made(pipe, frames=24)
+    assert short
+    short.clear()
+    made(pipe, frames=24, seed=1)
+    assert short == []
+    plan = pipe.plan(Request(**SMALL, frames=24))
+    assert plan.placement is not None
+    assert plan.placement.token_block <= most[0]
+    assert len(plan.placement.on_device) <= most[1], "that is what is announced, too"

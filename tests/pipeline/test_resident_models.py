@@ -8,6 +8,7 @@ import torch
 from magi.checkpoint.reader import Checkpoint
 from magi.config import MagiConfig
 from magi.errors import MagiError
+from magi.model_files import load
 from magi.model_files.embedded import EMBEDDED_CONFIG, embedded_files
 from magi.model_files.locate import ModelFiles
 from magi.pipeline import resident_models
@@ -202,8 +203,8 @@ def test_a_window_that_was_asked_for_is_kept(card, models, sizes, vae_and_tile):
 def test_given_chunks_and_options_are_passed_on(card, models, sizes):
     card.free = 10**10
     short = RUN.with_runtime(num_frames=24)
-    alone, after = (models().place(short, given, may_narrow=True) for given in (0, 8))
-    assert after.working_bytes - alone.working_bytes > 2 * key_bytes(short, 8)
+    alone, after = (models().place(short, given, may_narrow=True) for given in (0, 48))
+    assert after.working_bytes - alone.working_bytes > 2 * key_bytes(short, 48)
     placed = models(cache="host", token_block=32, streaming=True).place(RUN, 0, may_narrow=True)
     assert (placed.cache, placed.token_block, placed.on_device) == ("host", 32, ())
 
@@ -298,3 +299,115 @@ def test_loading_that_was_cancelled_begins_anew(card, models):
     seen = []
     assert both.transformer(wanted, lambda done, total: seen.append((done, total))).nbytes > 0
     assert seen == [(1, 2), (2, 2)]
+
+
+# -- after memory ran out --------------------------------------------------------------------------------------------
+
+LARGE = RUN.with_runtime(
+    video_size_h=1280, video_size_w=1280
+)  # more than 4096 tokens a chunk: each token block takes less
+
+
+@pytest.fixture
+def total(card, models, monkeypatch):
+    """(bytes) -> models on a card, or for None in a host's memory, of that size, less what they hold themselves."""
+
+    def make(nbytes: int | None) -> LoadedModels:
+        both = models()
+        both.total = nbytes
+        free = lambda device: None if both.total is None else both.total - both._held()  # noqa: E731
+        monkeypatch.setattr(resident_models, "free_memory", free)
+        monkeypatch.setattr(resident_models, "memory_beside", lambda device: 10**11)
+        return both
+
+    return make
+
+
+def laid_out(transformer) -> tuple[int, int, str]:
+    return transformer.token_block, len(transformer.blocks.on_device), transformer.cache_device
+
+
+def announced(placement) -> tuple[int, int, str]:
+    return placement.token_block, len(placement.on_device), placement.cache
+
+
+def no_larger(a: tuple, b: tuple) -> bool:
+    return a[0] <= b[0] and a[1] <= b[1] and (a[2], b[2]) != ("device", "host")
+
+
+def after_shortage(both: LoadedModels, times: int, run: MagiConfig = LARGE) -> tuple:
+    """What was planned, and what is left of it after memory ran out so many times."""
+    first = placed(both, run)
+    transformer = both.transformer(first)
+    for _ in range(times):
+        assert transformer.shrink()
+    return first, laid_out(transformer)
+
+
+@pytest.mark.parametrize("free", [10**10, None], ids=["card", "host"])
+@pytest.mark.parametrize("times", range(1, 10))
+def test_a_later_run_is_no_larger_than_what_the_last_was_left_with(times, free, total):
+    both = total(free)
+    _, left = after_shortage(both, times)
+    for run in (LARGE, LARGE.with_runtime(num_frames=480), LARGE):
+        again = placed(both, run)
+        assert no_larger(announced(again), left)
+        assert laid_out(both.transformer(again)) == announced(again), "what is announced is so"
+    assert both.place(LARGE, 0, may_narrow=True).window == LARGE.runtime.window_size
+
+
+def test_memory_that_runs_out_again_takes_still_more_away(total):
+    both = total(10**10)
+    _, left = after_shortage(both, 1)
+    for times in (1, 2, 1, 1):
+        again, less = after_shortage(both, times)
+        assert no_larger(announced(again), left)
+        assert less != left
+        assert no_larger(less, left)
+        left = less
+
+
+@pytest.mark.parametrize("times", range(1, 10))
+def test_as_much_more_memory_as_was_given_up_brings_everything_back(times, total):
+    both = total(10**10)
+    first, left = after_shortage(both, times)
+    again = placed(both, LARGE)
+    given_up = first.device_bytes - again.device_bytes
+    assert given_up > 0
+    both.total += given_up
+    assert no_larger(announced(placed(both, LARGE)), left), "not yet more than what ran out then had"
+    both.total += 1
+    assert announced(placed(both, LARGE)) == announced(first)
+
+
+@pytest.mark.parametrize("times", [3, 9])
+def test_a_run_that_takes_no_more_than_the_last_was_left_with_is_not_held_back(times, total):
+    both = total(10**10)
+    after_shortage(both, times)
+    assert not placed(both, RUN.with_runtime(video_size_h=32, video_size_w=32)).streaming
+    assert placed(both, LARGE).streaming, "it is not forgotten"
+
+
+def test_a_window_that_became_smaller_is_planned_unless_another_was_asked_for(total):
+    both = total(10**10)
+    after_shortage(both, 9)
+    both.left_with(2)
+    assert both.place(LARGE, 0, may_narrow=False).window == 4
+    assert both.place(LARGE, 0, may_narrow=True).window <= 2
+
+
+def test_layers_that_found_no_room_while_they_were_read_are_not_tried_again(total, monkeypatch):
+    both = total(10**10)
+    make, tries = load.StreamedBlocks, []
+
+    def short(reader, staying, *args, **options):
+        tries.append(len(staying))
+        if len(staying) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return make(reader, staying, *args, **options)
+
+    monkeypatch.setattr(load, "StreamedBlocks", short)
+    with pytest.warns(UserWarning, match="ran out of memory while the model was loaded"):
+        both.transformer(placed(both, LARGE))
+    assert laid_out(both.transformer(placed(both, LARGE)))[1] == 1
+    assert tries.count(2) == 1

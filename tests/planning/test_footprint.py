@@ -12,6 +12,7 @@ from magi.planning import footprint
 from magi.planning.footprint import Kernels, key_bytes, weight_sizes, working_bytes
 from magi.planning.placement import MemoryOptions, place, smallest
 from magi.sampling import sampler
+from magi.sampling.prepare import make_sampler
 from magi.sampling.sampler import Sampler
 from magi.sampling.schedule import Schedule
 from magi.sampling.state import Noise, SamplerState
@@ -141,13 +142,12 @@ def test_the_working_memory_in_float32_with_real_numbers(gated, precision, tiny_
 
 
 def test_on_the_host_two_layers_of_the_cache_are_left(tiny_config, tiny_model):
-    for window, given in ((4, 0), (1, 0), (2, 3)):
+    for window, given in ((4, 0), (1, 0), (2, 18)):
         config = tiny_config(shape={"num_layers": 5}, window_size=window, num_frames=240, num_steps=8)
-        schedule = Schedule.of(config.runtime, 10 + given, given)
+        schedule = Schedule.of_run(config.runtime, given)
         kept = KVCache.for_run(tiny_model(config), schedule.cached_chunks, 4, 4).nbytes
         on, off = (
-            working_bytes(config, given_chunks=given, cache_on_device=on_device, itemsize=4)
-            for on_device in (True, False)
+            working_bytes(config, given=given, cache_on_device=on_device, itemsize=4) for on_device in (True, False)
         )
         assert on - off == 3 * key_bytes(config, given, 4)
         assert 5 * key_bytes(config, given, 4) == kept > 0
@@ -170,8 +170,29 @@ def test_the_working_memory_with_keys_on_their_way_from_the_host(window, tiny_co
 
 def test_given_chunks_are_counted():
     config = MagiConfig.preset("4.5B_distill").with_runtime(num_frames=24, window_size=1)
-    alone, after_many = (working_bytes(config, given_chunks=n) for n in (0, 8))
+    alone, after_many = (working_bytes(config, given=n) for n in (0, 48))
     assert after_many > alone, "a lone chunk has nothing to look back at"
+
+
+@pytest.mark.parametrize("given", [0, 1, 3, 6, 8, 14, 20])
+@pytest.mark.parametrize("distill", [False, True], ids=["base", "distill"])
+def test_a_whole_run_after_given_latents_takes_what_was_planned(
+    distill, given, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn
+):
+    shape = {"num_layers": 3, "hidden_size": 128, "kv_channels": 16, "ffn_hidden_size": 384}
+    config = tiny_config(distill, shape=shape, video_size_h=128, video_size_w=192, num_frames=24, num_steps=4)
+    prefix = randn(1, 16, given, 16, 24) if given else None
+    model = tiny_model(config)
+    with torch.inference_mode(), PeakBytes() as counted:
+        for _ in make_sampler(model, caption=tiny_caption(), special_tokens=tiny_tokens, prefix=prefix):
+            pass
+    assert 0.75 < working_bytes(config, given=given, itemsize=4) / counted.peak < 1.3
+
+
+def test_a_picture_that_fills_a_part_of_a_chunk_takes_the_room_of_one():
+    config = MagiConfig.preset("24B_base").with_runtime(num_frames=24)
+    alone, two = (working_bytes(config.with_runtime(num_frames=n)) for n in (24, 48))
+    assert working_bytes(config, given=3) == two > 2 * alone
 
 
 @pytest.mark.parametrize("window", [1, 4])

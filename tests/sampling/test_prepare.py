@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from magi.errors import MagiError
+from magi.pipeline.request import plan_length
 from magi.sampling.captions import Caption
 from magi.sampling.prepare import generate_latents, make_sampler, prepare
+from magi.sampling.schedule import Schedule
 from magi.sampling.special_tokens import SpecialTokens
 
 
@@ -151,3 +153,23 @@ def test_a_caption_that_is_too_long_is_cut_with_a_warning(tiny_config, tiny_mode
     model = tiny_model(tiny_config())
     with pytest.warns(UserWarning, match="70 tokens; the model sees 60"):
         make_sampler(model, caption=tiny_caption(tokens=70), special_tokens=tiny_tokens)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("distill", [False, True], ids=["base", "distill"])
+def test_every_run_has_the_schedule_that_its_memory_is_planned_for(
+    distill, window, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn
+):
+    config = tiny_config(distill, window_size=window)
+    model = tiny_model(config)
+    for given in range(21):
+        prefix = randn(1, 16, given, 4, 4) if given else None
+        for seconds in (1, 1.5, 2, 3, 4):
+            for shown in (False, True):
+                length = plan_length(config.runtime, round(24 * seconds), given, shown)
+                run = config.with_runtime(num_frames=length.num_frames)
+                planned = Schedule.of_run(run.runtime, given)
+                options = {"caption": tiny_caption(), "special_tokens": tiny_tokens, "prefix": prefix}
+                assert prepare(run, **options).schedule == planned
+                assert make_sampler(model, run, **options).total == len(planned)
+                assert (planned.chunks, planned.chunks - planned.prefix_chunks) == (length.chunks, length.made)

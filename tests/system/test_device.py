@@ -1,9 +1,11 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from magi.errors import MagiError
 from magi.system import device
-from magi.system.device import free_memory, pick_device
+from magi.system.device import empty_cache, free_memory, pick_device, synchronize
 
 
 @pytest.fixture
@@ -45,3 +47,46 @@ def test_free_memory_is_the_accelerators_and_the_host_has_none_of_its_own(monkey
     assert free_memory(torch.device("cuda:1")) == 1001
     assert free_memory(torch.device("mps")) == 600
     assert free_memory(torch.device("cpu")) is None
+
+
+class Cards:
+    """A module of torch's for cards of a kind, of which the first is the current one; it writes down which one calls are for."""
+
+    def __init__(self):
+        self.current, self.waited, self.emptied = 0, [], []
+
+    @contextmanager
+    def device(self, device):
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
+
+    def synchronize(self, device=None):
+        self.waited.append(self.current if device is None else device.index)
+
+    def empty_cache(self):
+        self.emptied.append(self.current)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_the_given_card_is_meant_and_not_the_current_one(kind, index, monkeypatch):
+    cards = Cards()
+    monkeypatch.setattr(torch, kind, cards)
+    synchronize(torch.device(kind, index))
+    empty_cache(torch.device(kind, index))
+    assert (cards.waited, cards.emptied, cards.current) == ([index], [index], 0)
+
+
+def test_metal_has_one_device_and_takes_none(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: done.append("waited"))
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: done.append("emptied"))
+    synchronize(torch.device("mps"))
+    empty_cache(torch.device("mps"))
+    assert done == ["waited", "emptied"]
+
+
+def test_a_cpu_has_nothing_to_wait_for_or_to_give_back():
+    synchronize(torch.device("cpu"))
+    empty_cache(torch.device("cpu"))
