@@ -85,11 +85,11 @@ SERVICE = {"key": KEY_PAGE, "tasks": TASKS_PAGE, "prices": f"https://wavespeed.a
 
 
 def test_links_are_those_that_the_messages_name(comfy, read):
-    files = comfy.module("nodes.comfyui.menus")
+    menus = comfy.module("nodes.comfyui.menus")
     links = {node: set(re.findall(r"\]\((.*?)\)", read(node))) for node in IDS}
     assert links.pop("Magi1Remote") == set(SERVICE.values())
-    official = {f"{TREE}/ckpt/magi/{name}" for name in files.RELEASED}
-    official |= {f"{TREE}/{files.VAE}", f"{TREE}/{files.TEXT_ENCODER}", SPECIAL_TOKENS_URL}
+    official = {f"{TREE}/ckpt/magi/{name}" for name in menus.RELEASED}
+    official |= {f"{TREE}/{menus.VAE}", f"{TREE}/{menus.TEXT_ENCODER}", SPECIAL_TOKENS_URL}
     assert set().union(*links.values()) == official | {"https://huggingface.co/comfyanonymous/flux_text_encoders"}
 
 

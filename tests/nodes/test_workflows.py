@@ -192,19 +192,19 @@ def test_it_has_a_picture_for_the_list_of_templates(name):
 
 @every_workflow
 def test_the_note_links_to_all_that_has_to_be_fetched(comfy, name):
-    files = comfy.module("nodes.comfyui.menus")
+    menus = comfy.module("nodes.comfyui.menus")
     workflow = load(UI, name)
     links = set(re.findall(r"\]\((.*?)\)", note(workflow)))
     wanted = set()
     for loader in of_type(workflow, "Magi1ModelLoader"):
         model = values(comfy, loader)["model"]
-        assert model in files.RELEASED or name == FIRST
-        wanted |= {f"{TREE}/ckpt/magi/{model}", SPECIAL_TOKENS_URL} if model in files.RELEASED else set()
+        assert model in menus.RELEASED or name == FIRST
+        wanted |= {f"{TREE}/ckpt/magi/{model}", SPECIAL_TOKENS_URL} if model in menus.RELEASED else set()
     chosen = [values(comfy, n)["vae"] for n in of_type(workflow, "Magi1VAELoader")]
     chosen += [values(comfy, n)["encoder"] for n in of_type(workflow, "Magi1TextEncoderLoader")]
     for place in chosen:
-        assert place in (files.VAE, files.TEXT_ENCODER) or name == FIRST
-        wanted |= {f"{TREE}/{place}"} if place != files.EMBEDDED else set()
+        assert place in (menus.VAE, menus.TEXT_ENCODER) or name == FIRST
+        wanted |= {f"{TREE}/{place}"} if place != menus.EMBEDDED else set()
     for loader in of_type(workflow, "CLIPLoader"):
         wanted |= {model["url"] for model in loader["properties"]["models"]}
     if of_type(workflow, "Magi1Remote"):
@@ -214,10 +214,10 @@ def test_the_note_links_to_all_that_has_to_be_fetched(comfy, name):
 
 
 def test_the_first_run_needs_no_file(comfy):
-    files = comfy.module("nodes.comfyui.menus")
+    menus = comfy.module("nodes.comfyui.menus")
     workflow = load(UI, FIRST)
     loaders = [node for node in workflow["nodes"] if node["type"].endswith("Loader")]
-    assert [node["widgets_values"][0] for node in loaders] == [files.EMBEDDED] * 3
+    assert [node["widgets_values"][0] for node in loaders] == [menus.EMBEDDED] * 3
     assert not [node for node in workflow["nodes"] if node["type"] in ("LoadImage", "LoadVideo", "CLIPLoader")]
 
 
