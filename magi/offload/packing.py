@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..checkpoint.mapped_file import DTYPES, TensorInfo
-from ..transformer.float8 import FLOAT8, holds_float8, require_float8
+from ..transformer.float8 import FLOAT8, require_float8, supports_float8
 from ..transformer.weights import BlockWeights, WeightReader, map_tensors, tensors_in
 
 _ALIGNMENT = 256  # bytes: what matrix kernels like best, and a multiple of every element
@@ -60,7 +60,7 @@ class Layout:
 def block_layouts(reader: WeightReader) -> list[Layout]:
     """How the layers that `reader` reads lie on its device, known from the headers alone."""
     meta = replace(reader, source=HeaderShapes(reader.source.tensors), device=torch.device("meta"))
-    raw = not holds_float8(reader.device.type)
+    raw = not supports_float8(reader.device.type)
 
     def stored(like: torch.Tensor) -> torch.Tensor:
         return like.view(torch.uint8) if raw and like.dtype is FLOAT8 else like

@@ -76,7 +76,7 @@ def members(it: Iteration, schedule: Schedule, wanted: Sequence[bool], store: bo
     Returns:
         Whether that chunk belongs to it, and which of the active chunks.
     """
-    first = [schedule.first_key(c, g) for c, g in zip(it.chunks, it.grid, strict=True)]
+    first = [schedule.first_kv_chunk(c, g) for c, g in zip(it.chunks, it.grid, strict=True)]
     compute = needed(list(wanted), [f - it.chunks[0] for f in first])
     seen = it.refresh is not None and any(c and f <= it.refresh for c, f in zip(compute, first, strict=True))
     return it.refresh is not None and (store or seen), [i for i, c in enumerate(compute) if c]

@@ -161,7 +161,7 @@ class Sampler:
                 slots.append((name, chunks))
         for i, (chunk, g) in enumerate(zip(it.chunks, it.grid, strict=True)):
             if weights[i].independent:
-                alone = ChunkInput(0, state.window[chunk], self._times[g], self._null, first_key=0)
+                alone = ChunkInput(0, state.window[chunk], self._times[g], self._null, first_kv_chunk=0)
                 passes.append(Pass((alone,), conditional=False))
                 slots.append(("independent", [i]))
         found: list[dict[PassName, torch.Tensor]] = [{} for _ in it.chunks]
@@ -179,7 +179,7 @@ class Sampler:
         mix = is_nearly_clean(t, self._config.engine.distill_nearly_clean_chunk_threshold)
         if mix:
             oldest = made.chunks[chunks.index(0)]
-            alone = ChunkInput(oldest.chunk, oldest.latents, t, oldest.caption, first_key=oldest.chunk)
+            alone = ChunkInput(oldest.chunk, oldest.latents, t, oldest.caption, first_kv_chunk=oldest.chunk)
             passes.append(Pass((alone,), conditional=True))
         results = self._forward(passes, it.step)
         velocities = [v for v in results[0] if v is not None]
@@ -202,14 +202,14 @@ class Sampler:
         for i in active:
             chunk, g = it.chunks[i], it.grid[i]
             caption = self._caption(chunk) if conditional else self._null
-            first = self._schedule.first_key(chunk, g)
+            first = self._schedule.first_kv_chunk(chunk, g)
             inputs.append(ChunkInput(chunk, state.window[chunk], self._times[g], caption, first, wanted=wanted[i]))
             places.append(i)
         return Pass(tuple(inputs), conditional), places
 
     def _clean_input(self, chunk: int, latents: torch.Tensor, store: bool = True) -> ChunkInput:
         t = self._config.runtime.clean_t
-        first = self._schedule.first_clean_key(chunk)
+        first = self._schedule.first_clean_kv_chunk(chunk)
         return ChunkInput(chunk, latents, t, self._null, first, store=store, wanted=False)
 
     def _forward(self, passes: Sequence[Pass], step: int = 0) -> list[list[torch.Tensor | None]]:

@@ -67,19 +67,19 @@ class Schedule:
         prefix_chunks: whole chunks given.
         num_steps: steps a chunk takes.
         window: chunks denoised at a time.
-        key_ranges: chunks seen (the chunk itself included) in each of len(key_ranges) equal parts of the steps; empty: all.
-        clean_key_range: the same for clean chunks.
+        kv_ranges: chunks seen (the chunk itself included) in each of len(kv_ranges) equal parts of the steps; empty: all.
+        clean_kv_range: the same for clean chunks.
     """
 
     chunks: int
     prefix_chunks: int
     num_steps: int
     window: int
-    key_ranges: tuple[int, ...] = (5, 4, 3, 2)
-    clean_key_range: int = 1
+    kv_ranges: tuple[int, ...] = (5, 4, 3, 2)
+    clean_kv_range: int = 1
 
     def __post_init__(self) -> None:
-        check_steps(self.num_steps, self.window, self.key_ranges)
+        check_steps(self.num_steps, self.window, self.kv_ranges)
 
     @classmethod
     def of(cls, runtime: RuntimeConfig, chunks: int, prefix_chunks: int) -> "Schedule":
@@ -90,7 +90,7 @@ class Schedule:
             runtime.num_steps,
             runtime.window_size,
             runtime.noise2clean_kvrange,
-            _clean_key_range(runtime),
+            _clean_kv_range(runtime),
         )
 
     @property
@@ -121,18 +121,18 @@ class Schedule:
     def __iter__(self) -> Iterator[Iteration]:
         return (self[i] for i in range(len(self)))
 
-    def first_key(self, chunk: int, steps_done: int) -> int:
+    def first_kv_chunk(self, chunk: int, steps_done: int) -> int:
         """First chunk that `chunk` sees in its step number `steps_done` (0-based)."""
-        if not self.key_ranges:
+        if not self.kv_ranges:
             return 0
-        part = steps_done // (self.num_steps // len(self.key_ranges))
-        return max(0, chunk + 1 - self.key_ranges[part])
+        part = steps_done // (self.num_steps // len(self.kv_ranges))
+        return max(0, chunk + 1 - self.kv_ranges[part])
 
-    def first_clean_key(self, chunk: int) -> int:
+    def first_clean_kv_chunk(self, chunk: int) -> int:
         """First chunk that a clean `chunk` sees. Without key ranges made chunks see all, given ones still as many as they may."""
-        if not self.key_ranges and chunk >= self.prefix_chunks:
+        if not self.kv_ranges and chunk >= self.prefix_chunks:
             return 0
-        return max(0, chunk + 1 - self.clean_key_range)
+        return max(0, chunk + 1 - self.clean_kv_range)
 
     @property
     def cached_chunks(self) -> int:
@@ -140,18 +140,20 @@ class Schedule:
 
         It does not depend on the number of chunks once there are more than the window holds, unless chunks see everything.
         """
-        if not self.key_ranges:
+        if not self.kv_ranges:
             return self.chunks
         # The geometry repeats itself once the window slides, so the first stages hold the extreme.
-        reach = self.clean_key_range - 1
-        for it in islice(self, self.steps_per_stage * 3 * (self.window + max(self.key_ranges))):
-            reach = max(reach, *(it.chunks[0] - self.first_key(c, g) for c, g in zip(it.chunks, it.grid, strict=True)))
+        reach = self.clean_kv_range - 1
+        for it in islice(self, self.steps_per_stage * 3 * (self.window + max(self.kv_ranges))):
+            reach = max(
+                reach, *(it.chunks[0] - self.first_kv_chunk(c, g) for c, g in zip(it.chunks, it.grid, strict=True))
+            )
         return min(reach, self.chunks)
 
     @property
     def kept_chunks(self) -> int:
         """How many finished chunks' latents a run keeps: what fills the cache anew, even with the window made smaller."""
-        return max(1, self.replayed_chunks, *(n - 1 for n in self.key_ranges))
+        return max(1, self.replayed_chunks, *(n - 1 for n in self.kv_ranges))
 
     def narrowed(self, window: int, done: int) -> "Schedule":
         """The schedule of what is left when `done` chunks are there, given ones included, and the window becomes smaller."""
@@ -163,10 +165,10 @@ class Schedule:
 
         Where clean chunks see only themselves these are the cached ones; else every one depends on all before it.
         """
-        return self.cached_chunks if self.clean_key_range == 1 else self.chunks
+        return self.cached_chunks if self.clean_kv_range == 1 else self.chunks
 
 
-def _clean_key_range(runtime: RuntimeConfig) -> int:
+def _clean_kv_range(runtime: RuntimeConfig) -> int:
     if runtime.clean_chunk_kvrange != -1:
         return runtime.clean_chunk_kvrange
     return runtime.noise2clean_kvrange[-1] if runtime.noise2clean_kvrange else _UNLIMITED_CLEAN_RANGE
@@ -177,13 +179,13 @@ def smaller_windows(num_steps: int, window: int) -> list[int]:
     return [n for n in reversed(range(1, window)) if num_steps % n == 0]
 
 
-def check_steps(num_steps: int, window: int, key_ranges: Sequence[int]) -> None:
+def check_steps(num_steps: int, window: int, kv_ranges: Sequence[int]) -> None:
     """Refuses step counts that do not divide evenly. Raises MagiError with the nearest valid counts."""
     if window < 1:
         raise MagiError(f"The window is {window} chunks; it must be at least 1.")
     if num_steps < 1:
         raise MagiError(f"The number of steps is {num_steps}; it must be at least 1.")
-    parts = len(key_ranges) or 1
+    parts = len(kv_ranges) or 1
     if num_steps % window or num_steps % parts:
         good = [n for n in range(1, num_steps + window * parts + 1) if not (n % window or n % parts)]
         below, above = max((n for n in good if n < num_steps), default=None), min(n for n in good if n > num_steps)

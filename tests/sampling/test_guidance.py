@@ -128,7 +128,7 @@ def in_full(model, config, caption, special, noise, prefix=None, negative=False)
         return state[:, :, chunk * width : (chunk + 1) * width]
 
     def clean(chunk, store):
-        first = schedule.first_clean_key(chunk)
+        first = schedule.first_clean_kv_chunk(chunk)
         return ChunkInput(chunk, at(chunk).clone(), runtime.clean_t, null, first, store=store)
 
     def forward(passes, step):
@@ -146,7 +146,7 @@ def in_full(model, config, caption, special, noise, prefix=None, negative=False)
         def context(captions, conditional, store, it=it):
             refresh = [] if it.refresh is None else [clean(it.refresh, store)]
             active = [
-                ChunkInput(c, at(c).clone(), times[g], captions[c], schedule.first_key(c, g))
+                ChunkInput(c, at(c).clone(), times[g], captions[c], schedule.first_kv_chunk(c, g))
                 for c, g in zip(it.chunks, it.grid, strict=True)
             ]
             return Pass((*refresh, *active), conditional)
@@ -156,7 +156,7 @@ def in_full(model, config, caption, special, noise, prefix=None, negative=False)
             passes = [context(texts, True, True)]
             if times[it.grid[0]] > config.engine.distill_nearly_clean_chunk_threshold - 1e-6:
                 oldest = it.chunks[0]
-                copy = ChunkInput(oldest, at(oldest).clone(), times[it.grid[0]], texts[oldest], first_key=oldest)
+                copy = ChunkInput(oldest, at(oldest).clone(), times[it.grid[0]], texts[oldest], first_kv_chunk=oldest)
                 passes.append(Pass((copy,), True))
             (one, *mixed) = forward(passes, it.step)
             velocities = one[skip:]
@@ -164,7 +164,7 @@ def in_full(model, config, caption, special, noise, prefix=None, negative=False)
                 velocities[0] = 0.7 * velocities[0] + 0.3 * mixed[0][0]
         else:
             alone = [
-                Pass((ChunkInput(0, at(c).clone(), times[g], null, first_key=0),), False)
+                Pass((ChunkInput(0, at(c).clone(), times[g], null, first_kv_chunk=0),), False)
                 for c, g in zip(it.chunks, it.grid, strict=True)
             ]
             text, prev, *independent = forward(

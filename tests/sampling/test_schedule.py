@@ -111,32 +111,32 @@ def test_key_range_shrinks_from_part_to_part(ranges, steps):
         reach = ranges[step // (steps // len(ranges))]
         for chunk in range(12):
             seen = [c for c in range(chunk + 1) if c > chunk - reach]
-            assert made.first_key(chunk, step) == seen[0]
+            assert made.first_kv_chunk(chunk, step) == seen[0]
 
 
 def test_default_key_ranges_at_their_borders():
     made = schedule(steps=64)
-    assert [20 - made.first_key(20, step) for step in (0, 15, 16, 31, 32, 47, 48, 63)] == [4, 4, 3, 3, 2, 2, 1, 1]
+    assert [20 - made.first_kv_chunk(20, step) for step in (0, 15, 16, 31, 32, 47, 48, 63)] == [4, 4, 3, 3, 2, 2, 1, 1]
 
 
 def test_without_key_ranges_everything_is_seen():
-    assert schedule(ranges=()).first_key(1000, 3) == 0
+    assert schedule(ranges=()).first_kv_chunk(1000, 3) == 0
 
 
 def test_clean_chunks_see_as_far_as_their_own_range():
-    assert [schedule(clean=1).first_clean_key(c) for c in (0, 1, 9)] == [0, 1, 9]
-    assert [schedule(clean=3).first_clean_key(c) for c in (0, 1, 9)] == [0, 0, 7]
+    assert [schedule(clean=1).first_clean_kv_chunk(c) for c in (0, 1, 9)] == [0, 1, 9]
+    assert [schedule(clean=3).first_clean_kv_chunk(c) for c in (0, 1, 9)] == [0, 0, 7]
 
 
 def test_without_key_ranges_made_chunks_see_everything_also_when_clean():
     made = schedule(ranges=(), clean=1, prefix=3)
-    assert [made.first_clean_key(c) for c in (0, 2, 3, 9)] == [0, 2, 0, 0]
+    assert [made.first_clean_kv_chunk(c) for c in (0, 2, 3, 9)] == [0, 2, 0, 0]
 
 
 @pytest.mark.parametrize(("ranges", "seen"), [((5, 4, 3, 2), 2), ((), 8)])
 def test_an_unset_clean_range_is_the_cleanest_of_the_others(ranges, seen):
     runtime = RuntimeConfig(clean_chunk_kvrange=-1, noise2clean_kvrange=ranges)
-    assert Schedule.of(runtime, chunks=30, prefix_chunks=20).first_clean_key(15) == 16 - seen
+    assert Schedule.of(runtime, chunks=30, prefix_chunks=20).first_clean_kv_chunk(15) == 16 - seen
 
 
 def play(made: Schedule, slots: int) -> None:
@@ -149,7 +149,7 @@ def play(made: Schedule, slots: int) -> None:
             assert torch.all(found == chunk)
 
     def clean(chunk: int) -> None:
-        load(made.first_clean_key(chunk), chunk)
+        load(made.first_clean_kv_chunk(chunk), chunk)
         cache.store(0, chunk, torch.full((2, 1, 1, 1), float(chunk)))
 
     for chunk in range(made.prefix_chunks):
@@ -159,7 +159,7 @@ def play(made: Schedule, slots: int) -> None:
         if it.refresh is not None:
             clean(it.refresh)
         for chunk, step in zip(it.chunks, it.grid, strict=True):
-            load(made.first_key(chunk, step), shown)
+            load(made.first_kv_chunk(chunk, step), shown)
 
 
 @pytest.mark.parametrize("clean", [1, 2, 5])

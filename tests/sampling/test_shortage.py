@@ -146,7 +146,7 @@ def test_layers_and_keys_leave_the_device_on_the_way(distill, bus, config, start
         "2 of 4 layers stay on the device.",
         "1 of 4 layers stay on the device.",
         "0 of 4 layers stay on the device.",
-        "the keys of finished chunks are kept on the host.",
+        "the K/V of finished chunks are kept on the host.",
     ]
     assert {upload.nbytes == KEY_BYTES for upload in bus.uploads} == {True, False}, "layers and keys"
 
@@ -225,7 +225,7 @@ def test_what_costs_least_comes_first_and_an_error_last(on_a_bus, request, confi
     assert done[:10] == [
         *map(tokens, (2048, 1024)),
         *map(layers, (2, 1, 0)),
-        "the keys of finished chunks are kept on the host.",
+        "the K/V of finished chunks are kept on the host.",
         *map(tokens, (512, 256, 128, 64)),
     ]
     assert [text.partition(" chunks")[0] for text in done[10:]] == ["2 instead of 4", "1 instead of 2"]

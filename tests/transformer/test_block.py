@@ -47,8 +47,8 @@ def chunk(randn, captions):
     """(place, caption, latents=of that place, **ChunkInput's) -> a chunk in a pass."""
     latents = {place: randn(1, 16, 6, 4, 4, seed=place) for place in range(6)}
 
-    def make(place, caption, x=None, t=0.3, first_key=0, **options):
-        return ChunkInput(place, latents[place] if x is None else x, t, captions[caption], first_key, **options)
+    def make(place, caption, x=None, t=0.3, first_kv_chunk=0, **options):
+        return ChunkInput(place, latents[place] if x is None else x, t, captions[caption], first_kv_chunk, **options)
 
     return make
 
@@ -75,7 +75,7 @@ def forward(transformer, monkeypatch):
 
     def count(made, patch):
         layers = list(transformer.blocks)
-        attend, write, run_layer = block.attend, block._write_keys, model.run_layer
+        attend, write, run_layer = block.attend, block._write_kv, model.run_layer
         at = 0
 
         def running(settings, weights, *args):
@@ -93,7 +93,7 @@ def forward(transformer, monkeypatch):
 
         patch.setattr(model, "run_layer", running)
         patch.setattr(block, "attend", attending)
-        patch.setattr(block, "_write_keys", writing)
+        patch.setattr(block, "_write_kv", writing)
 
     return run
 
@@ -116,8 +116,10 @@ def test_the_first_layers_self_attention_is_one_for_the_passes_of_guidance(chunk
 
 def test_chunks_that_only_one_of_the_passes_holds(chunk, forward):
     refresh = chunk(0, 1, t=1.0, store=True)
-    text = Pass((chunk(1, 0, first_key=1), chunk(2, 0, first_key=1), chunk(3, 0, first_key=1)), conditional=True)
-    prev = Pass((refresh, chunk(1, 1, first_key=1), chunk(2, 1, first_key=1)), conditional=False)
+    text = Pass(
+        (chunk(1, 0, first_kv_chunk=1), chunk(2, 0, first_kv_chunk=1), chunk(3, 0, first_kv_chunk=1)), conditional=True
+    )
+    prev = Pass((refresh, chunk(1, 1, first_kv_chunk=1), chunk(2, 1, first_kv_chunk=1)), conditional=False)
     for passes in ([text, prev], [prev, text]):
         together = forward(passes)
         assert together.own == together.keys == [4, 6, 6]
@@ -126,7 +128,7 @@ def test_chunks_that_only_one_of_the_passes_holds(chunk, forward):
 
 def test_chunks_that_both_passes_see_in_the_cache(chunk, forward):
     old = [chunk(place, 1, t=1.0, store=True) for place in (0, 1)]
-    passes = [Pass((chunk(2, name), chunk(3, name, first_key=1)), conditional=name == 0) for name in (0, 1)]
+    passes = [Pass((chunk(2, name), chunk(3, name, first_kv_chunk=1)), conditional=name == 0) for name in (0, 1)]
     together = forward(passes, cached=old)
     assert together.own == [2, 4, 4]
     assert together == forward(passes, shared=False, cached=old)
@@ -154,7 +156,10 @@ def test_other_latents_are_another_computation(chunk, forward, randn):
 
 def test_another_range_is_another_computation(chunk, forward):
     """As in a distilled model's view of a chunk alone."""
-    passes = [Pass((chunk(1, 0), chunk(2, 0)), conditional=True), Pass((chunk(1, 0, first_key=1),), conditional=True)]
+    passes = [
+        Pass((chunk(1, 0), chunk(2, 0)), conditional=True),
+        Pass((chunk(1, 0, first_kv_chunk=1),), conditional=True),
+    ]
     old = [chunk(0, 1, store=True)]
     together = forward(passes, cached=old)
     assert together.own == [3, 3, 3]
@@ -193,7 +198,7 @@ def test_reports_rise_evenly_to_the_end(size, chunk, transformer):
     transformer.token_block = size
     passes = [Pass((chunk(0, 0), chunk(1, 0)), conditional=True), Pass((chunk(0, 1),), conditional=False)]
     seen = [0.0]
-    transformer.forward(passes, KVCache.for_run(transformer, 1, 4, 4), heartbeat=seen.append)
+    transformer.forward(passes, KVCache.for_run(transformer, 1, 4, 4), on_progress=seen.append)
     steps = [b - a for a, b in itertools.pairwise(seen)]
     blocks = -(-TOKENS // size)
     assert min(steps) > 0
@@ -215,7 +220,7 @@ def test_what_a_report_raises_ends_it_at_once(chunk, transformer):
 
     with pytest.raises(KeyboardInterrupt):
         transformer.forward(
-            [Pass((chunk(0, 0),), conditional=True)], KVCache.for_run(transformer, 1, 4, 4), heartbeat=stop
+            [Pass((chunk(0, 0),), conditional=True)], KVCache.for_run(transformer, 1, 4, 4), on_progress=stop
         )
     assert len(seen) == 7
 
