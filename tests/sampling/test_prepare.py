@@ -58,7 +58,7 @@ def test_noise_of_another_length(shape, refuse, randn):
 
 
 def test_noise_that_does_not_count_the_prefix(refuse, randn):
-    refuse(r"after 7 given latents.*\(1, 16, 36, 4, 4\)", noise=randn(1, 16, 24, 4, 4), prefix=randn(1, 16, 7, 4, 4))
+    refuse(r"after 7 prefix latents.*\(1, 16, 36, 4, 4\)", noise=randn(1, 16, 24, 4, 4), prefix=randn(1, 16, 7, 4, 4))
 
 
 @pytest.mark.parametrize("shape", [(16, 24, 4, 4), (2, 16, 24, 4, 4), (1, 4, 24, 4, 4), (1, 16, 0, 4, 4)])

@@ -205,7 +205,7 @@ def test_it_goes_on_as_a_run_that_is_given_what_was_finished(iterations, narrow)
     assert list(made) == list(range(6))
     assert all(torch.equal(made[i], wide[i]) for i in range(done))
     assert "2 instead of 4 chunks are denoised at a time. The video will differ" in run.reports[0]
-    assert f"after number {done} begin anew" in run.reports[0]
+    assert f"unfinished chunks after number {done} restart" in run.reports[0]
     finished = as_prefix({i: made[i] for i in range(done)}, narrow.given) if done else []
     fresh = narrow(window=2, finished=finished)
     rest = of(fresh)
@@ -281,7 +281,7 @@ def test_what_is_kept_does_not_grow_with_the_video(
         assert kept == 4
         sizes = []
         if narrows:
-            run._take_less()
+            run._lower_memory()
         for chunk in run:
             assert len(run.state.clean) <= kept
             if chunk.index == 3:

@@ -138,8 +138,8 @@ def test_progress_asks_inside_a_long_tile_but_not_all_the_time(monkeypatch):
     counter.total = 2
     for _ in range(100):
         now[0] += 0.01
-        counter.alive()
+        counter.on_progress()
     assert calls in ([(0, 2)], [(0, 2), (0, 2)])
     calls.clear()
-    counter.finished()
+    counter.finish_tile()
     assert calls == [(1, 2)]
