@@ -22,7 +22,7 @@ SHORTCUT_MODES = ("8,16,16", "16,16,8")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer's shape (paper section 2.2; `model_config` of the official JSON)."""
+    """The transformer's shape (arXiv 2505.13211, section 2.2; `model_config` of the official JSON)."""
 
     num_layers: int
     hidden_size: int

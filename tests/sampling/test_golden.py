@@ -79,7 +79,7 @@ PLACES = {"host": ((), (0, 1, 2, 3)), "file": ((), ()), "mixed": ((1,), (0,))}
 
 @pytest.fixture
 def through_a_bus(monkeypatch):
-    """(place) -> a bus; models that are loaded from now on have the CPU as a device at its end, their keys wait on the host."""
+    """(place) -> a bus; models that are loaded from now on have the CPU as a device at its end, their K/V wait on the host."""
 
     def place(name):
         bus, pin = LazyBus(eager=True), lambda data: lambda: None
@@ -118,7 +118,7 @@ SMALL_BLOCKS = [
 @pytest.mark.parametrize(
     ("case", "token_block"), SMALL_BLOCKS, ids=lambda value: str(value) if isinstance(value, int) else value["name"]
 )
-def test_with_layers_and_keys_from_the_host_and_few_tokens_at_a_time(golden, case, token_block, through_a_bus):
+def test_with_layers_and_kv_from_the_host_and_small_token_blocks(golden, case, token_block, through_a_bus):
     bus = through_a_bus("mixed")
     check(case, *run(golden, case, **little(token_block)))
     assert bus.uploads
@@ -130,7 +130,7 @@ def test_with_layers_and_keys_from_the_host_and_few_tokens_at_a_time(golden, cas
     named("a_t2v_window1", "a_t2v_base_bf16", "b_t2v_fp8_short"),
     ids=lambda case: case["name"],
 )
-def test_where_layers_and_keys_wait_decides_no_bit(golden, case, place, through_a_bus):
+def test_the_place_of_layers_and_kv_changes_no_bit(golden, case, place, through_a_bus):
     wanted, _, _ = resident(golden, case["name"])
     bus = through_a_bus(place)
     velocities, chunks, _ = run(golden, case, **little(64))

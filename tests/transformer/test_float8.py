@@ -112,7 +112,7 @@ def test_a_torch_without_float8_is_told(tiny_config, tiny_model, monkeypatch):
         float8.supports_float8.cache_clear()
 
 
-def test_products_of_16_bit_numbers_are_not_rounded(randn):
+def test_matmul_fp32_has_fp32_output(randn):
     x, weight = randn(4, 64).bfloat16(), randn(8, 64, seed=1).bfloat16()
     got = matmul_fp32(x, weight)
     assert got.dtype == torch.float32
@@ -165,17 +165,17 @@ def test_any_part_and_any_shape(shape, step, randn, monkeypatch):
     torch.testing.assert_close(linear(x, stored), whole, rtol=1e-5, atol=1e-5)
 
 
-# -- float8 for its size alone ---------------------------------------------------------------------------------------
+# -- weight-only float8 -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_stored_matrices_stay_near_their_own(dtype, randn):
+def test_dequantized_matrices_stay_near_the_original(dtype, randn):
     weight = (randn(32, 48) * torch.logspace(-4, 1, 32)[:, None]).to(dtype)
     stored = StoredFp8.quantise(weight, "cpu")
-    dense = stored.dequantize(dtype)
-    assert dense.dtype == dtype
-    assert dense.shape == weight.shape
-    error = (dense.double() - weight.double()).norm(dim=1) / weight.double().norm(dim=1)
+    dequantized = stored.dequantize(dtype)
+    assert dequantized.dtype == dtype
+    assert dequantized.shape == weight.shape
+    error = (dequantized.double() - weight.double()).norm(dim=1) / weight.double().norm(dim=1)
     assert (error < 0.04).all(), "each row has a scale of its own"
     assert (error > 0.005).all(), "it is quantised"
     assert stored.weight.nbytes == 32 * 48
@@ -231,7 +231,7 @@ def test_stored_matrices_on_the_gpu(randn):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_products_of_16_bit_numbers_on_the_gpu(dtype, randn):
+def test_matmul_fp32_on_the_gpu(dtype, randn):
     x, weight = randn(4, 64).to(dtype), randn(16, 64, seed=1).to(dtype)
     got = matmul_fp32(x.cuda(), weight.cuda())
     assert got.dtype == torch.float32
@@ -240,14 +240,14 @@ def test_products_of_16_bit_numbers_on_the_gpu(dtype, randn):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("smoothed", [False, True])
-@pytest.mark.parametrize("rows", [1, 16, 50])
-def test_the_gpus_float8_product(rows, smoothed, layer, randn):
+@pytest.mark.parametrize("tokens", [1, 16, 50])
+def test_the_gpus_float8_product(tokens, smoothed, layer, randn):
     if not float8.has_float8_matmul(torch.device("cuda")):
         pytest.skip("this GPU has no float8 units")
     parts = layer(smoothed)
     del parts["x"]
-    x = randn(rows, 48) * 4
+    x = randn(tokens, 48) * 4
     wanted = fp8_linear(x, **parts)
     got = fp8_linear(x.cuda(), **{k: v.cuda() for k, v in parts.items()})
-    # The units keep fewer bits of their sums than float32 does.
+    # The float8 units accumulate with fewer bits than float32.
     assert float((got.cpu() - wanted).norm() / wanted.norm()) < 1e-3

@@ -124,7 +124,7 @@ def test_other_errors_are_not_taken_for_it(vae, monkeypatch):
         vae.decode(LATENTS)
 
 
-def test_progress_goes_on_when_tiles_shrink(vae, monkeypatch):
+def test_progress_continues_when_tiles_shrink(vae, monkeypatch):
     Card(monkeypatch, vae, *[40] * 3, 8)
     calls = []
     with pytest.warns(UserWarning, match="seams"):
@@ -132,7 +132,7 @@ def test_progress_goes_on_when_tiles_shrink(vae, monkeypatch):
     total = Tiling(size=64).tile_count(5, 12, 40)
     assert calls[-1] == (total, total)
     shares = [done / known for done, known in calls]
-    assert all(b >= a - 0.5 for a, b in pairwise(shares)), "at most one tile of time is done anew"
+    assert all(b >= a - 0.5 for a, b in pairwise(shares)), "at most one temporal tile is repeated"
     assert max(shares) == 1
 
 
