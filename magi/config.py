@@ -48,7 +48,7 @@ WITHOUT_MEANING: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer's shape (paper section 2.2; `model_config` of the official JSON)."""
+    """The transformer's shape (arXiv 2505.13211, section 2.2; `model_config` of the official JSON)."""
 
     num_layers: int
     hidden_size: int

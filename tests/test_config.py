@@ -28,7 +28,7 @@ from tests.support.paths import GOLDEN, ROOT
 CASES = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"]
 OFFICIAL = CASES[0]["config"]
 
-# Reference section 1: layers, hidden, ffn, heads, SwiGLU, latents duplicated, rescale, passes, steps
+# The published configs: layers, hidden, ffn, heads, SwiGLU, latents duplicated, rescale, passes, steps
 TABLE = {
     "4.5B_base": (34, 3072, 12288, 24, False, False, 1, 3, 64),
     "4.5B_distill": (34, 3072, 12288, 24, False, False, 1, 1, 64),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..checkpoint.mapped_file import DTYPES, TensorInfo
-from ..transformer.float8 import FLOAT8, holds_float8, require_float8
+from ..transformer.float8 import FLOAT8, require_float8, supports_float8
 from ..transformer.weights import BlockWeights, WeightReader, map_tensors, tensors_in
 
 _ALIGNMENT = 256  # bytes: what matrix kernels prefer, and a multiple of every element size
@@ -71,7 +71,7 @@ class Layout:
 def block_layouts(reader: WeightReader) -> list[Layout]:
     """Returns the layout of each layer on the reader's device. Reads only the headers of the checkpoint."""
     meta = replace(reader, source=HeaderShapes(reader.source.tensors), device=torch.device("meta"))
-    raw = not holds_float8(reader.device)
+    raw = not supports_float8(reader.device)
 
     def stored(like: torch.Tensor) -> torch.Tensor:
         return like.view(torch.uint8) if raw and like.dtype is FLOAT8 else like

@@ -42,7 +42,7 @@ def forward_flops(config: ModelConfig, passes: Sequence[Pass]) -> float:
         chunk_flops(
             config,
             tokens := input_tokens(config, item),
-            tokens * (item.chunk + 1 - item.first_key),
+            tokens * (item.chunk + 1 - item.first_kv_chunk),
             len(item.caption.states),
         )
         for p in passes
@@ -70,7 +70,7 @@ def iteration_flops(config: MagiConfig, given: int = 0) -> float:
     """Operations of a forward iteration with a full window; all passes that a base model may need are counted."""
     schedule, tokens = Schedule.of_run(config.runtime, given), chunk_tokens(config)
     it = schedule[len(schedule) // 2]  # the window is as full as it ever is
-    seen = [c + 1 - schedule.first_key(c, g) for c, g in zip(it.chunks, it.grid, strict=True)]
+    seen = [c + 1 - schedule.first_kv_chunk(c, g) for c, g in zip(it.chunks, it.grid, strict=True)]
     alone = [1] if config.engine.distill else [1] * len(seen)
     keys = seen + alone if config.engine.distill else 2 * seen + alone
     return sum(chunk_flops(config.model, tokens, n * tokens, _CAPTION_TOKENS) for n in keys)

@@ -11,7 +11,7 @@ from ..offload.packing import HeaderShapes, packed_bytes
 from ..sampling.guidance import chunk_count
 from ..sampling.schedule import Iteration, Schedule, time_grid
 from ..system.device import pick_device
-from ..transformer.float8 import CONVERTED, Fp8Weight, StoredFp8, keeps_sums, multiplies_float8
+from ..transformer.float8 import CONVERSION_ELEMENTS, Fp8Weight, StoredFp8, has_float8_matmul, has_fp32_output
 from ..transformer.inputs import TOKEN_BLOCK
 from ..transformer.weights import BlockWeights, WeightReader, compute_dtype, has_fp8, tensors_in
 
@@ -21,17 +21,17 @@ class Kernels:
     """What a device's matrix products do without copies of their factors in another form.
 
     Attributes:
-        keeps_sums: 16-bit factors with float32 results.
+        has_fp32_output: 16-bit factors with float32 results.
         float8: float8 factors.
     """
 
-    keeps_sums: bool = True
+    has_fp32_output: bool = True
     float8: bool = True
 
     @classmethod
     def of(cls, device: torch.device) -> "Kernels":
         """Those of a device."""
-        return cls(keeps_sums(device), multiplies_float8(device))
+        return cls(has_fp32_output(device), has_float8_matmul(device))
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def weight_sizes(
         fp8=fp8,
         stored_fp8=store,
         converted=max(_converted(block, low.itemsize, kernels) for block in blocks),
-        widened=low.itemsize < 4 and not kernels.keeps_sums,
+        widened=low.itemsize < 4 and not kernels.has_fp32_output,
     )
 
 
@@ -108,19 +108,19 @@ def _nbytes(weights: object) -> int:
 
 def _converted(block: BlockWeights, itemsize: int, kernels: Kernels) -> int:
     """Bytes of the largest part of a matrix in another form than it is kept in: dense, or float32 where a product needs that."""
-    widened = 0 if itemsize == 4 or kernels.keeps_sums else 4
+    widened = 0 if itemsize == 4 or kernels.has_fp32_output else 4
     sizes = [widened * _part(block.proj.weight)]
     for part in (block.q, block.q_x, block.k, block.v, block.proj, block.fc1, block.fc2):
         if isinstance(part, StoredFp8):
             sizes.append((itemsize + (widened if part is block.proj else 0)) * _part(part.weight))
         elif isinstance(part, Fp8Weight) and not kernels.float8:
-            sizes.append((2 if kernels.keeps_sums else 4) * _part(part.weight))
+            sizes.append((2 if kernels.has_fp32_output else 4) * _part(part.weight))
     return max(sizes)
 
 
 def _part(weight: torch.Tensor) -> int:
     """Numbers of a matrix that are converted at a time."""
-    return min(weight.numel(), CONVERTED)
+    return min(weight.numel(), CONVERSION_ELEMENTS)
 
 
 def chunk_tokens(config: MagiConfig) -> int:

@@ -1,1 +1,1 @@
-"""Which chunk is denoised, when, and under which guidance."""
+"""The sampler: which chunk is denoised when, and under which guidance."""

@@ -1,4 +1,4 @@
-"""From text embeddings to what each chunk's cross attention sees: special tokens in front, cut to length."""
+"""From text embeddings to the caption of each chunk: special tokens prepended, cut to length."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,12 +10,16 @@ from ..config import ModelConfig
 from ..errors import MagiError
 from .special_tokens import SpecialTokens, check_styles
 
-NULL_TOKENS = 50  # unmasked tokens of the null caption, whatever stands in front of it
+NULL_TOKENS = 50  # unmasked tokens of the null caption, prepended ones included
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A prompt's text-encoder output: (tokens, caption_channels), real tokens only. No token at all: unconditional."""
+    """A prompt's text-encoder output, (tokens, caption_channels), without padding. With 0 tokens it is unconditional.
+
+    Raises:
+        MagiError: `embeds` does not have two axes.
+    """
 
     embeds: torch.Tensor
 
@@ -32,12 +36,15 @@ def need_special_tokens(
 
 
 def null_caption(embedding: torch.Tensor, special: SpecialTokens | None, negative: bool) -> torch.Tensor:
-    """The caption of unconditional passes and clean chunks: (50, channels).
+    """Builds the caption of unconditional passes and clean chunks: (50, channels).
 
     Args:
         embedding: the model's learned null caption, (caption_max_length, channels).
-        special: the token file, needed for negative tokens.
-        negative: put the tokens for burnt-in captions, logos, transitions and borders in front.
+        special: the special tokens, needed for negative tokens.
+        negative: prepend the tokens of burnt-in captions, logos, transitions and borders.
+
+    Raises:
+        MagiError: negative tokens are requested without special tokens, or these have another width.
     """
     if not negative:
         return embedding[:NULL_TOKENS]
@@ -53,18 +60,19 @@ def caption_per_chunk(
     styles: Sequence[str] = ("hq",),
     durations: bool = True,
 ) -> list[torch.Tensor]:
-    """The caption of each generated chunk, (tokens, channels); chunks that look alike share one tensor.
+    """Builds the caption of each generated chunk, (tokens, channels); equal captions share one tensor.
 
     Args:
-        captions: one for all chunks, or one a chunk; the last of a short list holds to the end.
-        chunks: generated chunks.
-        model: for the length and width of captions.
-        special: the token file; None only without styles and durations.
-        styles: style tokens in front.
-        durations: tell each chunk how many are still to come.
+        captions: one for all chunks, or one per chunk; the last of a short list is used for all later chunks.
+        chunks: number of generated chunks.
+        model: gives the length and width of captions.
+        special: the special tokens; may be None only without styles and durations.
+        styles: names of style tokens to prepend.
+        durations: prepend the token that tells a chunk how many follow it.
 
     Raises:
-        MagiError: a caption has the wrong width, tokens are asked for without a file, or there are more captions than chunks.
+        MagiError: a caption has the wrong width, tokens are requested without special tokens, or there are more captions than
+            chunks.
     """
     check_styles(styles)
     every = [captions] if isinstance(captions, Caption) else list(captions)
@@ -72,7 +80,7 @@ def caption_per_chunk(
         raise MagiError("The list of captions is empty. Give at least one.")
     if len(every) > chunks:
         raise MagiError(
-            f"There are {len(every)} captions for {chunks} generated chunks. Give at most one a chunk, or a longer video."
+            f"There are {len(every)} captions for {chunks} generated chunks. Give at most one per chunk, or a longer video."
         )
     for caption in every:
         if len(caption.embeds) and caption.embeds.shape[1] != model.caption_channels:

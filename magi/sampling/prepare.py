@@ -1,4 +1,4 @@
-"""From captions, noise and given frames to a run of the sampler: everything is checked here, before anything heavy."""
+"""From captions, noise and prefix latents to a run of the sampler; all checks happen here, before any computing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,29 +38,31 @@ def make_sampler(
     heartbeat: Callable[[float], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Sampler:
-    """Checks everything and builds a run; nothing heavy happens until it is iterated.
+    """Checks all arguments and builds a sampler; no chunk is computed until it is iterated.
 
     Args:
         model: the transformer.
         config: settings; None takes the model's own.
-        caption: for all chunks, or one a chunk (the last of a short list holds to the end). No tokens: unconditional.
+        caption: one for all chunks, or one per chunk (the last of a short list is used for all later chunks). A caption
+            without tokens is unconditional.
         special_tokens: needed for style, duration and negative tokens.
-        style_tokens: names out of `special_tokens.STYLES`.
-        duration_tokens: tell each chunk how many are to come.
+        style_tokens: names from `special_tokens.STYLES`.
+        duration_tokens: tell each chunk how many follow it.
         negative_tokens: steer away from burnt-in captions, logos, transitions and borders (base models).
-        noise: initial latents (1, 16, K * 6, h, w) of all K chunks, given ones included; None draws them from `seed`.
+        noise: initial latents (1, 16, K * 6, h, w) of all K chunks, prefix included; None draws them from `seed`.
         seed: any integer.
-        prefix: (1, 16, Tp, h, w) scaled latents to go on from; one frame is an image.
-        num_frames: video frames to make after the prefix: what fills whole latents of 4, rounded up to whole chunks; None takes the config's.
-        height: in pixels, a multiple of 16; None takes the noise's, the prefix's or the config's.
+        prefix: scaled latents (1, 16, Tp, h, w) to continue; one latent frame is an image.
+        num_frames: video frames to generate after the prefix, rounded down to a multiple of 4 and then up to whole chunks;
+            None takes the config's.
+        height: pixels, a multiple of 16; None takes that of the noise, the prefix or the config.
         width: likewise.
-        state: continues a run: a copy of another sampler's with the same model and arguments, from any device.
+        state: state to resume from: a copy of another sampler's with the same model and arguments, from any device.
         progress: called after every forward iteration; what it raises ends the run.
-        heartbeat: called many times within an iteration with the fraction of it that is done; likewise.
-        report: told, in a sentence, what is done otherwise because memory ran out; None: a warning.
+        heartbeat: called many times per iteration with the fraction of it that is done, 0 .. 1; likewise.
+        report: called with a sentence whenever memory ran out and the run changed for it; None issues a warning instead.
 
     Raises:
-        MagiError: at once, before any computing, for anything that does not fit together.
+        MagiError: the arguments contradict each other, or the model or the settings; raised before any computing.
     """
     config = config or model.config
     if config.model != model.shape:
@@ -92,13 +94,13 @@ def make_sampler(
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was found possible.
+    """A run whose arguments were checked.
 
     Attributes:
         config: the settings, with the run's size and length.
-        schedule: its stages; `len` of it are the forward iterations.
-        chunk_shape: of one chunk's latents, (1, 16, W, h, w).
-        captions: (tokens, channels) of each generated chunk.
+        schedule: all forward iterations of the run.
+        chunk_shape: shape of the latents of one chunk, (1, 16, W, h, w).
+        captions: per generated chunk, (tokens, channels).
     """
 
     config: MagiConfig
@@ -121,25 +123,25 @@ def prepare(
     height: int | None = None,
     width: int | None = None,
 ) -> Run:
-    """All checks of `make_sampler`, whose arguments these are, with no model loaded.
+    """Performs all checks of `make_sampler`, whose arguments these are, without a loaded model.
 
     Raises:
-        MagiError: for anything that does not fit together.
+        MagiError: the arguments contradict each other or the settings.
     """
     config = config.with_runtime(num_frames=num_frames, video_size_h=height, video_size_w=width)
     runtime = config.runtime
     latent_size = _latent_size(config, noise, prefix, explicit=(height is not None, width is not None))
-    given = 0 if prefix is None else prefix.shape[2]
+    prefix_frames = 0 if prefix is None else prefix.shape[2]
     if runtime.num_frames < runtime.temporal_downsample_factor:
         raise MagiError(
             f"num_frames is {runtime.num_frames}; it must be at least {runtime.temporal_downsample_factor}."
         )
-    schedule = Schedule.of_run(runtime, given)
+    schedule = Schedule.of_run(runtime, prefix_frames)
     shape = (1, LATENT_CHANNELS, runtime.chunk_width, *latent_size)
     whole = (*shape[:2], schedule.chunks * runtime.chunk_width, *latent_size)
     if noise is not None and tuple(noise.shape) != whole:
         raise MagiError(
-            f"The noise has the shape {tuple(noise.shape)}; {runtime.num_frames} frames after {given} given latents need {whole}."
+            f"The noise has the shape {tuple(noise.shape)}; {runtime.num_frames} frames after {prefix_frames} prefix latents need {whole}."
         )
     made = schedule.chunks - schedule.prefix_chunks
     captions = caption_per_chunk(caption, made, config.model, special_tokens, style_tokens, duration_tokens)
@@ -149,14 +151,14 @@ def prepare(
 
 @wraps(make_sampler)
 def generate_latents(*args: Any, **kwargs: Any) -> Iterator[Chunk]:
-    """Finished chunks of latents, one by one, as soon as each is clean. Arguments and errors are `make_sampler`'s."""
+    """Yields each chunk of latents as soon as it is clean. Arguments and errors are those of `make_sampler`."""
     return iter(make_sampler(*args, **kwargs))
 
 
 def _latent_size(
     config: MagiConfig, noise: torch.Tensor | None, prefix: torch.Tensor | None, explicit: tuple[bool, bool]
 ) -> tuple[int, int]:
-    """Height and width of the latents. Raises MagiError for sizes the model cannot take and tensors that disagree."""
+    """Returns height and width of the latents. Raises MagiError for sizes the model does not support and for tensors that disagree."""
     runtime = config.runtime
     size = (runtime.video_size_h / SPATIAL_DOWNSAMPLE, runtime.video_size_w / SPATIAL_DOWNSAMPLE)
     for name, x in (("noise", noise), ("prefix", prefix)):

@@ -1,8 +1,8 @@
-"""When each chunk is denoised, at which times, and what it sees: pure functions on ints and floats.
+"""The schedule: when each chunk is denoised, at which times, and what it sees. Pure functions on ints and floats.
 
-A video of `chunks` chunks, the first `prefix_chunks` of them given, is made by a window that slides over it: every stage
-takes each chunk in the window through one of `window` segments of the time grid, then the oldest leaves clean and a new one
-enters as noise (paper section 2.3).
+A window slides over a video of `chunks` chunks, the first `prefix_chunks` of which are the prefix. Every stage takes each chunk
+in the window through one of `window` segments of the time grid; then the oldest chunk leaves clean and a new one enters as
+noise (arXiv 2505.13211, section 2.3).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,17 +14,17 @@ import torch
 from ..config import RuntimeConfig
 from ..errors import MagiError
 
-_UNLIMITED_CLEAN_RANGE = 8  # what given chunks see where neither they nor the others are limited
-SHORTCUT_STEPS = 12  # this step count uses the distilled models' uneven steps
+_UNLIMITED_CLEAN_RANGE = 8  # chunks that a prefix chunk sees where no range is set
+SHORTCUT_STEPS = 12  # with this many steps, distilled models use uneven ones
 # Mode -> (entries of the quarter grid that start a step, step lengths as multiples of the shortest)
 _SHORTCUTS = {"8,16,16": ((0, 2, 3), (2, 1, 1)), "16,16,8": ((0, 1, 2), (1, 1, 2))}
 
 
 def time_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> torch.Tensor:
-    """Times 0 (noise) .. 1 (clean) between which a chunk is stepped: (num_steps + 1,) float32."""
+    """Returns the times, 0 (noise) .. 1 (clean), that a chunk steps through: (num_steps + 1,) float32."""
     if num_steps == SHORTCUT_STEPS:
-        quarter = torch.linspace(0, 1, 5) / 4
-        starts = quarter[list(_SHORTCUTS[shortcut_mode][0])]
+        quarter = torch.linspace(0, 1, 5) / 4  # (5,)
+        starts = quarter[list(_SHORTCUTS[shortcut_mode][0])]  # (3,)
         u = torch.cat([starts + offset for offset in (0, 0.25, 0.5, 0.75, 1)])[: num_steps + 1]
     else:
         u = torch.linspace(0, 1, num_steps + 1)
@@ -34,10 +34,10 @@ def time_grid(num_steps: int, shortcut_mode: str = "8,16,16") -> torch.Tensor:
 
 
 def step_size_signal(num_steps: int, step: int, shortcut_mode: str = "8,16,16") -> float:
-    """The second scalar that distilled models embed beside the time: how long the step is.
+    """Returns the step size that distilled models embed beside the time; it grows as steps get shorter.
 
     Args:
-        num_steps: steps a chunk takes in all.
+        num_steps: steps per chunk.
         step: index within the stage.
         shortcut_mode: pattern of the 12-step schedule.
     """
@@ -48,13 +48,13 @@ def step_size_signal(num_steps: int, step: int, shortcut_mode: str = "8,16,16") 
 
 @dataclass(frozen=True)
 class Iteration:
-    """One forward iteration: which chunks are active and where on the time grid each one stands."""
+    """One forward iteration: the active chunks and the position of each on the time grid."""
 
     index: int
     step: int  # within the stage
     chunks: range  # active, oldest first
-    grid: tuple[int, ...]  # per active chunk: steps it has had; it goes from time_grid[g] to time_grid[g + 1]
-    refresh: int | None  # the chunk that has just become clean, to be shown to the model once more
+    grid: tuple[int, ...]  # per active chunk: steps done; it steps from time_grid[g] to time_grid[g + 1]
+    refresh: int | None  # the chunk that has just become clean, run once more for its K/V
     finishes: int | None  # the chunk that is clean after this iteration
 
 
@@ -63,34 +63,37 @@ class Schedule:
     """All iterations of a run.
 
     Attributes:
-        chunks: chunks in all, the given ones included.
-        prefix_chunks: whole chunks given.
-        num_steps: steps a chunk takes.
+        chunks: number of chunks, prefix included.
+        prefix_chunks: whole chunks of the prefix.
+        num_steps: steps per chunk.
         window: chunks denoised at a time.
-        key_ranges: chunks seen (the chunk itself included) in each of len(key_ranges) equal parts of the steps; empty: all.
-        clean_key_range: the same for clean chunks.
+        kv_ranges: chunks seen (the chunk itself included) in each of len(kv_ranges) equal parts of the steps; empty: all.
+        clean_kv_range: chunks that a clean chunk sees, itself included.
+
+    Raises:
+        MagiError: the steps do not divide evenly, see `check_steps`.
     """
 
     chunks: int
     prefix_chunks: int
     num_steps: int
     window: int
-    key_ranges: tuple[int, ...] = (5, 4, 3, 2)
-    clean_key_range: int = 1
+    kv_ranges: tuple[int, ...] = (5, 4, 3, 2)
+    clean_kv_range: int = 1
 
     def __post_init__(self) -> None:
-        check_steps(self.num_steps, self.window, self.key_ranges)
+        check_steps(self.num_steps, self.window, self.kv_ranges)
 
     @classmethod
     def of(cls, runtime: RuntimeConfig, chunks: int, prefix_chunks: int) -> "Schedule":
-        """The schedule of `runtime`'s settings for a video of so many chunks."""
+        """Builds the schedule of `runtime` for a video of `chunks` chunks."""
         return cls(
             chunks,
             prefix_chunks,
             runtime.num_steps,
             runtime.window_size,
             runtime.noise2clean_kvrange,
-            _clean_key_range(runtime),
+            _clean_kv_range(runtime),
         )
 
     @classmethod
@@ -100,7 +103,7 @@ class Schedule:
 
     @property
     def steps_per_stage(self) -> int:
-        """Forward iterations of one stage."""
+        """Returns the number of forward iterations per stage."""
         return self.num_steps // self.window
 
     def __len__(self) -> int:
@@ -112,7 +115,7 @@ class Schedule:
         stage, step = divmod(index, self.steps_per_stage)
         stage += self.prefix_chunks
         chunks = range(max(self.prefix_chunks, stage - self.window + 1), min(self.chunks, stage + 1))
-        # Chunk c entered in stage c, so it is now in segment stage - c: the oldest stands highest.
+        # Chunk c entered in stage c, so it is now in segment stage - c: the oldest is in the highest.
         grid = tuple((stage - c) * self.steps_per_stage + step for c in chunks)
         return Iteration(
             index,
@@ -126,79 +129,84 @@ class Schedule:
     def __iter__(self) -> Iterator[Iteration]:
         return (self[i] for i in range(len(self)))
 
-    def first_key(self, chunk: int, steps_done: int) -> int:
-        """First chunk that `chunk` sees in its step number `steps_done` (0-based)."""
-        if not self.key_ranges:
+    def first_kv_chunk(self, chunk: int, steps_done: int) -> int:
+        """Returns the first chunk whose K/V `chunk` sees in its step `steps_done` (0-based)."""
+        if not self.kv_ranges:
             return 0
-        part = steps_done // (self.num_steps // len(self.key_ranges))
-        return max(0, chunk + 1 - self.key_ranges[part])
+        part = steps_done // (self.num_steps // len(self.kv_ranges))
+        return max(0, chunk + 1 - self.kv_ranges[part])
 
-    def first_clean_key(self, chunk: int) -> int:
-        """First chunk that a clean `chunk` sees. Without key ranges made chunks see all, given ones still as many as they may."""
-        if not self.key_ranges and chunk >= self.prefix_chunks:
+    def first_clean_kv_chunk(self, chunk: int) -> int:
+        """Returns the first chunk whose K/V a clean `chunk` sees.
+
+        Without `kv_ranges`, generated chunks see all earlier ones, but prefix chunks only `clean_kv_range`.
+        """
+        if not self.kv_ranges and chunk >= self.prefix_chunks:
             return 0
-        return max(0, chunk + 1 - self.clean_key_range)
+        return max(0, chunk + 1 - self.clean_kv_range)
 
     @property
     def cached_chunks(self) -> int:
-        """How many finished chunks' keys must be kept, at most, for all iterations: the size of the cache ring.
+        """Returns the most finished chunks whose K/V any iteration needs: the size of the cache ring.
 
-        It does not depend on the number of chunks once there are more than the window holds, unless chunks see everything.
+        It is the same for all videos longer than the window, unless chunks see everything.
         """
-        if not self.key_ranges:
+        if not self.kv_ranges:
             return self.chunks
-        # The geometry repeats itself once the window slides, so the first stages hold the extreme.
-        reach = self.clean_key_range - 1
-        for it in islice(self, self.steps_per_stage * 3 * (self.window + max(self.key_ranges))):
-            reach = max(reach, *(it.chunks[0] - self.first_key(c, g) for c, g in zip(it.chunks, it.grid, strict=True)))
+        # The pattern repeats once the window slides, so the first stages contain the maximum.
+        reach = self.clean_kv_range - 1
+        for it in islice(self, self.steps_per_stage * 3 * (self.window + max(self.kv_ranges))):
+            reach = max(
+                reach, *(it.chunks[0] - self.first_kv_chunk(c, g) for c, g in zip(it.chunks, it.grid, strict=True))
+            )
         return min(reach, self.chunks)
 
     @property
     def kept_chunks(self) -> int:
-        """How many finished chunks' latents a run keeps: what fills the cache anew, even with the window made smaller."""
-        return max(1, self.replayed_chunks, *(n - 1 for n in self.key_ranges))
+        """Returns how many finished chunks' latents a run keeps: enough to refill the cache, even for a smaller window."""
+        return max(1, self.replayed_chunks, *(n - 1 for n in self.kv_ranges))
 
-    def narrowed(self, window: int, done: int) -> "Schedule":
-        """The schedule of what is left when `done` chunks are there, given ones included, and the window becomes smaller."""
+    def with_window(self, window: int, done: int) -> "Schedule":
+        """Returns the schedule of the chunks after the first `done` ones, prefix included, with a smaller window."""
         return replace(self, window=window, prefix_chunks=done)
 
     @property
     def replayed_chunks(self) -> int:
-        """How many finished chunks must be shown to the model to fill the cache anew.
+        """Returns how many finished chunks the model must run again to refill the cache.
 
-        Where clean chunks see only themselves these are the cached ones; else every one depends on all before it.
+        If clean chunks see only themselves, these are the cached ones; otherwise each depends on all before it.
         """
-        return self.cached_chunks if self.clean_key_range == 1 else self.chunks
+        return self.cached_chunks if self.clean_kv_range == 1 else self.chunks
 
 
 def chunks_in(runtime: RuntimeConfig, num_frames: int, given: int = 0) -> int:
-    """Chunks of a video of `given` latent frames and what `num_frames` video frames fill after them, the last one made whole."""
+    """Returns the chunks of a video of `given` latent frames and what `num_frames` video frames fill after them, the last one made whole."""
     return -(-(num_frames // runtime.temporal_downsample_factor + given) // runtime.chunk_width)
 
 
-def _clean_key_range(runtime: RuntimeConfig) -> int:
+def _clean_kv_range(runtime: RuntimeConfig) -> int:
     if runtime.clean_chunk_kvrange != -1:
         return runtime.clean_chunk_kvrange
     return runtime.noise2clean_kvrange[-1] if runtime.noise2clean_kvrange else _UNLIMITED_CLEAN_RANGE
 
 
 def smaller_windows(num_steps: int, window: int) -> list[int]:
-    """Windows below `window` that the steps can be split over, the largest first."""
+    """Returns the windows below `window` that divide the steps, largest first."""
     return [n for n in reversed(range(1, window)) if num_steps % n == 0]
 
 
-def check_steps(num_steps: int, window: int, key_ranges: Sequence[int]) -> None:
-    """Refuses step counts that do not divide evenly. Raises MagiError with the nearest valid counts."""
+def check_steps(num_steps: int, window: int, kv_ranges: Sequence[int]) -> None:
+    """Raises MagiError, with the nearest valid counts, unless the window and the K/V ranges divide the steps evenly."""
     if window < 1:
         raise MagiError(f"The window is {window} chunks; it must be at least 1.")
     if num_steps < 1:
         raise MagiError(f"The number of steps is {num_steps}; it must be at least 1.")
-    parts = len(key_ranges) or 1
+    parts = len(kv_ranges) or 1
     if num_steps % window or num_steps % parts:
         good = [n for n in range(1, num_steps + window * parts + 1) if not (n % window or n % parts)]
         below, above = max((n for n in good if n < num_steps), default=None), min(n for n in good if n > num_steps)
         nearest = f"{below} or {above}" if below else f"{above}"
         raise MagiError(
-            f"{num_steps} steps cannot be split evenly over the window of {window} chunks and the {parts} key-range stages. "
+            f"{num_steps} steps cannot be split evenly over the window of {window} chunks and the {parts} K/V range stages. "
             f"Use {nearest} steps."
         )

@@ -1,4 +1,4 @@
-"""The learned 4096-vectors that stand in front of captions for style, duration and unwanted things."""
+"""The learned token vectors that are prepended to captions for style, duration and unwanted content."""
 
 import hashlib
 import warnings
@@ -18,15 +18,15 @@ SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b5cd6be5a7"
 _OFFICIAL_WIDTH = 4096
 _HOW = f"Use the official {FILE_NAME} (`python -m magi download special_tokens` fetches it, 3 MB)."
 
-# What numpy raises for files that are something else, .npy ones and pickles among them
+# numpy raises these for files of other kinds, .npy files and pickles among them
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError)
 
 # Rows of other_tokens
 _TRANSITION = 0
 _STYLES = {"hq": 1, "static": 2, "dynamic": 3, "borderness": 4, "3d_model": 15, "2d_anime": 16}
-_DURATION = 7  # of one chunk; the seven rows after it are for two to eight
+_DURATION = 7  # row for one chunk; the seven rows after it are for two to eight
 _LONGEST_DURATION = 7
-# Prepended in this order, so that the last one stands first.
+# Prepended one after the other, so that the last one comes first.
 _STYLE_ORDER = ("static", "dynamic", "borderness", "hq", "3d_model", "2d_anime")
 
 STYLES = tuple(_STYLES)
@@ -34,7 +34,7 @@ STYLES = tuple(_STYLES)
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The vectors, float32 (rounded to float16 first, as the models were trained).
+    """The token vectors, float32 (rounded to float16 first, as the models were trained).
 
     Attributes:
         caption: (1, width).
@@ -51,7 +51,7 @@ class SpecialTokens:
         """Reads special_tokens.npz.
 
         Raises:
-            MagiError: the file is missing, no such archive, or lacks the tokens.
+            MagiError: the file is missing, is not such an archive, or lacks the tokens.
         """
         path = Path(path).expanduser()
         if not path.is_file():
@@ -76,14 +76,14 @@ class SpecialTokens:
 
     @property
     def width(self) -> int:
-        """Length of a token vector: the caption channels it goes with."""
+        """Returns the length of a token vector, which equals the caption channels of its model."""
         return self.other.shape[1]
 
     def prefix(self, styles: Iterable[str] = (), chunks_after: int | None = None) -> torch.Tensor:
-        """What stands in front of a chunk's caption: (tokens, width).
+        """Returns the tokens to prepend to a chunk's caption: (tokens, width).
 
         Args:
-            styles: names out of `STYLES`.
+            styles: names from `STYLES`.
             chunks_after: chunks that follow this one, for the duration token; None leaves it out.
 
         Raises:
@@ -97,23 +97,23 @@ class SpecialTokens:
         return self.other[rows[::-1]]
 
     def negative(self) -> torch.Tensor:
-        """What stands in front of the null caption to steer away from: (4, width)."""
+        """Returns the tokens to prepend to the null caption, for content to steer away from: (4, width)."""
         return torch.cat([self.other[[_STYLES["borderness"], _TRANSITION]], self.logo, self.caption])
 
 
 def find_special_tokens(folders: Iterable[str | Path]) -> Path | None:
-    """The published file wherever it lies and whatever it is called, by its hash: any .npz in the folders, or None."""
+    """Finds the published file by its hash, under any name, among the .npz files of the folders. Returns None if there is none."""
     files = (file for folder in folders for file in sorted(Path(folder).glob("*.npz")))
     return next((file for file in files if is_official(file)), None)
 
 
 def check_styles(styles: Iterable[str]) -> None:
-    """Raises MagiError for a name that is no style token."""
+    """Raises MagiError for a name that is not a style token."""
     for name in styles:
         if name not in _STYLES:
             raise MagiError(f"There is no style token {name!r}. Choose among {', '.join(STYLES)}.")
 
 
 def is_official(path: Path) -> bool:
-    """Whether this is the published file, by size first and then by hash."""
+    """Tells whether this is the published file, by its size first and then by its hash."""
     return path.stat().st_size == 3_343_124 and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256

@@ -1,4 +1,4 @@
-"""What a run is made of: its saveable state, its noise, and what it reports."""
+"""The data of a run: its resumable state, its noise, and its progress events."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .schedule import Schedule
 
 @dataclass(frozen=True)
 class Chunk:
-    """A finished chunk: index from the first generated one, latents (1, 16, t, h, w) float32 without given frames."""
+    """A finished chunk: index from the first generated one, latents (1, 16, t, h, w) float32 without prefix frames."""
 
     index: int
     latents: torch.Tensor
@@ -20,15 +20,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """What happened in a forward iteration, for progress bars and previews (latents + (1 - t) * velocity).
+    """The result of a forward iteration, for progress bars and previews (latents + (1 - t) * velocity).
 
     Attributes:
         iteration: iterations done, this one included.
         total: iterations of the run.
         first_chunk: index of the first active chunk, from the first generated one.
-        timesteps: of each active chunk, before the step.
-        latents: (1, 16, n * W, h, w), the n active chunks before the step.
-        velocity: like latents, guided.
+        timesteps: time of each active chunk before the step, 0 (noise) .. 1 (clean).
+        latents: (1, 16, n * W, h, w) float32, the n active chunks before the step.
+        velocity: guided velocity, with the shape of `latents`.
     """
 
     iteration: int
@@ -44,14 +44,14 @@ Progress = Callable[[ProgressEvent], None]
 
 @dataclass
 class SamplerState:
-    """Everything a run needs beside its settings to go on.
+    """Everything a run needs beside its settings to resume.
 
     Attributes:
-        iteration: forward iterations done; from `done` on if the window was made smaller.
-        window: active chunks' latents by chunk, (1, 16, W, h, w) float32.
-        clean: the last finished (or given) chunks as the model is to see them, by chunk.
-        window_size: chunks denoised at a time, if memory asked for fewer than the settings; else None.
-        done: chunks that were there when it did, given ones included.
+        iteration: forward iterations done; counted from chunk `done` on if the window was made smaller.
+        window: latents per active chunk, (1, 16, W, h, w) float32.
+        clean: latents per chunk of the last finished or prefix chunks, prefix frames included, (1, 16, W, h, w) float32.
+        window_size: chunks denoised at a time if a memory shortage made the window smaller; else None.
+        done: chunks finished at that moment, prefix included.
     """
 
     iteration: int = 0
@@ -61,15 +61,15 @@ class SamplerState:
     done: int = 0
 
     def copy(self) -> "SamplerState":
-        """An independent state; tensors are replaced, never written to, and may be shared."""
+        """Returns an independent state; it shares the tensors, which are replaced and never written to."""
         return replace(self, window=dict(self.window), clean=dict(self.clean))
 
-    def schedule(self, of_settings: Schedule) -> Schedule:
-        """The schedule it stands in, of the one that the settings ask for."""
-        return of_settings if self.window_size is None else of_settings.narrowed(self.window_size, self.done)
+    def schedule(self, full: Schedule) -> Schedule:
+        """Returns the schedule that `iteration` counts in, given the full one of the settings."""
+        return full if self.window_size is None else full.with_window(self.window_size, self.done)
 
     def to(self, device: torch.device) -> "SamplerState":
-        """An independent state with its latents on a device, float32."""
+        """Returns an independent state with its latents on a device, float32."""
         window, clean = (
             {c: x.to(device, torch.float32) for c, x in held.items()} for held in (self.window, self.clean)
         )
@@ -77,17 +77,17 @@ class SamplerState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all latents held."""
+        """Returns the bytes of all latents of the state."""
         return sum(x.numel() * x.element_size() for x in (*self.window.values(), *self.clean.values()))
 
 
 def check_state(state: SamplerState, schedule: Schedule, shape: tuple[int, ...]) -> None:
-    """Refuses a state that no run of this schedule (that of the settings), with chunks of this shape, (1, 16, W, h, w), can have been in.
+    """Checks that a run of this full schedule, with chunks of shape (1, 16, W, h, w), can have been in a state.
 
     Raises:
-        MagiError: it names what does not fit.
+        MagiError: it cannot; the message names the mismatch.
     """
-    remedy = "Give a state of a run with these very settings, or none to begin anew."
+    remedy = "Give a state of a run with exactly these settings, or none to start over."
     if state.window_size is not None and not (
         0 < state.window_size < schedule.window
         and schedule.num_steps % state.window_size == 0
@@ -114,27 +114,27 @@ def check_state(state: SamplerState, schedule: Schedule, shape: tuple[int, ...])
 
 
 def _chunks_at(schedule: Schedule, iteration: int) -> tuple[list[int], list[int]]:
-    """Which chunks are in the window and which clean ones are kept after so many iterations."""
-    given, stages = schedule.prefix_chunks, iteration // schedule.steps_per_stage
-    finished = given + max(0, stages - schedule.window + 1)  # the first chunk that is not
-    entered = min(schedule.chunks, given + -(-iteration // schedule.steps_per_stage))
+    """Returns the chunks in the window and the clean ones that are kept after `iteration` iterations."""
+    prefix, stages = schedule.prefix_chunks, iteration // schedule.steps_per_stage
+    finished = prefix + max(0, stages - schedule.window + 1)  # the first unfinished chunk
+    entered = min(schedule.chunks, prefix + -(-iteration // schedule.steps_per_stage))
     return list(range(finished, entered)), list(range(max(0, finished - schedule.kept_chunks), finished))
 
 
 class Noise:
-    """Initial latents, chunk by chunk: given whole, or drawn from (seed, chunk) so that a video's start does not depend on its length."""
+    """Initial latents per chunk: supplied, or drawn from (seed, chunk), so that a video's start does not depend on its length."""
 
-    def __init__(self, shape: tuple[int, ...], seed: int, given: torch.Tensor | None = None) -> None:
-        """`shape` is a chunk's, (1, 16, W, h, w); `given` all chunks' side by side."""
+    def __init__(self, shape: tuple[int, ...], seed: int, latents: torch.Tensor | None = None) -> None:
+        """Takes the shape of a chunk, (1, 16, W, h, w), and optionally all chunks' latents, (1, 16, K * W, h, w)."""
         self.shape = shape
         self._seed = seed
-        self._given = given
+        self._latents = latents
 
     def chunk(self, index: int) -> torch.Tensor:
-        """Noise of one chunk, float32 on the CPU."""
+        """Returns the noise of one chunk, (1, 16, W, h, w) float32; drawn noise is on the CPU."""
         width = self.shape[2]
-        if self._given is not None:
-            return self._given[:, :, index * width : (index + 1) * width].float().clone()
+        if self._latents is not None:
+            return self._latents[:, :, index * width : (index + 1) * width].float().clone()  # (1, 16, W, h, w)
         digest = hashlib.sha256(f"{self._seed}/{index}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.randn(self.shape, generator=generator)

@@ -79,7 +79,7 @@ class TextEncoder:
                 float32, bfloat16, float16, float8 or scaled float8).
             tokenizer: folder or file of the tokenizer, where it is not beside the weights.
             device: where it runs; the CPU by default, where the weights are only mapped.
-            dtype: what is computed in, torch.float32 (default, as the reference) or torch.bfloat16. Weights wider than
+            dtype: what is computed in, torch.float32 (default, as the public implementation) or torch.bfloat16. Weights wider than
                 this are narrowed, others stay as they are stored: bfloat16 halves what a float32 file takes on a card.
             progress: counts the tensors placed.
             stream: the weights stay mapped on the host, and each layer's is brought to the device when it runs: slower, the

@@ -1,1 +1,1 @@
-"""The network as mathematics: no file, no plan, no cache policy."""
+"""The network itself: no files, no planning, no cache policy."""

@@ -1,4 +1,4 @@
-"""Grouped-query attention without repeating keys, on whatever kernel torch has for the device or on a chosen one."""
+"""Grouped-query attention without repeated K/V, by the kernel torch picks for the device or by a chosen one."""
 
 import importlib
 import importlib.util
@@ -22,17 +22,17 @@ _KERNELS = {
 
 
 def attention_choices() -> tuple[str, ...]:
-    """What may be chosen: torch's own choice, its kernels by name, and "sage" where the package sageattention is installed."""
+    """Returns the valid choices: "auto" (torch picks), torch's kernels by name, and "sage" if sageattention is installed."""
     return ("auto", *_KERNELS, *(("sage",) if _has_sage() else ()))
 
 
 def check_attention(
     choice: str, device: torch.device, dtype: torch.dtype, heads: int, groups: int, head_size: int
 ) -> None:
-    """Tries a choice on a few numbers of a model's kind, so that what cannot work fails before anything is loaded.
+    """Runs a choice on a small input of the model's dtype and head size, so that it fails before anything is loaded.
 
     Raises:
-        MagiError: there is no such choice, or it does not run on this device, in this dtype or with heads of this size.
+        MagiError: the choice is unknown, or it does not run on this device, in this dtype or with this head size.
     """
     choices = attention_choices()
     if choice not in choices:
@@ -41,12 +41,12 @@ def check_attention(
     if choice == "auto":
         return
     tokens = 64
-    q = torch.ones(heads, tokens, head_size, device=device, dtype=dtype)
-    keys = torch.ones(groups, 2 * tokens, head_size, device=device, dtype=dtype)
+    q = torch.ones(heads, tokens, head_size, device=device, dtype=dtype)  # (H, S, d)
+    kv = torch.ones(groups, 2 * tokens, head_size, device=device, dtype=dtype)  # (G, T, d)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of every kernel that it passes over
-            attend(q, keys, keys, choice).sum().item()
+            warnings.simplefilter("ignore")  # torch warns about every kernel it rejects
+            attend(q, kv, kv, choice).sum().item()
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise MagiError(
@@ -56,32 +56,32 @@ def check_attention(
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: str = "auto") -> torch.Tensor:
-    """Every query attends to every key; consecutive query heads share a key head.
+    """Computes unmasked grouped-query attention; consecutive query heads share a K/V head.
 
-    Without a mask the rows of the score matrix are independent, so the query heads of a group can be laid end to end as one
-    longer sequence: no key is repeated and every kernel (flash, memory-efficient, CPU) takes it.
+    Without a mask the rows of the score matrix are independent, so the query heads of a group can be concatenated into one
+    longer sequence: no K/V head is repeated, and every kernel (flash, memory-efficient, CPU) supports that shape.
 
     Args:
-        q: (heads, tokens, d).
-        k: (groups, keys, d); the first two strides are free.
-        v: (groups, keys, d).
-        choice: one of `attention_choices` that `check_attention` has let pass.
+        q: (H, S, d).
+        k: (G, T, d), with any strides along the first two axes.
+        v: (G, T, d), likewise.
+        choice: one of `attention_choices`, accepted by `check_attention`.
 
     Returns:
-        (tokens, heads * d).
+        (S, H * d) in q's dtype.
     """
     heads, tokens, d = q.shape
     dtype = q.dtype
-    if q.device.type == "cpu" and choice != "sage":  # torch's kernel rounds the weights to 16 bits, others do not
+    if q.device.type == "cpu" and choice != "sage":  # torch's CPU kernel rounds the softmax to 16 bits
         q, k, v = q.float(), k.float(), v.float()
-    folded = q.reshape(1, k.shape[0], heads // k.shape[0] * tokens, d)
+    folded = q.reshape(1, k.shape[0], heads // k.shape[0] * tokens, d)  # (1, G, H/G * S, d)
     if choice == "sage":
         sage = importlib.import_module(_SAGE).sageattn
-        out = sage(folded, k[None], v[None], tensor_layout="HND", is_causal=False)
+        out = sage(folded, k[None], v[None], tensor_layout="HND", is_causal=False)  # (1, G, H/G * S, d)
     else:
         with sdpa_kernel(_KERNELS[choice]) if choice in _KERNELS else nullcontext():
-            out = F.scaled_dot_product_attention(folded, k[None], v[None])
-    return rearrange(out, "1 g (r s) d -> s (g r d)", s=tokens).to(dtype)
+            out = F.scaled_dot_product_attention(folded, k[None], v[None])  # (1, G, H/G * S, d)
+    return rearrange(out, "1 g (r s) d -> s (g r d)", s=tokens).to(dtype)  # (S, H * d)
 
 
 def _has_sage() -> bool:

@@ -1,8 +1,10 @@
-"""One layer of the transformer over the chunks of a pass, a block of tokens at a time (paper section 2.2).
+"""One transformer layer over the chunks of a pass, one block of tokens at a time (arXiv 2505.13211, section 2.2).
 
-Only keys are computed for a whole chunk before anything else: every later step, from the queries to the MLP, needs nothing of
-other tokens but those, and so runs token block by token block, writing over the hidden states. What a layer takes besides keys
-and hidden states is thus a block's, not a chunk's.
+Only the K/V are computed for a whole chunk before anything else. Every later step, from the queries to the MLP, needs nothing
+but the K/V of other tokens, so it runs one token block after the other and overwrites the hidden states. Beside the K/V and
+the hidden states, the activations of a layer are thus as large as a token block, not as a chunk.
+
+Shapes: S tokens of a chunk, T tokens of a block, D hidden size, H query heads, G K/V groups, d head size, n rotary angles.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,45 +21,48 @@ from .layers import Norm, gated_residual, layer_norm, linear, mlp, output_projec
 from .rope import rotate
 from .weights import BlockWeights
 
-_INTERLEAVE = 8  # self and cross attention are interleaved in this many feature blocks before the projection
+_INTERLEAVE = 8  # the projection takes self and cross attention interleaved in this many feature blocks
 
 
 @dataclass
-class Stream:
+class ChunkState:
     """A chunk on its way through the layers."""
 
     input: ChunkInput
-    hidden: torch.Tensor  # (S, D), written over by every layer
+    hidden: torch.Tensor  # (S, D), overwritten by every layer
     condition: torch.Tensor  # (1, cond)
-    angles: tuple[torch.Tensor, torch.Tensor]  # cosine and sine, (S, n) float32
+    angles: tuple[torch.Tensor, torch.Tensor]  # cosine and sine, (S, n) float32 each
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What all layers have in common. `rows` is `layer_rows`, or a compiled form of it."""
+    """Settings that all layers share. `forward` is `layer_forward`, or its compiled form."""
 
     shape: ModelConfig
     dtype: torch.dtype
     attention: str
     token_block: int
-    rows: Callable[..., list[torch.Tensor]]
+    forward: Callable[..., list[torch.Tensor]]
 
 
-# Streams whose self-attention is one computation: the same hidden states, position and keys. In the first layer the text and
-# the previous pass of guidance share it; after that a group holds one stream.
-Group = Sequence[Stream]
-_Share = tuple[int, int, int]  # chunk, first chunk seen, identity of the latents
+# Chunks whose self-attention is one computation: the same hidden states, position and K/V. In the first layer the text pass and
+# the previous-chunk pass of guidance share it; in later layers a group holds one chunk.
+Group = Sequence[ChunkState]
+_ShareKey = tuple[int, int, int]  # chunk, first chunk seen, identity of the latents
 
 
-def shared_groups(passes: Sequence[Sequence[Stream]]) -> list[list[Group]]:
-    """The passes with what they share in the first layer taken together: lists of groups that see each other's keys, oldest first.
+def shared_groups(passes: Sequence[Sequence[ChunkState]]) -> list[list[Group]]:
+    """Merges the passes whose self-attention in the first layer is the same.
 
-    There hidden states depend on a chunk's latents alone, and so do its keys, whatever the pass.
+    The hidden states there depend on a chunk's latents alone, and so do its K/V, whatever the pass.
+
+    Returns:
+        Lists of groups that see each other's K/V, oldest chunk first.
     """
-    merged: list[dict[_Share, list[Stream]]] = []
-    for streams in passes:
-        found = {_share_of(s): s for s in streams}
-        home = next((m for m in merged if m.keys() & found.keys() and _agree(m, found)), None)
+    merged: list[dict[_ShareKey, list[ChunkState]]] = []
+    for states in passes:
+        found = {_share_key(s): s for s in states}
+        home = next((m for m in merged if m.keys() & found.keys() and _compatible(m, found)), None)
         if home is None:
             merged.append({key: [s] for key, s in found.items()})
         else:
@@ -66,33 +71,33 @@ def shared_groups(passes: Sequence[Sequence[Stream]]) -> list[list[Group]]:
     return [[groups[key] for key in sorted(groups)] for groups in merged]
 
 
-def _share_of(s: Stream) -> _Share:
-    return s.input.chunk, s.input.first_key, id(s.input.latents)
+def _share_key(s: ChunkState) -> _ShareKey:
+    return s.input.chunk, s.input.first_kv_chunk, id(s.input.latents)
 
 
-def _agree(merged: Mapping[_Share, object], found: Mapping[_Share, object]) -> bool:
-    """Whether together they see what each sees alone: a chunk's keys can be in the buffer only once.
+def _compatible(merged: Mapping[_ShareKey, object], found: Mapping[_ShareKey, object]) -> bool:
+    """Tells whether two sets of chunks see together what each sees alone: the buffer has room for one K/V per chunk.
 
-    None may stand in both with other latents or another range, nor be held by the one and taken from the cache by the other.
+    No chunk may be in both with other latents or another range, nor be computed in one and read from the cache in the other.
     """
     both = merged.keys() | found.keys()
     return len({chunk for chunk, _, _ in both}) == len(both) and (
-        _cached(both) == _cached(merged.keys()) | _cached(found.keys())
+        _cached_chunks(both) == _cached_chunks(merged.keys()) | _cached_chunks(found.keys())
     )
 
 
-def _cached(keys: Collection[_Share]) -> set[int]:
-    """Chunks that are seen but not held."""
+def _cached_chunks(keys: Collection[_ShareKey]) -> set[int]:
+    """Returns the chunks that are seen but not computed, whose K/V come from the cache."""
     return {seen for chunk, first, _ in keys for seen in range(first, chunk)} - {chunk for chunk, _, _ in keys}
 
 
-def separate_groups(passes: Sequence[Sequence[Stream]]) -> list[list[Group]]:
-    """The passes, each stream on its own."""
-    return [[[s] for s in streams] for streams in passes]
+def separate_groups(passes: Sequence[Sequence[ChunkState]]) -> list[list[Group]]:
+    """Returns the passes with every chunk in a group of its own."""
+    return [[[s] for s in states] for states in passes]
 
 
-def parts(groups: Sequence[Group], token_block: int) -> int:
-    """How often `run_layer` calls `alive` for these groups."""
+def progress_calls(groups: Sequence[Group], token_block: int) -> int:
+    """Returns how often `run_layer` calls `on_progress` for these groups."""
     return sum(1 + len(group) * -(-len(group[0].hidden) // token_block) for group in groups)
 
 
@@ -102,101 +107,108 @@ def run_layer(
     groups: Sequence[Group],
     cached: Mapping[int, torch.Tensor],
     scratch: torch.Tensor,
-    text_keys: dict[int, torch.Tensor],
+    caption_kv: dict[int, torch.Tensor],
     store: Callable[[int, torch.Tensor], None],
-    alive: Callable[[], None],
+    on_progress: Callable[[], None],
 ) -> None:
-    """Takes streams through a layer, oldest chunk first.
+    """Runs one layer over chunks, oldest first, and overwrites their hidden states.
 
     Args:
-        settings: of all layers.
-        weights: of this one.
-        groups: streams that see each other's keys, in ascending order of their chunks.
-        cached: keys and values of earlier chunks that are seen, (2, G, S, d) each.
-        scratch: room for keys and values of all that is seen, (2, G, chunks * S, d).
-        text_keys: of captions by identity; those that are missing are added.
-        store: takes a clean chunk's keys and values, which it must copy.
-        alive: called after each part of the work.
+        settings: shared by all layers.
+        weights: of this layer.
+        groups: chunks that see each other's K/V, in ascending order.
+        cached: K/V of the earlier chunks that are seen, (2, G, S, d) each.
+        scratch: buffer for the K/V of all chunks that are seen, (2, G, chunks * S, d).
+        caption_kv: K/V per caption, by identity; missing ones are added.
+        store: receives the K/V of a clean chunk, (2, G, S, d), which it must copy.
+        on_progress: called after each part of the work; what it raises ends the call.
     """
     inputs = [s.input for group in groups for s in group]
     tokens = len(groups[0][0].hidden)
-    base = min(item.first_key for item in inputs)
+    base = min(item.first_kv_chunk for item in inputs)
 
-    def place(first: int, last: int) -> torch.Tensor:  # keys of chunks first .. last, in the scratch buffer
-        return scratch[:, :, (first - base) * tokens : (last + 1 - base) * tokens]
+    def kv_slice(first: int, last: int) -> torch.Tensor:
+        return scratch[:, :, (first - base) * tokens : (last + 1 - base) * tokens]  # (2, G, (last + 1 - first) * S, d)
 
-    own = {item.chunk for item in inputs}
-    for chunk in sorted({c for item in inputs for c in range(item.first_key, item.chunk)} - own):
-        place(chunk, chunk).copy_(cached[chunk])
+    computed = {item.chunk for item in inputs}
+    for chunk in sorted({c for item in inputs for c in range(item.first_kv_chunk, item.chunk)} - computed):
+        kv_slice(chunk, chunk).copy_(cached[chunk])
     for group in groups:
         item = group[0].input
-        here = place(item.chunk, item.chunk)
-        _write_keys(settings, weights, group[0], here)
+        chunk_kv = kv_slice(item.chunk, item.chunk)  # (2, G, S, d)
+        _write_kv(settings, weights, group[0], chunk_kv)
         if any(s.input.store for s in group):
-            store(item.chunk, here)
-        alive()
+            store(item.chunk, chunk_kv)
+        on_progress()
         for s in group:
-            if id(s.input.caption) not in text_keys:
-                text_keys[id(s.input.caption)] = _text_keys(settings, weights, s.input.caption)
-        _run_group(settings, weights, group, place(item.first_key, item.chunk), text_keys, alive)
+            if id(s.input.caption) not in caption_kv:
+                caption_kv[id(s.input.caption)] = _caption_kv(settings, weights, s.input.caption)
+        _run_group(settings, weights, group, kv_slice(item.first_kv_chunk, item.chunk), caption_kv, on_progress)
 
 
 def _run_group(
     settings: LayerSettings,
     weights: BlockWeights,
     group: Group,
-    keys: torch.Tensor,
-    text_keys: Mapping[int, torch.Tensor],
-    alive: Callable[[], None],
+    kv: torch.Tensor,
+    caption_kv: Mapping[int, torch.Tensor],
+    on_progress: Callable[[], None],
 ) -> None:
-    gates = [torch.tanh(linear(F.silu(s.condition), weights.gates)).chunk(2, dim=-1) for s in group]
-    texts = [text_keys[id(s.input.caption)] for s in group]
-    for rows in token_blocks(len(group[0].hidden), settings.token_block):
-        cos, sin = (angle[rows] for angle in group[0].angles)
-        after = settings.rows(settings, weights, [s.hidden[rows] for s in group], cos, sin, keys, texts, gates)
-        for s, hidden in zip(group, after, strict=True):
-            s.hidden[rows] = hidden
-            alive()
+    gates = [
+        torch.tanh(linear(F.silu(s.condition), weights.gates)).chunk(2, dim=-1) for s in group
+    ]  # (1, D) twice each
+    text_kv = [caption_kv[id(s.input.caption)] for s in group]
+    for block in token_blocks(len(group[0].hidden), settings.token_block):
+        cos, sin = (angle[block] for angle in group[0].angles)  # (T, n)
+        hidden = [s.hidden[block] for s in group]  # (T, D) each
+        results = settings.forward(settings, weights, hidden, cos, sin, kv, text_kv, gates)
+        for s, result in zip(group, results, strict=True):
+            s.hidden[block] = result
+            on_progress()
 
 
-def layer_rows(
+def layer_forward(
     settings: LayerSettings,
     weights: BlockWeights,
     hidden: Sequence[torch.Tensor],
     cos: torch.Tensor,
     sin: torch.Tensor,
-    keys: torch.Tensor,
-    texts: Sequence[torch.Tensor],
+    kv: torch.Tensor,
+    text_kv: Sequence[torch.Tensor],
     gates: Sequence[Sequence[torch.Tensor]],
 ) -> list[torch.Tensor]:
-    """All of a layer but the keys, for a block of tokens of streams that share their self-attention: what `torch.compile` is given.
+    """Runs a layer, all but its K/V, on a token block of chunks that share their self-attention; `torch.compile` takes this.
 
     Args:
-        settings: of all layers.
-        weights: of this one.
-        hidden: hidden states of each stream, (rows, D).
-        cos: (rows, n) float32, of the tokens' places.
+        settings: shared by all layers.
+        weights: of this layer.
+        hidden: hidden states per chunk, (T, D).
+        cos: of the tokens' rotary angles, (T, n) float32.
         sin: likewise.
-        keys: keys and values that are seen, (2, G, tokens, d).
-        texts: keys and values of each stream's caption, (2, G, tokens, d).
-        gates: of attention and MLP for each stream, (1, D).
+        kv: K/V of the chunks that are seen, (2, G, tokens, d).
+        text_kv: K/V of the caption per chunk, (2, G, tokens, d).
+        gates: of attention and MLP per chunk, (1, D) each.
 
     Returns:
-        The hidden states after the layer.
+        The hidden states after the layer per chunk, (T, D).
     """
     eps, gated = settings.shape.layernorm_epsilon, settings.shape.gated_linear_unit
-    own, cross = _queries(settings, weights, hidden[0], cos, sin)
-    own = attend(own, keys[0], keys[1], settings.attention)
+    # One name for the queries and their result, so that the queries are freed before the MLP.
+    self_attn, cross_q = _queries(settings, weights, hidden[0], cos, sin)  # (H, T, d) each
+    self_attn = attend(self_attn, kv[0], kv[1], settings.attention)  # (T, D)
     result = []
-    for x, text, (attn_gate, mlp_gate) in zip(hidden, texts, gates, strict=True):
-        # Results without a name: one would keep them in memory while the next are made.
+    for x, text, (attn_gate, mlp_gate) in zip(hidden, text_kv, gates, strict=True):
+        # Nested calls: a name would keep a result in memory while the next one is computed.
         x = gated_residual(
             x,
-            output_projection(_interleaved(own, attend(cross, text[0], text[1], settings.attention)), weights.proj),
+            output_projection(
+                _interleaved(self_attn, attend(cross_q, text[0], text[1], settings.attention)),  # (T, 2 * D)
+                weights.proj,
+            ),  # (T, D)
             attn_gate,
             weights.attn_post_norm,
             eps,
-        )
+        )  # (T, D)
         result.append(
             gated_residual(
                 x,
@@ -204,7 +216,7 @@ def layer_rows(
                 mlp_gate,
                 weights.mlp_post_norm,
                 eps,
-            )
+            )  # (T, D)
         )
     return result
 
@@ -212,45 +224,45 @@ def layer_rows(
 def _queries(
     settings: LayerSettings, weights: BlockWeights, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of self and cross attention, (heads, rows, d) each."""
+    """Computes the queries of self and of cross attention from hidden states (T, D): (H, T, d) each."""
     shape = settings.shape
-    normed = layer_norm(hidden, weights.qkv_norm, shape.layernorm_epsilon)
-    own = _rotated(settings, linear(normed, weights.q), weights.q_norm, cos, sin)
-    cross = rearrange(linear(normed, weights.q_x), "s (n d) -> n s d", d=shape.kv_channels)
-    return own, layer_norm(cross, weights.q_norm_x, shape.layernorm_epsilon)
+    normed = layer_norm(hidden, weights.qkv_norm, shape.layernorm_epsilon)  # (T, D)
+    self_q = _norm_and_rotate(settings, linear(normed, weights.q), weights.q_norm, cos, sin)  # (H, T, d)
+    cross_q = rearrange(linear(normed, weights.q_x), "t (h d) -> h t d", d=shape.kv_channels)  # (H, T, d)
+    return self_q, layer_norm(cross_q, weights.q_norm_x, shape.layernorm_epsilon)
 
 
-def _interleaved(own: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """Self and cross attention, (rows, D) each, as the projection takes them: (rows, 2 * D)."""
-    return rearrange(torch.stack([own, cross]), "two s (b f) -> s (b two f)", b=_INTERLEAVE)
+def _interleaved(self_attn: torch.Tensor, cross_attn: torch.Tensor) -> torch.Tensor:
+    """Interleaves self and cross attention, (T, D) each, in the projection's feature order: (T, 2 * D)."""
+    return rearrange(torch.stack([self_attn, cross_attn]), "two t (b f) -> t (b two f)", b=_INTERLEAVE)
 
 
-def _write_keys(settings: LayerSettings, weights: BlockWeights, s: Stream, out: torch.Tensor) -> None:
-    """A chunk's keys and values into `out`, (2, G, S, d)."""
+def _write_kv(settings: LayerSettings, weights: BlockWeights, s: ChunkState, out: torch.Tensor) -> None:
+    """Computes the K/V of a chunk into `out`, (2, G, S, d)."""
     shape = settings.shape
-    for rows in token_blocks(len(s.hidden), settings.token_block):
-        normed = layer_norm(s.hidden[rows], weights.qkv_norm, shape.layernorm_epsilon)
-        cos, sin = (angle[rows] for angle in s.angles)
-        out[0, :, rows] = _rotated(settings, linear(normed, weights.k), weights.k_norm, cos, sin)
-        out[1, :, rows] = rearrange(linear(normed, weights.v), "s (g d) -> g s d", d=shape.kv_channels)
+    for block in token_blocks(len(s.hidden), settings.token_block):
+        normed = layer_norm(s.hidden[block], weights.qkv_norm, shape.layernorm_epsilon)  # (T, D)
+        cos, sin = (angle[block] for angle in s.angles)  # (T, n)
+        out[0, :, block] = _norm_and_rotate(settings, linear(normed, weights.k), weights.k_norm, cos, sin)  # (G, T, d)
+        out[1, :, block] = rearrange(linear(normed, weights.v), "t (g d) -> g t d", d=shape.kv_channels)  # (G, T, d)
 
 
-def _rotated(
+def _norm_and_rotate(
     settings: LayerSettings, x: torch.Tensor, norm: Norm, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """Per-head norm and rotation in float32: (rows, n * d) -> (n, rows, d) in the compute dtype."""
-    x = rearrange(x, "s (n d) -> s n d", d=settings.shape.kv_channels)
+    """Normalizes and rotates each head in float32: (T, heads * d) -> (heads, T, d) in the compute dtype."""
+    x = rearrange(x, "t (h d) -> t h d", d=settings.shape.kv_channels)  # (T, heads, d)
     x = layer_norm(x, norm, settings.shape.layernorm_epsilon)
-    return rotate(x, cos, sin).to(settings.dtype).transpose(0, 1)
+    return rotate(x, cos, sin).to(settings.dtype).transpose(0, 1)  # (heads, T, d)
 
 
-def _text_keys(settings: LayerSettings, weights: BlockWeights, caption: EncodedCaption) -> torch.Tensor:
-    """Keys and values of a caption, (2, G, tokens, d)."""
+def _caption_kv(settings: LayerSettings, weights: BlockWeights, caption: EncodedCaption) -> torch.Tensor:
+    """Computes the cross-attention K/V of a caption, (2, G, tokens, d)."""
     d = settings.shape.kv_channels
-    kv = rearrange(linear(caption.states, weights.kv_x), "s (g two d) -> two g s d", two=2, d=d)
+    kv = rearrange(linear(caption.states, weights.kv_x), "s (g two d) -> two g s d", two=2, d=d)  # (2, G, tokens, d)
     return torch.stack([layer_norm(kv[0], weights.k_norm_x, settings.shape.layernorm_epsilon), kv[1]])
 
 
 def token_blocks(tokens: int, size: int) -> Iterator[slice]:
-    """Rows 0 .. tokens, `size` at a time."""
+    """Yields slices of at most `size` tokens that cover 0 .. tokens."""
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))

@@ -1,4 +1,4 @@
-"""What a forward call of the transformer is asked for: passes of chunks."""
+"""The inputs of a forward call of the transformer: passes of chunks, and the K/V cache it reads."""
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Literal, Protocol
 import torch
 
 CacheDevice = Literal["device", "host"]  # where the K/V cache lies
-TOKEN_BLOCK = 4096  # tokens that are taken through a layer at a time, unless memory asks for fewer
+TOKEN_BLOCK = 4096  # tokens per layer call; fewer if memory is short
 
 
 @dataclass(frozen=True)
 class EncodedCaption:
-    """A caption as cross attention takes it: (tokens, D) in the compute dtype."""
+    """A projected caption for cross attention: (tokens, D) in the compute dtype."""
 
     states: torch.Tensor
 
@@ -22,39 +22,39 @@ class ChunkInput:
     """One chunk in one pass.
 
     Attributes:
-        chunk: its place in the video, for positions and for keys.
+        chunk: index in the video, which sets its positions and names its K/V.
         latents: (1, 16, W, h, w) float32.
         timestep: 0 (noise) .. 1 (clean).
-        caption: what its tokens cross-attend to.
-        first_key: first chunk whose keys it sees; the last one is itself.
-        store: its keys and values go into the cache: the chunk is clean.
-        wanted: its velocity is asked for.
+        caption: input of its cross attention.
+        first_kv_chunk: first chunk whose K/V it sees; the last one is itself.
+        store: whether its K/V go into the cache, because the chunk is clean.
+        wanted: whether its velocity is returned.
     """
 
     chunk: int
     latents: torch.Tensor
     timestep: float
     caption: EncodedCaption
-    first_key: int
+    first_kv_chunk: int
     store: bool = False
     wanted: bool = True
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Chunks that see each other's keys, in ascending order, and the kind of condition vector they all take."""
+    """Chunks that see each other's K/V, in ascending order, and the kind of condition vector they share."""
 
     chunks: tuple[ChunkInput, ...]
     conditional: bool
 
 
 class Cache(Protocol):
-    """Keys and values of finished chunks; `offload.kv_cache.KVCache` is one."""
+    """K/V cache of finished chunks; `offload.kv_cache.KVCache` implements it."""
 
     def store(self, layer: int, chunk: int, kv: torch.Tensor) -> None:
-        """Keeps a chunk's keys and values, (2, groups, tokens, head_size)."""
+        """Copies the K/V of a chunk, (2, G, S, d), into the cache."""
         ...
 
     def stream(self, chunks: Sequence[int]) -> Generator[Mapping[int, torch.Tensor], None, None]:
-        """Yields chunk -> (2, groups, tokens, head_size) on the device, layer by layer."""
+        """Yields a mapping per layer: chunk -> its K/V, (2, G, S, d), on the device."""
         ...

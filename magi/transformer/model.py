@@ -1,8 +1,10 @@
-"""The MAGI-1 transformer (paper section 2.2), run layer by layer over all passes and chunks of an iteration at once.
+"""The MAGI-1 transformer (arXiv 2505.13211, section 2.2), run layer by layer over all passes and chunks of an iteration.
 
-Each layer's weights are asked for once per iteration and applied to every chunk of every pass before the next layer's: what
-streams weights from the host thus moves them once, whatever the number of passes. Within a pass chunks are taken oldest
-first, and a chunk's keys are written before a later chunk looks at them.
+Each layer's weights are read once per iteration and applied to every chunk of every pass before the next layer's. Streaming
+weights from the host thus moves them once, whatever the number of passes. Within a pass chunks run oldest first, and the K/V
+of a chunk are written before a later chunk reads them.
+
+Shapes: S tokens of a chunk, T tokens of a block, D hidden size, G K/V groups, d head size, n rotary angles.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +17,11 @@ from einops import rearrange
 
 from ..config import MagiConfig, ModelConfig
 from .block import (
+    ChunkState,
     Group,
     LayerSettings,
-    Stream,
-    layer_rows,
-    parts,
+    layer_forward,
+    progress_calls,
     run_layer,
     separate_groups,
     shared_groups,
@@ -31,8 +33,8 @@ from .rope import rope_angles
 from .weights import BlockSource, OuterWeights, tensors_in
 
 _TIME_FREQUENCIES = 256
-_EFFICIENT_BLOCK = 1024  # tokens; fewer cost more time than fetching a layer
-_SMALLEST_BLOCK = 64
+_EFFICIENT_BLOCK = 1024  # tokens; smaller blocks cost more time than streaming a layer
+_SMALLEST_BLOCK = 64  # tokens
 _Angles = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -51,18 +53,18 @@ class Transformer:
         token_block: int = TOKEN_BLOCK,
         compiled: bool = False,
     ):
-        """Ties weights together; `load_transformer` is the usual way to one.
+        """Builds a transformer from loaded weights; `load_transformer` is the usual way to make one.
 
         Args:
-            config: of the model and its runs.
+            config: settings of the model and its runs.
             outer: weights outside the layers, on the device.
-            blocks: of the layers.
-            device: to compute on.
-            dtype: to compute in.
+            blocks: source of the layers' weights.
+            device: device to compute on.
+            dtype: compute dtype.
             attention: one of `attention.attention_choices`.
-            cache_device: where new caches keep their keys, "device" or "host".
-            token_block: tokens that are taken through a layer at a time; it decides the last bits of what comes out.
-            compiled: have torch.compile make the layers' kernels.
+            cache_device: where new caches keep their K/V, "device" or "host".
+            token_block: tokens per layer call; it changes the last bits of the result.
+            compiled: compile the layers with `torch.compile`.
         """
         self.config = config
         self.outer = outer
@@ -72,23 +74,23 @@ class Transformer:
         self.attention = attention
         self.cache_device = cache_device
         self.token_block = token_block
-        self._rows = torch.compile(layer_rows, dynamic=True) if compiled else layer_rows
+        self._layer_forward = torch.compile(layer_forward, dynamic=True) if compiled else layer_forward
 
     def shrink(self) -> str | None:
-        """Takes less of the device from now on, as it ran out of memory: what costs least time first.
+        """Lowers the use of device memory after it ran out, by the change that costs the least time.
 
         Returns:
-            What is done differently, for the user; None if nothing is left to do.
+            The change, as a clause for the user; None once nothing is left to change.
         """
         if self.token_block > _EFFICIENT_BLOCK:
             return self._halve_token_block()
         staying = sorted(self.blocks.on_device)
         self.blocks.keep_on_device(staying[1::2])
-        if (left := len(self.blocks.on_device)) < len(staying):  # on a CPU some cannot leave
+        if (left := len(self.blocks.on_device)) < len(staying):  # a CPU has nowhere to move some of them
             return f"{left} of {len(self.blocks)} layers stay on the device"
         if self.cache_device == "device":
             self.cache_device = "host"
-            return "the keys of finished chunks are kept on the host"
+            return "the K/V of finished chunks are kept on the host"
         return self._halve_token_block() if self.token_block > _SMALLEST_BLOCK else None
 
     def _halve_token_block(self) -> str:
@@ -97,17 +99,17 @@ class Transformer:
 
     @property
     def shape(self) -> ModelConfig:
-        """Sizes of the transformer."""
+        """Returns the sizes of the transformer."""
         return self.config.model
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights on the device."""
+        """Returns the bytes of weights on the device."""
         return self.blocks.nbytes + sum(t.nbytes for t in tensors_in(self.outer))
 
     def encode_caption(self, embeds: torch.Tensor) -> EncodedCaption:
-        """Projects text embeddings (tokens, caption_channels), real tokens only."""
-        states = F.silu(linear(embeds.to(self.device, torch.float32), self.outer.caption))
+        """Projects text embeddings (tokens, caption_channels), without padding, to (tokens, D) in the compute dtype."""
+        states = F.silu(linear(embeds.to(self.device, torch.float32), self.outer.caption))  # (tokens, D)
         return EncodedCaption(states.to(self.dtype))
 
     def forward(
@@ -115,83 +117,88 @@ class Transformer:
         passes: Sequence[Pass],
         cache: Cache,
         step_size: float | None = None,
-        heartbeat: Callable[[float], None] | None = None,
+        on_progress: Callable[[float], None] | None = None,
     ) -> list[list[torch.Tensor | None]]:
-        """Velocities of every chunk of every pass.
+        """Computes the velocities of every chunk of every pass.
 
         Args:
-            passes: what to run. Chunks before a pass's own that it sees must be in the cache.
-            cache: clean keys and values, read and (where a chunk says so) written.
-            step_size: the second time signal of distilled models.
-            heartbeat: called many times on the way with the fraction done; what it raises ends the call.
+            passes: chunks to run. Earlier chunks that a pass sees but does not hold must be in the cache.
+            cache: K/V of clean chunks, read, and written for inputs with `store`.
+            step_size: second time signal of distilled models.
+            on_progress: called many times per call with the fraction done, 0 .. 1; what it raises ends the call.
 
         Returns:
-            Per pass and chunk: (1, 16, W, h, w) float32, None where it was not wanted.
+            Per pass and chunk: (1, 16, W, h, w) float32, or None where it is not wanted.
         """
-        angles: dict[int, _Angles] = {}  # of a chunk's place; several passes hold the same chunks
-        streams = [[self._embed(c, p.conditional, step_size, angles) for c in p.chunks] for p in passes]
-        first, later = shared_groups(streams), separate_groups(streams)
-        scratch = self._key_scratch([*first, *later])
-        settings = LayerSettings(self.shape, self.dtype, self.attention, self.token_block, self._rows)
-        with closing(iter(self.blocks)) as blocks, closing(cache.stream(_earlier(streams))) as keys:
-            for layer, (weights, cached) in enumerate(zip(blocks, keys, strict=True)):
+        angles: dict[int, _Angles] = {}  # per chunk, as several passes hold the same chunks
+        states = [[self._embed(c, p.conditional, step_size, angles) for c in p.chunks] for p in passes]
+        first, later = shared_groups(states), separate_groups(states)
+        scratch = self._kv_scratch([*first, *later])  # (2, G, chunks * S, d)
+        settings = LayerSettings(self.shape, self.dtype, self.attention, self.token_block, self._layer_forward)
+        with closing(iter(self.blocks)) as blocks, closing(cache.stream(_cached_chunks(states))) as cached_kv:
+            for layer, (weights, cached) in enumerate(zip(blocks, cached_kv, strict=True)):
                 passes_here = later if layer else first
-                alive = _Beats(heartbeat, layer, self.shape.num_layers, passes_here, self.token_block)
-                text_keys: dict[int, torch.Tensor] = {}  # chunks mostly share their caption
+                layer_progress = _LayerProgress(
+                    on_progress, layer, self.shape.num_layers, passes_here, self.token_block
+                )
+                caption_kv: dict[int, torch.Tensor] = {}  # by identity, as most chunks share their caption
                 for groups in passes_here:
                     store = partial(cache.store, layer)
-                    run_layer(settings, weights, groups, cached, scratch, text_keys, store, alive)
-        return [[self._velocity(s) if s.input.wanted else None for s in pass_streams] for pass_streams in streams]
+                    run_layer(settings, weights, groups, cached, scratch, caption_kv, store, layer_progress)
+        return [[self._velocity(s) if s.input.wanted else None for s in pass_states] for pass_states in states]
 
     # -- before and after the layers ---------------------------------------------------------------------------------
 
     def _embed(
         self, item: ChunkInput, conditional: bool, step_size: float | None, angles: dict[int, _Angles]
-    ) -> Stream:
+    ) -> ChunkState:
         c = self.shape
-        x = item.latents.to(self.device, torch.float32) * c.x_rescale_factor
+        x = item.latents.to(self.device, torch.float32) * c.x_rescale_factor  # (1, 16, W, h, w)
         if c.half_channel_vae:
-            x = torch.cat([x, x], dim=1)
+            x = torch.cat([x, x], dim=1)  # (1, 32, W, h, w)
         patches = rearrange(
             x, "1 c (t r) (h p) (w q) -> (t h w) (c r p q)", r=c.t_patch_size, p=c.patch_size, q=c.patch_size
-        )
-        hidden = torch.empty(len(patches), c.hidden_size, dtype=self.dtype, device=self.device)
-        for rows in token_blocks(len(patches), self.token_block):
-            hidden[rows] = linear(patches[rows], self.outer.patch)
+        )  # (S, channels * patch)
+        hidden = torch.empty(len(patches), c.hidden_size, dtype=self.dtype, device=self.device)  # (S, D)
+        for block in token_blocks(len(patches), self.token_block):
+            hidden[block] = linear(patches[block], self.outer.patch)
         if item.chunk not in angles:
             _, _, frames, height, width = x.shape
             found = rope_angles(
                 self.outer.rope_bands, item.chunk * frames, frames, height // c.patch_size, width // c.patch_size
-            )
+            )  # (S, n)
             angles[item.chunk] = found.cos(), found.sin()
-        return Stream(item, hidden, self._condition(item.timestep, conditional, step_size), angles[item.chunk])
+        return ChunkState(item, hidden, self._condition(item.timestep, conditional, step_size), angles[item.chunk])
 
     def _condition(self, timestep: float, conditional: bool, step_size: float | None) -> torch.Tensor:
-        """(1, cond): the time (and step size), plus a constant that only tells conditional from unconditional passes."""
-        condition = self._time(timestep)
+        """Embeds the time, the step size and a constant that tells conditional from unconditional passes: (1, cond)."""
+        condition = self._time(timestep)  # (1, cond) float32
         if step_size is not None:
             condition = condition + self._time(step_size)
-        null = self.outer.null_caption[-2 if conditional else -1][None]
+        null = self.outer.null_caption[-2 if conditional else -1][None]  # (1, caption_channels)
         return (condition + linear(null, self.outer.caption_condition)).to(self.dtype)
 
     def _time(self, t: float) -> torch.Tensor:
-        embedding = timestep_embedding(t, _TIME_FREQUENCIES, self.device).to(self.dtype).float()
+        # Rounded to the compute dtype first, as in the public implementation.
+        embedding = timestep_embedding(t, _TIME_FREQUENCIES, self.device).to(self.dtype).float()  # (1, 256)
         return linear(F.silu(linear(embedding, self.outer.time_in)), self.outer.time_out)
 
-    def _key_scratch(self, passes: Sequence[Sequence[Group]]) -> torch.Tensor:
-        """Room for the keys and values of all chunks that the widest of these sees: (2, G, chunks * S, d)."""
+    def _kv_scratch(self, passes: Sequence[Sequence[Group]]) -> torch.Tensor:
+        """Allocates room for the K/V of all chunks that the pass with the longest range sees: (2, G, chunks * S, d)."""
         c = self.shape
         inputs = [[s.input for group in groups for s in group] for groups in passes]
-        widest = max(items[-1].chunk + 1 - min(item.first_key for item in items) for items in inputs)
-        shape = (2, c.num_query_groups, widest * len(passes[0][0][0].hidden), c.kv_channels)
+        longest = max(items[-1].chunk + 1 - min(item.first_kv_chunk for item in items) for items in inputs)
+        shape = (2, c.num_query_groups, longest * len(passes[0][0][0].hidden), c.kv_channels)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def _velocity(self, s: Stream) -> torch.Tensor:
+    def _velocity(self, s: ChunkState) -> torch.Tensor:
         c = self.shape
         _, _, _, height, width = s.input.latents.shape
-        out = torch.empty(len(s.hidden), self.outer.final.weight.shape[0], device=self.device)
-        for rows in token_blocks(len(s.hidden), self.token_block):
-            out[rows] = linear(layer_norm(s.hidden[rows], self.outer.final_norm, c.layernorm_epsilon), self.outer.final)
+        out = torch.empty(len(s.hidden), self.outer.final.weight.shape[0], device=self.device)  # (S, patch * channels)
+        for block in token_blocks(len(s.hidden), self.token_block):
+            out[block] = linear(
+                layer_norm(s.hidden[block], self.outer.final_norm, c.layernorm_epsilon), self.outer.final
+            )
         video = rearrange(
             out,
             "(t h w) (r p q c) -> 1 c (t r) (h p) (w q)",
@@ -200,35 +207,35 @@ class Transformer:
             r=c.t_patch_size,
             p=c.patch_size,
             q=c.patch_size,
-        )
+        )  # (1, channels, W, h, w)
         return video[:, : s.input.latents.shape[1]] / c.x_rescale_factor
 
 
-def _earlier(streams: list[list[Stream]]) -> list[int]:
-    """Chunks whose keys come from the cache: seen by a pass that does not hold them itself."""
+def _cached_chunks(states: list[list[ChunkState]]) -> list[int]:
+    """Returns the chunks whose K/V come from the cache: a pass sees them but does not hold them."""
     seen: set[int] = set()
-    for pass_streams in streams:
-        inputs = [s.input for s in pass_streams]
+    for pass_states in states:
+        inputs = [s.input for s in pass_states]
         own = {item.chunk for item in inputs}
-        seen |= {chunk for item in inputs for chunk in range(item.first_key, item.chunk)} - own
+        seen |= {chunk for item in inputs for chunk in range(item.first_kv_chunk, item.chunk)} - own
     return sorted(seen)
 
 
-class _Beats:
-    """Tells how far a forward call is, part by part of a layer."""
+class _LayerProgress:
+    """Turns the progress calls of one layer into the fraction of the forward call that is done."""
 
     def __init__(
         self,
-        heartbeat: Callable[[float], None] | None,
+        on_progress: Callable[[float], None] | None,
         layer: int,
         layers: int,
         passes: Sequence[Sequence[Group]],
         token_block: int,
     ) -> None:
-        self._heartbeat, self._layer, self._layers = heartbeat, layer, layers
-        self._parts, self._done = sum(parts(groups, token_block) for groups in passes), 0
+        self._on_progress, self._layer, self._layers = on_progress, layer, layers
+        self._calls, self._done = sum(progress_calls(groups, token_block) for groups in passes), 0
 
     def __call__(self) -> None:
         self._done += 1
-        if self._heartbeat:
-            self._heartbeat((self._layer + self._done / self._parts) / self._layers)
+        if self._on_progress:
+            self._on_progress((self._layer + self._done / self._calls) / self._layers)

@@ -1,4 +1,4 @@
-"""Random weights of the official layout, made tensor by tensor as they are asked for: for benchmarks, demos and tests."""
+"""Random weights of the official layout, generated tensor by tensor on demand: for benchmarks, demos and tests."""
 
 import hashlib
 import math
@@ -13,17 +13,17 @@ from ..config import ModelConfig
 from .float8 import E4M3_MAX, require_float8
 from .weights import tensor_shapes
 
-_POOL = 1 << 22  # normal numbers that large tensors repeat: fast, and as good as fresh ones for timing
+_POOL = 1 << 22  # normal numbers that large tensors repeat: fast, and as good as new ones for timing
 _SPREAD = 4.0  # standard deviations that float8 codes span
 
 
 class RandomTensors:
-    """A `TensorSource` of seeded random weights. The same (shape, seed) gives the same numbers, in any order of asking."""
+    """A `TensorSource` of seeded random weights. The same (name, shape, seed) gives the same numbers, in any order of access."""
 
     def __init__(
         self, config: ModelConfig, fp8: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0
     ) -> None:
-        """`fp8` makes the official float8 layers, `dtype` is that of all other tensors."""
+        """Describes the tensors; `fp8` selects the official float8 layers, `dtype` is that of all other tensors."""
         self._dtype = dtype
         self._seed = seed
         spelling = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
@@ -34,11 +34,11 @@ class RandomTensors:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Header of every tensor."""
+        """Returns the header of every tensor by name."""
         return self._tensors
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A new tensor on the CPU."""
+        """Generates one tensor on the CPU."""
         info = self._tensors[name]
         shape = info.shape
         if name == "rope.bands":
@@ -67,7 +67,7 @@ class RandomTensors:
         return (self._pool * (E4M3_MAX / _SPREAD)).clamp(-E4M3_MAX, E4M3_MAX).to(require_float8())
 
     def _filled(self, name: str, shape: tuple[int, ...], pool: torch.Tensor) -> torch.Tensor:
-        """The pool from a place that depends on the name, over and over until the tensor is full."""
+        """Fills a tensor with the pool, repeated, from an offset that depends on the name."""
         out = torch.empty(math.prod(shape), dtype=pool.dtype)
         offset = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") % _POOL
         raw, source = out.view(_bits(pool)), pool.view(_bits(pool)).roll(-offset)
@@ -78,7 +78,7 @@ class RandomTensors:
 
 
 def _bits(x: torch.Tensor) -> torch.dtype:
-    """An integer type of the same width: what may be rolled and copied on every build."""
+    """Returns an integer dtype of the same width, which every torch build can roll and copy."""
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()]
 
 

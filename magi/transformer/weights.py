@@ -1,7 +1,7 @@
-"""The transformer's weights: their names in a checkpoint, their precision, and the seam through which blocks arrive.
+"""The transformer's weights: their names in a checkpoint, their precision, and the interface through which blocks arrive.
 
-A model reads its blocks by iterating over a `BlockSource`, one pass over the source a forward iteration. Where the weights
-live between two uses (on the device, in a mapped file, on the way over the bus) is the source's affair alone.
+A model reads its blocks by iterating over a `BlockSource` once per forward iteration. Where the weights are between two uses
+(on the device, in host memory, in a mapped file) is up to the source.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Precision = Literal["auto", "bf16", "fp32", "fp8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 _COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _Weights = TypeVar("_Weights")
-_TYPICAL = "videodit_blocks.layers.0.mlp.linear_fc2.weight"  # never float8, so its type is the file's
+_TYPICAL = "videodit_blocks.layers.0.mlp.linear_fc2.weight"  # never float8, so its dtype is the file's
 
 BLOCK = "videodit_blocks.layers.{}."
 _FP8_PER_TENSOR = (*(f"self_attention.linear_qkv.{name}" for name in ("q", "qx", "k", "v")), "mlp.linear_fc1")
@@ -30,7 +30,7 @@ _FP8_SMOOTHED = ("self_attention.linear_proj", "mlp.linear_fc2")
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Weights of one transformer layer, ready for use. `*_x` belongs to cross attention."""
+    """Weights of one transformer layer, ready for use. `*_x` belong to cross attention."""
 
     gates: Linear
     qkv_norm: Norm
@@ -53,7 +53,7 @@ class BlockWeights:
 
 @dataclass(frozen=True)
 class OuterWeights:
-    """Everything outside the layers: small, float32, always on the device."""
+    """Weights outside the layers: small, float32, always on the device."""
 
     patch: Linear  # the 1x2x2 patch convolution as a matrix
     time_in: Linear
@@ -67,7 +67,7 @@ class OuterWeights:
 
 
 def map_tensors(weights: _Weights, change: Callable[[torch.Tensor], torch.Tensor]) -> _Weights:
-    """The same weights (a dataclass of tensors and of such dataclasses) with every tensor changed, in the fields' order."""
+    """Applies `change` to every tensor of a dataclass of tensors and of such dataclasses, in the order of the fields."""
 
     def changed(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -79,7 +79,7 @@ def map_tensors(weights: _Weights, change: Callable[[torch.Tensor], torch.Tensor
 
 
 def tensors_in(weights: Any) -> Iterator[torch.Tensor]:
-    """The tensors of what `map_tensors` takes, in its order."""
+    """Yields the tensors of a dataclass in the order of `map_tensors`."""
     for field in dataclasses.fields(weights):
         value = getattr(weights, field.name)
         if isinstance(value, torch.Tensor):
@@ -89,39 +89,39 @@ def tensors_in(weights: Any) -> Iterator[torch.Tensor]:
 
 
 class BlockSource(Protocol):
-    """The layers' weights in order. A block is valid until the next one is asked for."""
+    """The layers' weights in order. A block is valid until the next one is requested."""
 
     @property
     def on_device(self) -> Collection[int]:
-        """Layers that stay on the device."""
+        """Returns the layers that stay on the device."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory."""
+        """Returns the bytes of device memory in use."""
         ...
 
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Generator[BlockWeights, None, None]:
-        """All layers; to be closed if it is left early."""
+        """Yields all layers; the caller closes the generator if it stops early."""
         ...
 
     def keep_on_device(self, layers: Collection[int]) -> None:
-        """Frees what stays on the device but is not among `layers`."""
+        """Moves all layers but `layers` off the device."""
         ...
 
 
 @dataclass(frozen=True)
 class WeightReader:
-    """Reads a transformer's tensors by their checkpoint names into the form and precision they are used in.
+    """Reads a transformer's tensors by their checkpoint names, in the precision they are used in.
 
     Attributes:
-        source: where the tensors come from.
+        source: origin of the tensors.
         config: the transformer's shape.
-        device: where they go.
-        dtype: of everything that is not float32 or float8 by policy (reference section 2).
-        store_fp8: keep in float8 what an official fp8 checkpoint does, where this is none.
+        device: device the tensors are moved to.
+        dtype: of every tensor that is not always float32 (q, k and post norms, embeddings, final layer) or float8.
+        store_fp8: store as weight-only float8 the matrices that an official fp8 checkpoint quantises, if this is not one.
     """
 
     source: TensorSource
@@ -131,7 +131,7 @@ class WeightReader:
     store_fp8: bool = False
 
     def outer(self) -> OuterWeights:
-        """The weights outside the layers, float32."""
+        """Reads the weights outside the layers, float32."""
 
         def dense(name: str, bias: bool = True) -> Linear:
             return self._dense(name, torch.float32, bias)
@@ -150,7 +150,7 @@ class WeightReader:
         )
 
     def block(self, layer: int) -> BlockWeights:
-        """The weights of one layer."""
+        """Reads the weights of one layer."""
         store = self.store_fp8 and _may_be_fp8(layer, self.config)
         p, a = BLOCK.format(layer), BLOCK.format(layer) + "self_attention."
         f32, low = torch.float32, self.dtype
@@ -200,7 +200,7 @@ class WeightReader:
 
 
 def tensor_shapes(config: ModelConfig, fp8: bool = False) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a checkpoint, official fp8 ones included (reference sections 2 and 11)."""
+    """Returns the name and shape of every tensor of a checkpoint; `fp8` selects the layout of the official fp8 ones."""
     d, cond, head = config.hidden_size, config.cond_size, config.kv_channels
     kv = config.num_query_groups * head
     text, patch = config.caption_channels, config.patch_size**2 * config.t_patch_size
@@ -262,22 +262,22 @@ def _may_be_fp8(layer: int, config: ModelConfig) -> bool:
 
 
 def has_fp8(tensors: Iterable[str]) -> bool:
-    """Whether official fp8 layers are among these tensor names."""
+    """Tells whether these tensor names include official fp8 layers."""
     return any(name.endswith(".weight_scale") for name in tensors)
 
 
 def compute_dtype(
     tensors: Mapping[str, TensorInfo], precision: str = "auto", dtype: torch.dtype | None = None
 ) -> torch.dtype:
-    """What is not float32 or float8 by policy is kept and computed in this dtype.
+    """Returns the dtype in which all weights but the always-float32 and the float8 ones are stored and computed.
 
     Args:
-        tensors: a transformer's headers.
-        precision: "bf16" and "fp32" are that dtype; "auto" and "fp8" leave it to `dtype`.
-        dtype: None is the file's own: float32 for a float32 file, else bfloat16.
+        tensors: headers of a transformer's tensors.
+        precision: "bf16" and "fp32" name the dtype; "auto" and "fp8" leave it to `dtype`.
+        dtype: None takes the file's own: float32 for a float32 file, else bfloat16.
 
     Raises:
-        MagiError: there is no such precision, the two contradict each other, or the layers of the file are float8.
+        MagiError: the precision is unknown, it contradicts `dtype`, or the layers of the file are float8.
     """
     if precision not in PRECISIONS:
         raise MagiError(f"There is no precision {precision!r}. Choose one of {', '.join(PRECISIONS)}.")
@@ -296,10 +296,10 @@ def compute_dtype(
 
 
 def check_tensors(source: TensorSource, config: ModelConfig, label: str) -> None:
-    """Compares a checkpoint with what `config` needs, from its header alone.
+    """Compares the tensors of a checkpoint with those `config` needs, from its header alone.
 
     Raises:
-        MagiError: names the first missing, unexpected or misshapen tensors and what to do.
+        MagiError: tensors are missing, unexpected or of another shape; it names the first ones and the remedy.
     """
     wanted = tensor_shapes(config, has_fp8(source.tensors))
     found = {name: info.shape for name, info in source.tensors.items()}

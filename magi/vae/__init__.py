@@ -1,1 +1,1 @@
-"""From video to latents and back."""
+"""The VAE: video to latents and back."""

@@ -1,4 +1,7 @@
-"""The two halves of the MAGI-1 VAE: vision transformers between pixels and latents, for one tile at a time."""
+"""Encoder and decoder of the MAGI-1 VAE (arXiv 2505.13211, section 2.1): vision transformers that run on one tile at a time.
+
+Shapes: B batch, N = t * h * w tokens (t latent frames, h x w latent pixels), D width, z latent channels.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -12,7 +15,7 @@ from ..errors import MagiError
 from .tiling import PATCH_FRAMES, PATCH_SIZE
 
 PATCH_VALUES = PATCH_FRAMES * PATCH_SIZE * PATCH_SIZE
-# What the published VAE is in every version; another value means another model.
+# The same in every published version of the VAE; another value means another model.
 _FIXED = {
     "patch_size": PATCH_SIZE,
     "patch_length": PATCH_FRAMES,
@@ -30,15 +33,15 @@ class VAEConfig:
     """Sizes of a MAGI-1 VAE; the defaults are the published one.
 
     Attributes:
-        video_size: height and width in pixels that the learned positions are for.
-        video_length: frames that the learned positions are for.
+        video_size: height and width in pixels of the learned positions.
+        video_length: frames of the learned positions.
         z_chans: latent channels.
         embed_dim: width of the transformers.
         depth: blocks of each half.
         num_heads: attention heads.
-        mlp_ratio: width of the MLP over `embed_dim`.
+        mlp_ratio: width of the MLP divided by `embed_dim`.
         qkv_bias: whether the q, k, v projection has a bias.
-        use_final_proj: whether a linear and a LayerNorm stand before the decoder's pixels.
+        use_final_proj: whether the decoder has a linear layer and a LayerNorm before its last convolution.
 
     Raises:
         MagiError: the sizes do not fit together.
@@ -75,7 +78,7 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
-        """From the official config.json: its `ddconfig` object, the defaults for what it leaves out.
+        """Reads the `ddconfig` object of the official config.json, with defaults for missing values.
 
         Raises:
             MagiError: there is no `ddconfig`, or it describes another kind of VAE.
@@ -92,12 +95,12 @@ class VAEConfig:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Frames, height and width of the learned positions, in tokens."""
+        """Returns frames, height and width of the learned positions, in tokens."""
         return self.video_length // PATCH_FRAMES, self.video_size // PATCH_SIZE, self.video_size // PATCH_SIZE
 
 
 class Attention(nn.Module):
-    """Full attention over (B, N, D), with q, k and v standardised per head."""
+    """Full attention over the tokens of a tile, with q, k and v standardised per head."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -106,11 +109,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """Attends each token to all tokens: (B, N, D) -> (B, N, D)."""
         q, k, v = (
             _standardised(part.unflatten(-1, (self.num_heads, -1))).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)
-        )
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        )  # (B, heads, N, d) each
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 def _standardised(x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +125,7 @@ def _standardised(x: torch.Tensor) -> torch.Tensor:
 
 
 class MLP(nn.Module):
-    """Linear, GELU (erf), Linear."""
+    """MLP with the erf form of GELU."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -131,12 +134,12 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, config.embed_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        """Applies the MLP: (B, N, D) -> (B, N, D)."""
+        return self.fc2(F.gelu(self.fc1(x)))  # (B, N, D * mlp_ratio) -> (B, N, D)
 
 
 class Block(nn.Module):
-    """Attention on the bare stream, then an MLP on its LayerNorm, each added to it."""
+    """Transformer block: attention without a norm, then an MLP with pre-LayerNorm, each with a residual."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -145,13 +148,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """Applies attention and MLP: (B, N, D) -> (B, N, D)."""
         x = x + self.attn(x)
         return x + self.mlp(self.norm2(x))
 
 
 class _Trunk(nn.Module):
-    """What both halves share: cls token, learned positions, blocks, LayerNorm."""
+    """The part that encoder and decoder share: cls token, learned positions, blocks, LayerNorm."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -161,28 +164,31 @@ class _Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim)
 
-    def transform(self, tokens: torch.Tensor, grid: tuple[int, int, int], alive: Callable[[], None]) -> torch.Tensor:
-        """(B, t*h*w, D) -> the same after all blocks and the norm; `alive` is called after every block."""
+    def transform(
+        self, tokens: torch.Tensor, grid: tuple[int, int, int], on_progress: Callable[[], None]
+    ) -> torch.Tensor:
+        """Applies all blocks and the norm: (B, N, D) -> (B, N, D). `on_progress` is called after every block."""
+        # (B, 1 + N, D)
         x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.positions(grid)
         for block in self.blocks:
             x = block(x)
-            alive()
-        return self.norm(x)[:, 1:]
+            on_progress()
+        return self.norm(x)[:, 1:]  # (B, N, D)
 
     def positions(self, grid: tuple[int, int, int]) -> torch.Tensor:
-        """The learned positions resized to a (t, h, w) grid, (1, 1 + t*h*w, D); that of the cls token stands first."""
+        """Resizes the learned positions to a (t, h, w) grid: (1, 1 + N, D), with that of the cls token first."""
         if grid == self.grid:
             return self.pos_embed
         learned = self.pos_embed[0, 1:].float().unflatten(0, self.grid)  # (T, H, W, D)
         # Trilinear in two steps: the three-dimensional resize is missing on some devices.
         planes = F.interpolate(learned.permute(0, 3, 1, 2), size=grid[1:], mode="bilinear")  # (T, D, h, w)
         lines = F.interpolate(planes.permute(1, 2, 3, 0).flatten(1, 2), size=grid[0], mode="linear")  # (D, h*w, t)
-        resized = lines.permute(2, 1, 0).flatten(0, 1).to(self.pos_embed.dtype)  # (t*h*w, D)
-        return torch.cat([self.pos_embed[:, :1], resized[None]], dim=1)
+        resized = lines.permute(2, 1, 0).flatten(0, 1).to(self.pos_embed.dtype)  # (N, D)
+        return torch.cat([self.pos_embed[:, :1], resized[None]], dim=1)  # (1, 1 + N, D)
 
 
 class PatchEmbed(nn.Module):
-    """Patches of 4 frames x 8 x 8 pixels -> tokens."""
+    """Embedding of patches of 4 frames x 8 x 8 pixels as tokens."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -190,18 +196,19 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, config.embed_dim, kernel_size=patch, stride=patch)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, 3, 4t, 8h, 8w) -> (B, t*h*w, D)."""
-        # One matrix product: the convolution's patches do not overlap, and 3D convolutions in bf16 are slow or missing on some devices.
+        """Embeds the patches of a video: (B, 3, 4t, 8h, 8w) -> (B, N, D)."""
+        # One matmul, as the patches of the convolution do not overlap: 3D convolutions in bf16 are slow or missing on some
+        # devices.
         b, c, t, h, w = video.shape
         patches = video.reshape(
             b, c, t // PATCH_FRAMES, PATCH_FRAMES, h // PATCH_SIZE, PATCH_SIZE, w // PATCH_SIZE, PATCH_SIZE
-        )
-        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        )  # (B, 3, t, 4, h, 8, w, 8)
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, N, 3 * 4 * 8 * 8)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, D)
 
 
 class Encoder(_Trunk):
-    """Pixels -> latents."""
+    """Encoder: pixels to latents."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__(config)
@@ -209,15 +216,15 @@ class Encoder(_Trunk):
         self.patch_embed = PatchEmbed(config)
         self.last_layer = nn.Linear(config.embed_dim, 2 * config.z_chans)
 
-    def forward(self, video: torch.Tensor, alive: Callable[[], None]) -> torch.Tensor:
-        """(B, 3, 4t, 8h, 8w) in [-1, 1] -> the means (B, z, t, h, w)."""
+    def forward(self, video: torch.Tensor, on_progress: Callable[[], None]) -> torch.Tensor:
+        """Encodes a tile in [-1, 1] to the means of its latents: (B, 3, 4t, 8h, 8w) -> (B, z, t, h, w)."""
         grid = (video.shape[2] // PATCH_FRAMES, video.shape[3] // PATCH_SIZE, video.shape[4] // PATCH_SIZE)
-        x = self.last_layer(self.transform(self.patch_embed(video), grid, alive))
-        return x[..., : self.z_chans].transpose(1, 2).unflatten(2, grid)
+        x = self.last_layer(self.transform(self.patch_embed(video), grid, on_progress))  # (B, N, 2z)
+        return x[..., : self.z_chans].transpose(1, 2).unflatten(2, grid)  # (B, z, t, h, w)
 
 
 class Decoder(_Trunk):
-    """Latents -> pixels."""
+    """Decoder: latents to pixels."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__(config)
@@ -229,21 +236,22 @@ class Decoder(_Trunk):
         channels = 4 if config.use_final_proj else config.embed_dim // PATCH_VALUES
         self.last_layer = nn.Conv3d(channels, 3, kernel_size=3, padding=1)
 
-    def forward(self, latents: torch.Tensor, alive: Callable[[], None]) -> torch.Tensor:
-        """(B, z, t, h, w), unscaled -> (B, 3, 4t, 8h, 8w), about [-1, 1]."""
+    def forward(self, latents: torch.Tensor, on_progress: Callable[[], None]) -> torch.Tensor:
+        """Decodes a tile of unscaled latents to pixels of about [-1, 1]: (B, z, t, h, w) -> (B, 3, 4t, 8h, 8w)."""
         t, h, w = latents.shape[2:]
-        x = self.transform(self.proj_in(latents.flatten(2).transpose(1, 2)), (t, h, w), alive)
+        x = self.transform(self.proj_in(latents.flatten(2).transpose(1, 2)), (t, h, w), on_progress)  # (B, N, D)
         if self.use_final_proj:
-            x = self.final_norm(self.final_proj(x))
+            x = self.final_norm(self.final_proj(x))  # (B, N, 4 * PATCH_VALUES)
+        # (B, t, 4, C, h, 8, w, 8)
         x = x.reshape(x.shape[0], t, h, w, PATCH_FRAMES, PATCH_SIZE, PATCH_SIZE, -1).permute(0, 1, 4, 7, 2, 5, 3, 6)
-        return self._last_conv(x.flatten(6).flatten(4, 5).flatten(1, 2))
+        return self._last_conv(x.flatten(6).flatten(4, 5).flatten(1, 2))  # (B, 4t, C, 8h, 8w) -> (B, 3, 4t, 8h, 8w)
 
     def _last_conv(self, frames: torch.Tensor) -> torch.Tensor:
-        """The 3x3x3 convolution on frames (B, T, C, H, W) -> (B, 3, T, H, W), for the reason given in `PatchEmbed` done in 2D."""
+        """Applies the 3x3x3 convolution as a 2D one, see `PatchEmbed`: (B, T, C, H, W) -> (B, 3, T, H, W)."""
         b, t = frames.shape[:2]
-        padded = F.pad(frames, (0, 0, 0, 0, 0, 0, 1, 1))
-        triples = torch.cat([padded[:, i : i + t] for i in range(3)], dim=2).flatten(
-            0, 1
-        )  # a frame and its neighbours as channels
+        padded = F.pad(frames, (0, 0, 0, 0, 0, 0, 1, 1))  # (B, T + 2, C, H, W)
+        # Each frame with its two neighbours as channels: (B * T, 3 * C, H, W)
+        triples = torch.cat([padded[:, i : i + t] for i in range(3)], dim=2).flatten(0, 1)
         weight = self.last_layer.weight.transpose(1, 2).flatten(1, 2)  # (3, 3 * C, 3, 3)
+        # (B, 3, T, H, W)
         return F.conv2d(triples, weight, self.last_layer.bias, padding=1).unflatten(0, (b, t)).transpose(1, 2)

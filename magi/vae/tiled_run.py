@@ -1,4 +1,4 @@
-"""One encoding or decoding, a temporal tile after the other: what comes in is checked, and tiles shrink where memory runs out."""
+"""One encoding or decoding, temporal tile by temporal tile: checks the input, and shrinks the tiles if memory runs out."""
 
 from collections.abc import Callable, Iterable, Iterator
 from warnings import warn
@@ -12,11 +12,11 @@ from .tiling import PATCH_FRAMES, PATCH_SIZE, ProgressCallback, TileProgress, Ti
 
 
 class TileRun:
-    """The tiling in use, and the count of tiles for a callback.
+    """One encoding or decoding: the tiling in use, and the progress over its tiles.
 
     Attributes:
-        tiling: its `frames` stay, its `size` may shrink.
-        counter: of tiles done and known.
+        tiling: current tiling; its `frames` are fixed, its `size` may shrink.
+        counter: counts tiles done and known.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class TileRun:
         device: torch.device,
         fitting: Callable[[Tiling], Tiling] | None = None,
     ) -> None:
-        """`fitting` makes the tiling fit into what is free; it is called when the first tile is there, not before."""
+        """Prepares a run; `fitting` shrinks the tiling to the free memory, and is called no sooner than the first tile needs it."""
         self.tiling = tiling
         self._fitting = fitting
         self.counter = TileProgress(progress)
@@ -38,7 +38,17 @@ class TileRun:
     def checked(
         self, blocks: Iterable[torch.Tensor], check: Callable[[torch.Tensor], None], frames: int, size: int
     ) -> Iterator[torch.Tensor]:
-        """Passes `blocks` on, checked, and counts the tiles they make; one latent is `frames` x `size` x `size` of their values."""
+        """Yields `blocks` after checking them, and counts their tiles.
+
+        Args:
+            blocks: (B, C, t, H, W) each, of any t.
+            check: raises MagiError for a bad block.
+            frames: frames of a block per latent frame.
+            size: pixels of a block per latent pixel, along height and width.
+
+        Raises:
+            MagiError: a block is bad, or differs from the first one in more than t.
+        """
         first: torch.Size | None = None
         length = 0
         for block in blocks:
@@ -54,10 +64,10 @@ class TileRun:
             yield block
 
     def attempt(self, work: Callable[[Tiling], torch.Tensor]) -> torch.Tensor:
-        """The result of `work` on one temporal tile; out of memory it is done anew with smaller tiles, which later ones keep.
+        """Runs `work` on one temporal tile; if memory runs out, repeats it with smaller tiles, which later ones keep.
 
         Raises:
-            MagiError: the smallest tiles do not fit.
+            MagiError: even the smallest tiles do not fit.
         """
         if self._fitting:
             chosen, self._fitting = self._fitting(self.tiling), None
@@ -78,7 +88,7 @@ class TileRun:
             else:
                 self._finished += 1
                 return result
-            # Out of the handler, whose traceback holds on to what is to be freed.
+            # Outside the handler, whose traceback keeps the memory to be freed alive.
             empty_cache(self._device)
             self._shrink(smaller)
 
@@ -100,7 +110,7 @@ class TileRun:
 
 
 def check_video(video: torch.Tensor) -> None:
-    """Raises MagiError unless this is (B, 3, T, H, W), floating point, with sides that are multiples of 8."""
+    """Raises MagiError unless the video is (B, 3, T, H, W), floating point, with H and W multiples of 8."""
     check_tensor(video, "video", "(batch, 3, frames, height, width)", 3)
     for name, value in (("height", video.shape[3]), ("width", video.shape[4])):
         if value % PATCH_SIZE:
@@ -111,7 +121,7 @@ def check_video(video: torch.Tensor) -> None:
 
 
 def check_tensor(tensor: torch.Tensor, name: str, layout: str, channels: int) -> None:
-    """Raises MagiError unless this is floating point, not empty, and of five axes, `channels` on the second."""
+    """Raises MagiError unless the tensor is floating point, not empty, and of five axes with `channels` on the second."""
     shape = tuple(tensor.shape)
     if len(shape) != 5 or shape[1] != channels:
         raise MagiError(f"Shape {shape} is not that of {name} for the VAE. Give {layout}.")
@@ -124,4 +134,4 @@ def check_tensor(tensor: torch.Tensor, name: str, layout: str, channels: int) ->
 
 
 def _fewer(tiling: Tiling) -> str:
-    return "fewer frames a tile, or " if tiling.frames > PATCH_FRAMES else ""
+    return "fewer frames per tile, or " if tiling.frames > PATCH_FRAMES else ""

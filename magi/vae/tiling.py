@@ -1,7 +1,7 @@
-"""Tiles in space and time: how a video is cut, and how the pieces are joined without a seam.
+"""Tiling in space and time: cuts a video into tiles and blends them without seams.
 
-Along time tiles follow one another without overlap. In space they overlap, and each fades in over the tile above it
-and then over the one to its left.
+Along time tiles do not overlap. In space they do, and each tile fades in over the one above it and then over the one to its
+left.
 """
 
 import time
@@ -12,20 +12,20 @@ import torch
 
 from ..errors import MagiError
 
-PATCH_FRAMES = 4  # video frames of one latent frame
-PATCH_SIZE = 8  # pixels of one latent pixel, along height and along width
+PATCH_FRAMES = 4  # video frames per latent frame
+PATCH_SIZE = 8  # pixels per latent pixel, along height and along width
 
 ProgressCallback = Callable[[int, int], None]  # (tiles done, tiles known so far)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tile the VAE works on at a time; it alone sets the peak memory.
+    """Size and overlap of the tiles that the VAE processes one at a time; they alone set the peak memory.
 
     Attributes:
-        frames: video frames of a tile, a multiple of 4. The official 12 is half a second.
+        frames: video frames per tile, a multiple of 4. The official 12 are half a second.
         size: height and width of a tile in pixels, a multiple of 8.
-        overlap: the part of `size` that neighbouring tiles share, at least 0 and below 1; a multiple of 8 pixels.
+        overlap: share of `size` common to neighbouring tiles, at least 0 and below 1; a multiple of 8 pixels.
 
     Raises:
         MagiError: a value breaks the rules above.
@@ -51,26 +51,26 @@ class Tiling:
 
     @property
     def latent_frames(self) -> int:
-        """Latent frames of a tile."""
+        """Returns the latent frames of a tile."""
         return self.frames // PATCH_FRAMES
 
     @property
     def latent_size(self) -> int:
-        """Height and width of a tile in latent pixels."""
+        """Returns height and width of a tile in latent pixels."""
         return self.size // PATCH_SIZE
 
     @property
     def latent_overlap(self) -> int:
-        """Latent pixels that neighbouring tiles share."""
-        # The largest step below 1 keeps the stride at one latent pixel or more.
+        """Returns the overlap of neighbouring tiles in latent pixels."""
+        # One below the size at most, so that the stride is at least one latent pixel.
         return min(round(self.size * self.overlap / PATCH_SIZE), self.latent_size - 1)
 
     def starts(self, length: int) -> range:
-        """First latent pixel of every tile along an axis of `length` latent pixels; a last sliver is a tile of its own."""
+        """Returns the first latent pixel of every tile along an axis of `length` latent pixels; the last tile may be a sliver."""
         return range(0, length, self.latent_size - self.latent_overlap)
 
     def tile_count(self, frames: int, height: int, width: int) -> int:
-        """Tiles of `frames` x `height` x `width` latents."""
+        """Returns the number of tiles of `frames` x `height` x `width` latents."""
         return -(-frames // self.latent_frames) * len(self.starts(height)) * len(self.starts(width))
 
 
@@ -81,40 +81,39 @@ def _nearest(value: object, unit: int) -> str:
 
 
 class TileProgress:
-    """Counts finished tiles for a callback, and lets it cancel inside a long tile too.
+    """Progress over tiles for a callback, which may cancel by raising, inside a long tile too.
 
-    The callback stops the work by raising. Long tiles call `alive` often; it asks the callback at most every
-    `interval` seconds, so that a fast device is not slowed by it.
+    `on_progress` calls the callback at most every `interval` seconds, so that it does not slow down a fast device.
     """
 
-    interval = 0.5
+    interval = 0.5  # seconds
 
     def __init__(self, callback: ProgressCallback | None) -> None:
         self.done = 0
         self.total = 0
         self._callback = callback
-        self._asked = time.monotonic()
+        self._called = time.monotonic()
 
-    def finished(self) -> None:
-        """One more tile is done."""
+    def finish_tile(self) -> None:
+        """Counts one more finished tile and calls the callback."""
         self.done += 1
-        self._ask()
+        self._call()
 
-    def alive(self) -> None:
-        """A part of a tile is done."""
-        if time.monotonic() - self._asked >= self.interval:
-            self._ask()
+    def on_progress(self) -> None:
+        """Calls the callback if its last call is `interval` ago; to be called after each part of a tile."""
+        if time.monotonic() - self._called >= self.interval:
+            self._call()
 
-    def _ask(self) -> None:
+    def _call(self) -> None:
         if self._callback is not None:
             self._callback(self.done, self.total)
-        self._asked = time.monotonic()
+        self._called = time.monotonic()
 
 
 def recut(blocks: Iterable[torch.Tensor], length: int) -> Iterator[torch.Tensor]:
-    """Cuts a stream of (B, C, t, H, W) blocks of any t into pieces of `length` along t, each as soon as it is whole.
+    """Re-cuts a sequence of (B, C, t, H, W) blocks of any t into pieces of `length` frames, each yielded once it is complete.
 
-    The last piece holds what is left. At most one piece and the current block are kept.
+    The last piece may be shorter. At most one piece and the current block are kept.
     """
     held: list[torch.Tensor] = []
     count = 0
@@ -126,7 +125,7 @@ def recut(blocks: Iterable[torch.Tensor], length: int) -> Iterator[torch.Tensor]
             count += part.shape[2]
             held.append(part)
             if count == length:
-                yield _joined(held)
+                yield _joined(held)  # (B, C, length, H, W)
                 held, count = [], 0
     if held:
         yield _joined(held)
@@ -146,20 +145,20 @@ def map_tiles(
     scale_out: int,
     chained: bool,
 ) -> None:
-    """Fills `result` (..., h * scale_out, w * scale_out) with `run` over the spatial tiles of `source` (..., h * scale_in, w * scale_in).
+    """Runs a function over the spatial tiles of `source`, and blends the results into `result`.
 
     Args:
         run: maps a tile of `source` to the same tile of `result`; may return any floating dtype and device.
-        source: what is cut, h x w latent pixels.
-        result: what is filled; a tile is copied to its device and dtype. Blending is in float32.
-        tiling: the tiles.
+        source: (..., h * scale_in, w * scale_in), for h x w latent pixels.
+        result: (..., h * scale_out, w * scale_out); tiles are blended in float32, then copied to its device and dtype.
+        tiling: size and overlap of the tiles.
         scale_in: units of `source` per latent pixel.
         scale_out: units of `result` per latent pixel.
-        chained: fade in over neighbours that are themselves blended (encoding), or over what `run` gave (decoding).
+        chained: fade in over neighbours that are blended themselves (encoding), or over those `run` returned (decoding).
     """
     extent = tiling.latent_overlap * scale_out
     keep = (tiling.latent_size - tiling.latent_overlap) * scale_out
-    above: list[torch.Tensor] = []  # the lower edges of the row before: all that blending needs of it
+    above: list[torch.Tensor] = []  # the lower edges of the previous row of tiles, all that blending needs
     for y in tiling.starts(source.shape[-2] // scale_in):
         edges: list[torch.Tensor] = []
         left = None
@@ -187,8 +186,8 @@ def _end(tile: torch.Tensor, extent: int, dim: int) -> torch.Tensor:
 
 
 def _fade_in(tile: torch.Tensor, before: torch.Tensor, dim: int) -> None:
-    """Blends the start of `tile`, in place, from the end of `before` to its own values."""
-    # A sliver is narrower than the overlap and ends where the tile before it ends: the ends line up, and the fade is as long as it.
+    """Blends the start of `tile` in place: linearly from the end of `before` to its own values."""
+    # A sliver is narrower than the overlap and ends where the tile before it ends, so the fade is as long as the sliver.
     extent = min(before.shape[dim], tile.shape[dim])
     weight = torch.arange(extent, device=tile.device, dtype=tile.dtype) / max(extent, 1)
     if dim == -2:

@@ -1,4 +1,7 @@
-"""The MAGI-1 VAE: video <-> latents, tile by tile, in whole or as a stream."""
+"""The MAGI-1 VAE (arXiv 2505.13211, section 2.1): video <-> latents, tile by tile, in whole or incrementally.
+
+Shapes: videos (B, 3, T, H, W), latents (B, z, t, h, w) with t = ceil(T / 4), h = H / 8, w = W / 8 and z = 16.
+"""
 
 import json
 import re
@@ -22,14 +25,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class VideoVAE(nn.Module):
-    """Encoder and decoder with their weights. Made by `load_vae`.
+    """Encoder and decoder with their weights; `load_vae` makes one.
 
-    Every method works on one tile at a time, takes tensors of any device and floating dtype, computes on `device` in
+    Every method processes one tile at a time, takes tensors of any device and floating dtype, computes on `device` in
     `dtype`, and blends and returns float32 on `output_device`. `progress(tiles done, tiles known so far)` is called after
-    every tile, and about twice a second inside long ones; whatever it raises stops the work.
+    every tile, and about twice per second inside long ones; what it raises ends the call.
 
-    Without a `tiling` tiles are the published ones, or smaller where the device has too little free memory for these. Tiles
-    that run out of memory are done anew in smaller ones, with one warning; MagiError only if the smallest do not fit.
+    Without a `tiling`, tiles are the published ones, or smaller if the device has too little free memory for those. Tiles
+    that run out of memory are repeated with smaller ones, with one warning; MagiError is raised if the smallest do not fit.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -37,34 +40,34 @@ class VideoVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self._on_host: dict[str, torch.Tensor] = {}  # the weights as they lie in the mapped file
+        self._on_host: dict[str, torch.Tensor] = {}  # the weights as views of the mapped file
         self._parked: tuple[torch.device, torch.dtype] | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Returns the device that the VAE computes on."""
         return self._parked[0] if self._parked else self.decoder.cls_token.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the tiles are computed in."""
+        """Returns the compute dtype."""
         return self._parked[1] if self._parked else self.decoder.cls_token.dtype
 
     @property
     def nbytes(self) -> int:
-        """Size of the weights in bytes, on the device they compute on."""
+        """Returns the bytes of the weights in the compute dtype."""
         return sum(p.numel() for p in self.parameters()) * self.dtype.itemsize
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the weights that are on the device now."""
+        """Returns the bytes of the weights that are on the device now."""
         return 0 if self._parked else self.nbytes
 
     @torch.inference_mode(False)
     def park(self) -> None:
-        """Takes the weights off the device until `unpark`, or until something is encoded or decoded. On the CPU they stay.
+        """Removes the weights from the device until `unpark`, or until the next encoding or decoding. On a CPU they stay.
 
-        Nothing is copied back: what was read from a file stays mapped there.
+        Weights that were read from a file are not copied back, as they stay mapped there.
         """
         if self._parked or self.device.type == "cpu":
             return
@@ -76,7 +79,7 @@ class VideoVAE(nn.Module):
 
     @torch.inference_mode(False)
     def unpark(self) -> None:
-        """Brings the weights back to the device; without `park` before it there is nothing to do."""
+        """Moves the weights back to the device; does nothing if they are not parked."""
         if not self._parked:
             return
         device, dtype = self._parked
@@ -90,12 +93,12 @@ class VideoVAE(nn.Module):
         progress: ProgressCallback | None = None,
         output_device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Video (B, 3, T, H, W) in [-1, 1] -> scaled latents (B, 16, ceil(T/4), H/8, W/8).
+        """Encodes a video in [-1, 1] to scaled latents: (B, 3, T, H, W) -> (B, 16, ceil(T/4), H/8, W/8).
 
-        The last frame is repeated where T does not fill four; a single frame gives one latent frame.
+        If T is no multiple of 4, the last frame is repeated; a single frame gives one latent frame.
 
         Raises:
-            MagiError: the video is empty, not of this shape, not floating point, or H or W is no multiple of 8.
+            MagiError: the video is empty, has another shape, is not floating point, or H or W is no multiple of 8.
         """
         return torch.cat(list(self.encode_stream((video,), tiling, progress, output_device)), dim=2)
 
@@ -106,13 +109,16 @@ class VideoVAE(nn.Module):
         progress: ProgressCallback | None = None,
         output_device: torch.device | str = "cpu",
     ) -> Iterator[torch.Tensor]:
-        """`encode` for a video that comes in blocks of frames (B, 3, t, H, W): yields the latents of each temporal tile at once.
+        """Encodes a video that arrives in blocks of frames (B, 3, t, H, W), and yields the latents of each temporal tile.
 
         Blocks may have any number of frames; at most one tile and the current block are kept.
+
+        Raises:
+            MagiError: as for `encode`, or a block has another size than the first one.
         """
         run = self._run(tiling, progress)
         for frames in recut(run.checked(blocks, check_video, PATCH_FRAMES, PATCH_SIZE), run.tiling.frames):
-            yield self._encode_frames(frames, run, output_device)
+            yield self._encode_frames(frames, run, output_device)  # (B, 16, t, h, w)
 
     def decode(
         self,
@@ -121,10 +127,10 @@ class VideoVAE(nn.Module):
         progress: ProgressCallback | None = None,
         output_device: torch.device | str = "cpu",
     ) -> torch.Tensor:
-        """Scaled latents (B, 16, T, h, w) -> video (B, 3, 4T, 8h, 8w), about [-1, 1] and not clamped.
+        """Decodes scaled latents to a video of about [-1, 1], not clamped: (B, 16, T, h, w) -> (B, 3, 4T, 8h, 8w).
 
         Raises:
-            MagiError: the latents are empty, not of this shape or not floating point.
+            MagiError: the latents are empty, have another shape or are not floating point.
         """
         stream = self.decode_stream(latents, tiling, progress, output_device)
         b, _, t, h, w = latents.shape
@@ -142,9 +148,12 @@ class VideoVAE(nn.Module):
         progress: ProgressCallback | None = None,
         output_device: torch.device | str = "cpu",
     ) -> Iterator[torch.Tensor]:
-        """`decode`, one temporal tile after the other: peak memory does not grow with the number of latents.
+        """Decodes one temporal tile after the other, so that peak memory does not grow with the number of latents.
 
-        Yields (B, 3, t, H, W), each decoded when it is asked for. Arguments are checked at once.
+        Yields frames (B, 3, t, H, W), each tile decoded on demand. The arguments are checked at once.
+
+        Raises:
+            MagiError: as for `decode`.
         """
         self._check_latents(latents)
         return self.decode_chunks((latents,), tiling, progress, output_device)
@@ -156,18 +165,21 @@ class VideoVAE(nn.Module):
         progress: ProgressCallback | None = None,
         output_device: torch.device | str = "cpu",
     ) -> Iterator[torch.Tensor]:
-        """`decode_stream` for latents that come in chunks (B, 16, t, h, w) of any t, as a sampler makes them.
+        """Decodes latents that arrive in chunks (B, 16, t, h, w) of any t, as a sampler yields them.
 
-        The frames are those of decoding all chunks joined, wherever the chunks are cut. Each temporal tile is yielded as
-        soon as its latents are there; fewer latents than two tiles are kept besides the current chunk.
+        The frames are the same as from decoding the concatenated chunks. Each temporal tile is yielded as soon as its latents
+        are complete; fewer latents than two tiles are kept besides the current chunk.
+
+        Raises:
+            MagiError: as for `decode`, or a chunk has another size than the first one.
         """
         run = self._run(tiling, progress)
         before = None
         for latents in recut(run.checked(chunks, self._check_latents, 1, 1), run.tiling.latent_frames):
             if latents.shape[2] == 1 < run.tiling.latent_frames and before is not None:
-                # A lone last latent is decoded better with the ones before it, whose frames are already out.
-                latents = torch.cat([before[:, :, 1:], latents], dim=2)
-                yield self._decode_latents(latents, run, output_device)[:, :, -PATCH_FRAMES:].clone()
+                # A single last latent decodes better together with the ones before it, whose frames are already yielded.
+                latents = torch.cat([before[:, :, 1:], latents], dim=2)  # (B, 16, tile, h, w)
+                yield self._decode_latents(latents, run, output_device)[:, :, -PATCH_FRAMES:].clone()  # (B, 3, 4, H, W)
             else:
                 yield self._decode_latents(latents, run, output_device)
             before = latents
@@ -176,7 +188,7 @@ class VideoVAE(nn.Module):
         return TileRun(tiling or Tiling(), progress, self.device, None if tiling else self._fitting)
 
     def _fitting(self, tiling: Tiling) -> Tiling:
-        empty_cache(self.device)  # what torch holds unused is free too
+        empty_cache(self.device)  # memory that torch caches is free too
         free = free_memory(self.device)
         if free is None:
             return tiling
@@ -188,14 +200,16 @@ class VideoVAE(nn.Module):
         b, _, t, height, width = frames.shape
         missing = -t % PATCH_FRAMES
         size = ((t + missing) // PATCH_FRAMES, height // PATCH_SIZE, width // PATCH_SIZE)
-        latents = torch.empty(b, self.config.z_chans, *size, device=output_device)
+        latents = torch.empty(b, self.config.z_chans, *size, device=output_device)  # (B, z, t, h, w)
 
         def encode(tile: torch.Tensor) -> torch.Tensor:
             tile = tile.to(self.device, self.dtype)
             if missing:
-                tile = torch.cat([tile, tile[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
-            means = self.encoder(tile, run.counter.alive)
-            run.counter.finished()
+                tile = torch.cat(
+                    [tile, tile[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2
+                )  # (B, 3, 4t, tile, tile)
+            means = self.encoder(tile, run.counter.on_progress)  # (B, z, t, tile / 8, tile / 8)
+            run.counter.finish_tile()
             return means
 
         def work(tiling: Tiling) -> torch.Tensor:
@@ -208,12 +222,14 @@ class VideoVAE(nn.Module):
     @torch.no_grad()
     def _decode_latents(self, latents: torch.Tensor, run: TileRun, output_device: torch.device | str) -> torch.Tensor:
         b, _, t, h, w = latents.shape
-        video = torch.empty(b, 3, PATCH_FRAMES * t, PATCH_SIZE * h, PATCH_SIZE * w, device=output_device)
+        video = torch.empty(
+            b, 3, PATCH_FRAMES * t, PATCH_SIZE * h, PATCH_SIZE * w, device=output_device
+        )  # (B, 3, 4t, 8h, 8w)
 
         def decode(tile: torch.Tensor) -> torch.Tensor:
             unscaled = tile.to(self.device, torch.float32) / SCALE
-            pixels = self.decoder(unscaled.to(self.dtype), run.counter.alive)
-            run.counter.finished()
+            pixels = self.decoder(unscaled.to(self.dtype), run.counter.on_progress)  # (B, 3, 4t, 8 * tile, 8 * tile)
+            run.counter.finish_tile()
             return pixels
 
         def work(tiling: Tiling) -> torch.Tensor:
@@ -229,7 +245,9 @@ class VideoVAE(nn.Module):
         )
 
 
-@torch.inference_mode(False)  # weights made in inference mode, as ComfyUI runs its nodes, could not be moved outside it
+@torch.inference_mode(
+    False
+)  # weights created in inference mode, in which ComfyUI runs its nodes, could not be moved outside it
 def load_vae(
     path: str | Path,
     device: torch.device | str | None = None,
@@ -238,17 +256,17 @@ def load_vae(
 ) -> VideoVAE:
     """Loads a MAGI-1 VAE from its folder (config.json and one .safetensors) or from the bare .safetensors file.
 
-    A config.json beside the file is used; without one the sizes are read off the tensors. On the CPU, weights that are
-    already of `dtype` stay views of the mapped file.
+    A config.json beside the file is used; without one the sizes are inferred from the tensors. On a CPU, weights that already
+    have `dtype` stay views of the mapped file.
 
     Args:
         path: folder or file.
-        device: where the weights go; None is the best there is.
-        dtype: what to compute in: bfloat16, float16 or float32.
-        progress: called with (tensors placed, tensors); what it raises ends the loading.
+        device: device for the weights; None picks the best one.
+        dtype: compute dtype: bfloat16, float16 or float32.
+        progress: called with (tensors loaded, tensors); what it raises ends the loading.
 
     Raises:
-        MagiError: nothing readable is there, or it is no MAGI-1 VAE.
+        MagiError: the path is not readable, or is not a MAGI-1 VAE.
     """
     if dtype not in DTYPES:
         raise MagiError(f"The VAE cannot compute in {dtype}. Choose bfloat16 (the official one), float16 or float32.")
@@ -258,7 +276,7 @@ def load_vae(
         with torch.device("meta"):
             vae = VideoVAE(config)
         _compare(checkpoint, vae)
-        # One tensor at a time: another dtype or device never costs a second copy of the whole.
+        # One tensor at a time, so that another dtype or device does not need a second copy of all weights.
         weights: dict[str, torch.Tensor] = {}
         for name in checkpoint:
             vae._on_host[name] = checkpoint.tensor(name)
@@ -270,7 +288,7 @@ def load_vae(
 
 
 def _beside(file: Path) -> VAEConfig | None:
-    """The config.json in the folder of `file`, if it is a VAE's."""
+    """Reads the config.json in the folder of `file`; returns None unless it is that of a VAE."""
     path = file.with_name("config.json")
     if not path.is_file():
         return None
@@ -285,7 +303,7 @@ def _beside(file: Path) -> VAEConfig | None:
 
 
 def _config_of(checkpoint: Checkpoint) -> VAEConfig:
-    """The sizes that the tensors tell; the published ones for the rest."""
+    """Infers the sizes from the tensors, with the published ones as defaults."""
     for name in ("decoder.blocks.0.mlp.fc1.weight", "decoder.proj_in.weight"):
         if name not in checkpoint or len(checkpoint.tensors[name].shape) != 2:
             raise MagiError(_no_vae(checkpoint, f"It has no matrix {name}"))
@@ -304,7 +322,7 @@ def _config_of(checkpoint: Checkpoint) -> VAEConfig:
 
 
 def _compare(checkpoint: Checkpoint, vae: VideoVAE) -> None:
-    """Names and shapes of the file against those of the config."""
+    """Raises MagiError if names or shapes of the file differ from those of the config."""
     expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     faults = compare_shapes({name: info.shape for name, info in checkpoint.tensors.items()}, expected)
     if faults.missing or faults.unexpected:

@@ -13,7 +13,7 @@ from magi.offload.copy_engine import InOrderCopies
 from magi.offload.packing import block_layouts, packed_bytes
 from magi.offload.streamed_blocks import StreamedBlocks, ring_bytes
 from magi.sampling.prepare import generate_latents
-from magi.transformer.block import layer_rows
+from magi.transformer.block import layer_forward
 from magi.transformer.float8 import FLOAT8, Fp8Weight, StoredFp8
 from magi.transformer.model import Transformer
 from magi.transformer.weights import WeightReader, tensors_in
@@ -482,7 +482,7 @@ def test_layers_are_quantised_once_however_often_they_are_used(device, reader, m
 @pytest.mark.parametrize("weights", [{"fp8": True}, {"store_fp8": True}])
 def test_a_device_without_float8_gets_bytes(weights, reader, monkeypatch):
     reference = wanted(reader(**weights))
-    monkeypatch.setattr("magi.offload.packing.holds_float8", lambda kind: False)
+    monkeypatch.setattr("magi.offload.packing.supports_float8", lambda kind: False)
     copy_engine, pins = LazyCopyEngine(eager=True), Pins()
     for place in PLACES.values():
         blocks = StreamedBlocks(reader(**weights), *place, 2, copy_engine=copy_engine, pin=pins)
@@ -641,4 +641,4 @@ def test_compiled_layers_agree_with_eager_ones(reader, tiny_config, tiny_caption
         return next(generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens)).latents
 
     torch.testing.assert_close(run(True), run(False), rtol=1e-5, atol=1e-5)
-    assert compiled == [layer_rows]
+    assert compiled == [layer_forward]

@@ -71,18 +71,18 @@ def on_hopper(monkeypatch):
     """What has no numbers behaves like a device that multiplies float8 and keeps the sums of 16-bit products in float32."""
     product = lambda x, weight: torch.empty(x.shape[0], weight.shape[0], device=x.device)  # noqa: E731
     for module in (float8, layers):
-        monkeypatch.setattr(module, "multiply_exact", product)
-    monkeypatch.setattr(float8, "_multiply_float8", product)
-    monkeypatch.setattr(footprint, "keeps_sums", lambda device: True)
+        monkeypatch.setattr(module, "matmul_fp32", product)
+    monkeypatch.setattr(float8, "_matmul_float8", product)
+    monkeypatch.setattr(footprint, "has_fp32_output", lambda device: True)
     for module in (float8, footprint):
-        monkeypatch.setattr(module, "multiplies_float8", lambda device: True)
+        monkeypatch.setattr(module, "has_float8_matmul", lambda device: True)
 
 
 @pytest.fixture
 def on_ampere(monkeypatch):
     """What has no numbers behaves like a device that keeps the sums of 16-bit products, but does not multiply float8."""
     for module in (float8, footprint):
-        monkeypatch.setattr(module, "keeps_sums", lambda device: True)
+        monkeypatch.setattr(module, "has_fp32_output", lambda device: True)
 
 
 def calculated_and_counted(name, window, height, width, token_block=4096, precision="auto") -> float:
@@ -225,9 +225,11 @@ def test_float8_storage_halves_the_released_models():
     whole, stored = (weight_sizes(tensors, config, "cpu", precision) for precision in ("auto", "fp8"))
     assert whole.total == pytest.approx(47.9e9, rel=0.01)
     assert stored.total == pytest.approx(26.5e9, rel=0.01)
-    assert stored.converted == (2 + 4) * float8.CONVERTED, "a part of the projection, and once more in float32"
+    assert stored.converted == (2 + 4) * float8.CONVERSION_ELEMENTS, (
+        "a part of the projection, and once more in float32"
+    )
     kept = weight_sizes(tensors, config, precision="fp8", kernels=Kernels())
-    assert kept.converted == 2 * float8.CONVERTED
+    assert kept.converted == 2 * float8.CONVERSION_ELEMENTS
     assert not kept.widened
 
 
@@ -235,8 +237,8 @@ def test_float8_storage_halves_the_released_models():
     ("kernels", "converted"),
     [
         (Kernels(), 0),
-        (Kernels(float8=False), 2 * float8.CONVERTED),
-        (Kernels(keeps_sums=False, float8=False), 4 * float8.CONVERTED),
+        (Kernels(float8=False), 2 * float8.CONVERSION_ELEMENTS),
+        (Kernels(has_fp32_output=False, float8=False), 4 * float8.CONVERSION_ELEMENTS),
     ],
 )
 def test_what_is_converted_of_a_float8_file_depends_on_the_device(kernels, converted):

@@ -124,7 +124,7 @@ SMALL_BLOCKS = [
 @pytest.mark.parametrize(
     ("case", "token_block"), SMALL_BLOCKS, ids=lambda value: str(value) if isinstance(value, int) else value["name"]
 )
-def test_with_layers_and_keys_from_the_host_and_few_tokens_at_a_time(golden, case, token_block, over_a_copy_engine):
+def test_with_layers_and_kv_from_the_host_and_small_token_blocks(golden, case, token_block, over_a_copy_engine):
     copy_engine = over_a_copy_engine("mixed")
     check(case, *run(golden, case, **little(token_block)))
     assert copy_engine.uploads
@@ -136,7 +136,7 @@ def test_with_layers_and_keys_from_the_host_and_few_tokens_at_a_time(golden, cas
     named("a_t2v_window1", "a_t2v_base_bf16", "b_t2v_fp8_short"),
     ids=lambda case: case["name"],
 )
-def test_where_layers_and_keys_wait_decides_no_bit(golden, case, place, over_a_copy_engine):
+def test_the_place_of_layers_and_kv_changes_no_bit(golden, case, place, over_a_copy_engine):
     wanted, _, _ = resident(golden, case["name"])
     copy_engine = over_a_copy_engine(place)
     velocities, chunks, _ = run(golden, case, **little(64))

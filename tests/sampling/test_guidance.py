@@ -21,7 +21,7 @@ def exact_time(step: int, steps: int) -> Fraction:
     return u**2 / (3 - 2 * u**2)
 
 
-# -- shares ----------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [64, 32, 16, 8, 4])
@@ -112,10 +112,10 @@ class Counting:
 
 
 def in_full(model, config, caption, special, noise, prefix=None, negative=False) -> Iterator[torch.Tensor]:
-    """Reference sections 5 to 9 word by word: all passes over all chunks, with a cache that forgets nothing."""
+    """Sampling by the definition (arXiv 2505.13211, sections 2.3 and 2.4): all passes over all chunks, all K/V cached."""
     runtime, width = config.runtime, config.runtime.chunk_width
-    chunks, given = noise.shape[2] // width, 0 if prefix is None else prefix.shape[2]
-    schedule = Schedule.of(runtime, chunks, given // width)
+    chunks, prefix_frames = noise.shape[2] // width, 0 if prefix is None else prefix.shape[2]
+    schedule = Schedule.of(runtime, chunks, prefix_frames // width)
     times = [float(t) for t in time_grid(runtime.num_steps, config.engine.shortcut_mode)]
     null = model.encode_caption(null_caption(model.outer.null_caption, special, negative))
     texts = caption_per_chunk(caption, chunks - schedule.prefix_chunks, config.model, special)
@@ -128,7 +128,7 @@ def in_full(model, config, caption, special, noise, prefix=None, negative=False)
         return state[:, :, chunk * width : (chunk + 1) * width]
 
     def clean(chunk, store):
-        first = schedule.first_clean_key(chunk)
+        first = schedule.first_clean_kv_chunk(chunk)
         return ChunkInput(chunk, at(chunk).clone(), runtime.clean_t, null, first, store=store)
 
     def forward(passes, step):
@@ -136,17 +136,17 @@ def in_full(model, config, caption, special, noise, prefix=None, negative=False)
         return model.forward(passes, cache, signal)
 
     if prefix is not None:
-        state[:, :, :given] = prefix
+        state[:, :, :prefix_frames] = prefix
     if schedule.prefix_chunks:
         forward([Pass(tuple(clean(c, True) for c in range(schedule.prefix_chunks)), distilled)], 0)
     for it in schedule:
         if prefix is not None:
-            state[:, :, :given] = prefix
+            state[:, :, :prefix_frames] = prefix
 
         def context(captions, conditional, store, it=it):
             refresh = [] if it.refresh is None else [clean(it.refresh, store)]
             active = [
-                ChunkInput(c, at(c).clone(), times[g], captions[c], schedule.first_key(c, g))
+                ChunkInput(c, at(c).clone(), times[g], captions[c], schedule.first_kv_chunk(c, g))
                 for c, g in zip(it.chunks, it.grid, strict=True)
             ]
             return Pass((*refresh, *active), conditional)
@@ -156,7 +156,7 @@ def in_full(model, config, caption, special, noise, prefix=None, negative=False)
             passes = [context(texts, True, True)]
             if times[it.grid[0]] > config.engine.distill_nearly_clean_chunk_threshold - 1e-6:
                 oldest = it.chunks[0]
-                copy = ChunkInput(oldest, at(oldest).clone(), times[it.grid[0]], texts[oldest], first_key=oldest)
+                copy = ChunkInput(oldest, at(oldest).clone(), times[it.grid[0]], texts[oldest], first_kv_chunk=oldest)
                 passes.append(Pass((copy,), True))
             (one, *mixed) = forward(passes, it.step)
             velocities = one[skip:]
@@ -164,7 +164,7 @@ def in_full(model, config, caption, special, noise, prefix=None, negative=False)
                 velocities[0] = 0.7 * velocities[0] + 0.3 * mixed[0][0]
         else:
             alone = [
-                Pass((ChunkInput(0, at(c).clone(), times[g], null, first_key=0),), False)
+                Pass((ChunkInput(0, at(c).clone(), times[g], null, first_kv_chunk=0),), False)
                 for c, g in zip(it.chunks, it.grid, strict=True)
             ]
             text, prev, *independent = forward(
@@ -201,14 +201,14 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "given"), [*((name, 0) for name in SETTINGS), ("default", 9), ("window 2", 13), ("sees all", 12)]
+    ("name", "prefix_frames"), [*((name, 0) for name in SETTINGS), ("default", 9), ("window 2", 13), ("sees all", 12)]
 )
-def test_skipping_is_exact(name, given, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn, monkeypatch):
+def test_skipping_is_exact(name, prefix_frames, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn, monkeypatch):
     chunks = 5
-    config = tiny_config(num_frames=24 * chunks - 4 * given, **SETTINGS[name])
+    config = tiny_config(num_frames=24 * chunks - 4 * prefix_frames, **SETTINGS[name])
     model = tiny_model(config)
     noise = randn(1, 16, 6 * chunks, 4, 4)
-    prefix = randn(1, 16, given, 4, 4, seed="prefix") if given else None
+    prefix = randn(1, 16, prefix_frames, 4, 4, seed="prefix") if prefix_frames else None
     count = Counting(monkeypatch, model)
     got = list(
         generate_latents(
@@ -223,19 +223,19 @@ def test_skipping_is_exact(name, given, tiny_config, tiny_model, tiny_caption, t
     assert computed < count.chunks
 
 
-@pytest.mark.parametrize("given", [0, 9])
+@pytest.mark.parametrize("prefix_frames", [0, 9])
 @pytest.mark.parametrize(
     ("steps", "mode", "window"), [(8, "8,16,16", 4), (12, "8,16,16", 4), (12, "16,16,8", 2), (16, "8,16,16", 1)]
 )
-def test_distilled_runs_by_the_book(
-    steps, mode, window, given, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn
+def test_distilled_runs_equal_the_definition(
+    steps, mode, window, prefix_frames, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn
 ):
     config = tiny_config(
-        True, engine={"shortcut_mode": mode}, num_steps=steps, window_size=window, num_frames=120 - 4 * given
+        True, engine={"shortcut_mode": mode}, num_steps=steps, window_size=window, num_frames=120 - 4 * prefix_frames
     )
     model = tiny_model(config)
     noise = randn(1, 16, 30, 4, 4)
-    prefix = randn(1, 16, given, 4, 4, seed="prefix") if given else None
+    prefix = randn(1, 16, prefix_frames, 4, 4, seed="prefix") if prefix_frames else None
     got = list(generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens, noise=noise, prefix=prefix))
     for chunk, full in zip(got, in_full(model, config, tiny_caption(), tiny_tokens, noise, prefix), strict=True):
         own = full[:, :, -chunk.latents.shape[2] :]

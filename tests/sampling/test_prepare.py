@@ -60,7 +60,7 @@ def test_noise_of_another_length(shape, refuse, randn):
 
 
 def test_noise_that_does_not_count_the_prefix(refuse, randn):
-    refuse(r"after 7 given latents.*\(1, 16, 36, 4, 4\)", noise=randn(1, 16, 24, 4, 4), prefix=randn(1, 16, 7, 4, 4))
+    refuse(r"after 7 prefix latents.*\(1, 16, 36, 4, 4\)", noise=randn(1, 16, 24, 4, 4), prefix=randn(1, 16, 7, 4, 4))
 
 
 @pytest.mark.parametrize("shape", [(16, 24, 4, 4), (2, 16, 24, 4, 4), (1, 4, 24, 4, 4), (1, 16, 0, 4, 4)])
@@ -75,14 +75,14 @@ def test_a_prefix_of_another_size(refuse, randn):
     refuse("noise is 32x32 pixels, the video 32x48", height=48, noise=randn(1, 16, 24, 4, 4))
 
 
-@pytest.mark.parametrize("given", [{}, {"height": 48}, {"width": 64}, {"height": 48, "width": 64}])
-def test_sizes_left_out_are_the_tensors(given, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn):
+@pytest.mark.parametrize("sizes", [{}, {"height": 48}, {"width": 64}, {"height": 48, "width": 64}])
+def test_sizes_left_out_are_the_tensors(sizes, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn):
     sampler = make_sampler(
         tiny_model(tiny_config(num_frames=24)),
         caption=tiny_caption(),
         special_tokens=tiny_tokens,
         prefix=randn(1, 16, 1, 6, 8),
-        **given,
+        **sizes,
     )
     assert next(iter(sampler)).latents.shape == (1, 16, 6, 6, 8)
 

@@ -28,18 +28,18 @@ BOTH = pytest.mark.parametrize("distill", [False, True], ids=["base", "distill"]
 
 
 @BOTH
-@pytest.mark.parametrize("given", range(14))
-def test_a_prefix_of_any_length(given, distill, run, tiny_config, randn):
-    prefix = randn(1, 16, given, 4, 4) if given else None
+@pytest.mark.parametrize("prefix_frames", range(14))
+def test_a_prefix_of_any_length(prefix_frames, distill, run, tiny_config, randn):
+    prefix = randn(1, 16, prefix_frames, 4, 4) if prefix_frames else None
     config = tiny_config(distill, num_steps=4, num_frames=30)
     chunks = run(config, prefix=prefix)
     # 30 frames are 7 latents, rounded up so that the last chunk is whole.
-    chunk_count = -(-(7 + given) // 6)
-    whole = given // 6
+    chunk_count = -(-(7 + prefix_frames) // 6)
+    whole = prefix_frames // 6
     assert list(chunks) == list(range(chunk_count - whole))
     wanted = [6] * (chunk_count - whole)
-    if given != 1:  # an image begins the video it is made into
-        wanted[0] -= given % 6
+    if prefix_frames != 1:  # an image begins the video it is made into
+        wanted[0] -= prefix_frames % 6
     assert [x.shape[2] for x in chunks.values()] == wanted
     assert all(x.shape == (1, 16, n, 4, 4) for x, n in zip(chunks.values(), wanted, strict=True))
     assert all(bool(x.isfinite().all()) for x in chunks.values())
@@ -104,7 +104,7 @@ def test_any_integer_is_a_seed(seed, run, tiny_config):
     assert run(tiny_config(True, num_steps=4), num_frames=24, seed=seed)[0].std() > 0.1
 
 
-def test_given_noise_takes_the_place_of_the_seeds(run, tiny_config, randn):
+def test_supplied_noise_replaces_the_seeds(run, tiny_config, randn):
     config = tiny_config(num_frames=48)
     noise = randn(1, 16, 12, 4, 4)
     first = []
@@ -120,7 +120,7 @@ def test_given_noise_takes_the_place_of_the_seeds(run, tiny_config, randn):
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_new_caption_begins_with_its_chunk(at, window, distill, run, tiny_config, tiny_caption):
-    # A chunk sees earlier ones, never later ones. The text pass's keys of chunks that share the window carry a caption on;
+    # A chunk sees earlier ones, never later ones. The text pass's K/V of chunks that share the window carry a caption on;
     # those of finished chunks come from passes without text, but the chunks themselves look different by then.
     config = tiny_config(distill, window_size=window)
     first, second = tiny_caption(1), tiny_caption(2, tokens=7)
@@ -177,11 +177,11 @@ def test_negative_tokens_change_the_picture(run, tiny_config):
 
 
 @BOTH
-@pytest.mark.parametrize("given", [0, 8])
-def test_progress_tells_every_iteration(given, distill, run, tiny_config, randn):
+@pytest.mark.parametrize("prefix_frames", [0, 8])
+def test_progress_tells_every_iteration(prefix_frames, distill, run, tiny_config, randn):
     config = tiny_config(distill, num_frames=72)
     events = []
-    prefix = randn(1, 16, given, 4, 4) if given else None
+    prefix = randn(1, 16, prefix_frames, 4, 4) if prefix_frames else None
     chunks = run(config, prefix=prefix, progress=events.append)
     assert [e.iteration for e in events] == list(range(1, len(events) + 1))
     assert {e.total for e in events} == {len(events)}
@@ -224,7 +224,7 @@ def test_what_progress_raises_ends_the_run_at_once(error, tiny_config, tiny_mode
         chunks += sampler
     assert seen == list(range(1, 11)), "and not one more"
     assert sampler.state.iteration == 9, "the iteration that was cut off is not counted"
-    # The same sampler goes on from there.
+    # The same sampler continues from there.
     rest = {c.index: c.latents for c in sampler}
     assert sorted({*(c.index for c in chunks), *rest}) == [0, 1, 2, 3]
     whole = {
@@ -234,14 +234,14 @@ def test_what_progress_raises_ends_the_run_at_once(error, tiny_config, tiny_mode
     assert all(torch.equal(rest[i], whole[i]) for i in rest)
 
 
-def test_heartbeats_run_from_nothing_to_one_and_may_cancel(run, tiny_config):
+def test_heartbeat_fractions_rise_to_one_and_may_cancel(run, tiny_config):
     config = tiny_config(num_frames=24, num_steps=4)
-    beats = []
-    run(config, heartbeat=beats.append)
-    starts = [i for i in range(len(beats)) if i == 0 or beats[i] < beats[i - 1]]
+    fractions = []
+    run(config, heartbeat=fractions.append)
+    starts = [i for i in range(len(fractions)) if i == 0 or fractions[i] < fractions[i - 1]]
     assert len(starts) == 4
-    assert beats.count(1.0) == 4
-    assert min(beats) > 0
+    assert fractions.count(1.0) == 4
+    assert min(fractions) > 0
 
     def cancel(done):
         raise InterruptedError
@@ -311,10 +311,10 @@ def test_memory_does_not_grow_with_the_video(distill, tiny_config, tiny_model, t
             most = max(most, sampler.nbytes)
         peaks.append(most)
     assert peaks[0] == peaks[1]
-    latents, keys = 16 * 6 * 4 * 4 * 4, 2 * 2 * 4 * 24 * 8 * 4  # bytes of a chunk: its latents, its keys in both layers
-    cached = 1  # default key ranges: the last segment's chunk sees one before it
+    latents, kv = 16 * 6 * 4 * 4 * 4, 2 * 2 * 4 * 24 * 8 * 4  # bytes of a chunk: its latents, its K/V in both layers
+    cached = 1  # default K/V ranges: the last segment's chunk sees one before it
     kept = 4  # as many as a run with the smallest window would look back on
-    assert peaks[0] <= cached * keys + (4 + kept) * latents
+    assert peaks[0] <= cached * kv + (4 + kept) * latents
 
 
 def test_captions_of_finished_chunks_are_forgotten(tiny_config, tiny_model, tiny_caption, tiny_tokens, monkeypatch):

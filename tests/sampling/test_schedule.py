@@ -12,7 +12,7 @@ from magi.sampling.schedule import Schedule, check_steps, step_size_signal, time
 from tests.support.paths import GOLDEN
 
 CASES = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"]
-# Chunks in all, whole prefix chunks, window, steps: one chunk, windows wider than the video, all but one chunk given ...
+# Chunks in all, whole prefix chunks, window, steps: one chunk, windows wider than the video, a prefix of all but one chunk ...
 RUNS = [
     (chunks, prefix, window, steps)
     for chunks, window, steps in itertools.product((1, 2, 3, 5, 9), (1, 2, 3, 4, 6), (12, 24))
@@ -58,7 +58,7 @@ def test_step_size_signal_of_even_steps(steps):
 
 
 @pytest.mark.parametrize(("chunks", "prefix", "window", "steps"), RUNS)
-def test_every_stage_by_the_book(chunks, prefix, window, steps):
+def test_every_stage_by_the_definition(chunks, prefix, window, steps):
     per_stage = steps // window
     wanted = []
     for stage in range(prefix, chunks + window - 1):
@@ -100,47 +100,47 @@ def test_settings_make_the_schedule():
     assert Schedule.of(runtime, 7, 2) == Schedule(7, 2, 16, 2, (3, 1), 2)
 
 
-# -- keys ------------------------------------------------------------------------------------------------------------
+# -- K/V -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranges", [(5, 4, 3, 2), (1,), (7, 1), (2, 3, 9)])
 @pytest.mark.parametrize("steps", [12, 24, 48])
-def test_key_range_shrinks_from_part_to_part(ranges, steps):
+def test_kv_range_shrinks_from_part_to_part(ranges, steps):
     made = schedule(steps=steps, window=1, ranges=ranges)
     for step in range(steps):
         reach = ranges[step // (steps // len(ranges))]
         for chunk in range(12):
             seen = [c for c in range(chunk + 1) if c > chunk - reach]
-            assert made.first_key(chunk, step) == seen[0]
+            assert made.first_kv_chunk(chunk, step) == seen[0]
 
 
-def test_default_key_ranges_at_their_borders():
+def test_default_kv_ranges_at_their_borders():
     made = schedule(steps=64)
-    assert [20 - made.first_key(20, step) for step in (0, 15, 16, 31, 32, 47, 48, 63)] == [4, 4, 3, 3, 2, 2, 1, 1]
+    assert [20 - made.first_kv_chunk(20, step) for step in (0, 15, 16, 31, 32, 47, 48, 63)] == [4, 4, 3, 3, 2, 2, 1, 1]
 
 
-def test_without_key_ranges_everything_is_seen():
-    assert schedule(ranges=()).first_key(1000, 3) == 0
+def test_without_kv_ranges_everything_is_seen():
+    assert schedule(ranges=()).first_kv_chunk(1000, 3) == 0
 
 
 def test_clean_chunks_see_as_far_as_their_own_range():
-    assert [schedule(clean=1).first_clean_key(c) for c in (0, 1, 9)] == [0, 1, 9]
-    assert [schedule(clean=3).first_clean_key(c) for c in (0, 1, 9)] == [0, 0, 7]
+    assert [schedule(clean=1).first_clean_kv_chunk(c) for c in (0, 1, 9)] == [0, 1, 9]
+    assert [schedule(clean=3).first_clean_kv_chunk(c) for c in (0, 1, 9)] == [0, 0, 7]
 
 
-def test_without_key_ranges_made_chunks_see_everything_also_when_clean():
+def test_without_kv_ranges_generated_chunks_see_everything_also_when_clean():
     made = schedule(ranges=(), clean=1, prefix=3)
-    assert [made.first_clean_key(c) for c in (0, 2, 3, 9)] == [0, 2, 0, 0]
+    assert [made.first_clean_kv_chunk(c) for c in (0, 2, 3, 9)] == [0, 2, 0, 0]
 
 
 @pytest.mark.parametrize(("ranges", "seen"), [((5, 4, 3, 2), 2), ((), 8)])
 def test_an_unset_clean_range_is_the_cleanest_of_the_others(ranges, seen):
     runtime = RuntimeConfig(clean_chunk_kvrange=-1, noise2clean_kvrange=ranges)
-    assert Schedule.of(runtime, chunks=30, prefix_chunks=20).first_clean_key(15) == 16 - seen
+    assert Schedule.of(runtime, chunks=30, prefix_chunks=20).first_clean_kv_chunk(15) == 16 - seen
 
 
 def play(made: Schedule, slots: int) -> None:
-    """Stores and loads what a run of this schedule would; raises LookupError where a key is no longer in the ring."""
+    """Stores and loads what a run of this schedule would; raises LookupError where K/V are no longer in the ring."""
     cache = KVCache(1, slots, 1, 1, 1, dtype=torch.float32, device="cpu")
 
     def load(first: int, end: int) -> None:
@@ -149,17 +149,19 @@ def play(made: Schedule, slots: int) -> None:
             assert torch.all(found == chunk)
 
     def clean(chunk: int) -> None:
-        load(made.first_clean_key(chunk), chunk)
+        load(made.first_clean_kv_chunk(chunk), chunk)
         cache.store(0, chunk, torch.full((2, 1, 1, 1), float(chunk)))
 
     for chunk in range(made.prefix_chunks):
         clean(chunk)
     for it in made:
-        shown = it.chunks[0] if it.refresh is None else it.refresh  # keys of this and later chunks are made anew
+        shown = (
+            it.chunks[0] if it.refresh is None else it.refresh
+        )  # the K/V of this and later chunks are computed again
         if it.refresh is not None:
             clean(it.refresh)
         for chunk, step in zip(it.chunks, it.grid, strict=True):
-            load(made.first_key(chunk, step), shown)
+            load(made.first_kv_chunk(chunk, step), shown)
 
 
 @pytest.mark.parametrize("clean", [1, 2, 5])
@@ -183,7 +185,7 @@ def test_the_ring_does_not_grow_with_the_video(window, clean):
     assert sizes.pop() <= 4
 
 
-def test_replay_reaches_back_as_far_as_clean_keys_depend_on_one_another():
+def test_replay_reaches_back_as_far_as_clean_kv_depend_on_one_another():
     assert schedule(60).replayed_chunks == schedule(60).cached_chunks
     assert schedule(60, clean=2).replayed_chunks == 60
 

@@ -1,4 +1,4 @@
-"""Memory that runs out: the run goes on from the last finished iteration, with less."""
+"""Out of memory: the run continues from the last finished iteration with less memory."""
 
 import warnings
 import weakref
@@ -21,7 +21,7 @@ from tests.conftest import MemorySource
 from tests.support.lazy_engine import LazyCopyEngine, cache_with
 
 LAYERS = 4
-KEY_BYTES = 2 * 4 * 24 * 8 * 4  # of a chunk in a layer
+KV_BYTES = 2 * 4 * 24 * 8 * 4  # of a chunk in a layer
 SAID = {
     "CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "MPS": lambda: RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, max allowed: 18.13 GB)."),
@@ -97,7 +97,7 @@ def latents(sampler) -> list[torch.Tensor]:
     return [chunk.latents for chunk in found]
 
 
-# -- it goes on ------------------------------------------------------------------------------------------------------
+# -- it continues ----------------------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -121,20 +121,20 @@ def test_however_it_is_said(kind, config, start, fail):
     assert len(run.reports) == 1
 
 
-def test_while_given_chunks_are_taken_in(config, start, fail, randn):
-    settings, given = config(num_frames=24), randn(1, 16, 24, 4, 4)
+def test_while_prefix_chunks_fill_the_cache(config, start, fail, randn):
+    settings, prefix = config(num_frames=24), randn(1, 16, 24, 4, 4)
     calls = fail("forward", ())
-    wanted = latents(start(settings, prefix=given))
+    wanted = latents(start(settings, prefix=prefix))
     undisturbed = len(calls)
     fail("forward", [1])
-    run = start(settings, prefix=given)
+    run = start(settings, prefix=prefix)
     assert all(map(torch.equal, latents(run), wanted))
     assert run.total + 1 < undisturbed
     assert len(calls) == 2 * undisturbed + 1, "the one that was taken in is shown to the model once more"
 
 
 @BOTH
-def test_layers_and_keys_leave_the_device_on_the_way(distill, copy_engine, config, start, fail):
+def test_layers_and_kv_leave_the_device_during_a_run(distill, copy_engine, config, start, fail):
     wanted = latents(start(config(distill)))
     assert not copy_engine.uploads
     fail("forward", [2, 3, 5, 7, 9, 14])  # the last as the first finished chunk is in the cache
@@ -146,9 +146,9 @@ def test_layers_and_keys_leave_the_device_on_the_way(distill, copy_engine, confi
         "2 of 4 layers stay on the device.",
         "1 of 4 layers stay on the device.",
         "0 of 4 layers stay on the device.",
-        "the keys of finished chunks are kept on the host.",
+        "the K/V of finished chunks are kept on the host.",
     ]
-    assert {upload.nbytes == KEY_BYTES for upload in copy_engine.uploads} == {True, False}, "layers and keys"
+    assert {upload.nbytes == KV_BYTES for upload in copy_engine.uploads} == {True, False}, "layers and K/V"
 
 
 @BOTH
@@ -158,11 +158,11 @@ def test_fewer_tokens_at_a_time_decide_no_more_than_last_bits(distill, tiny_conf
     made = built(settings)
     made.token_block, made.cache_device = 128, "host"
     made.blocks.keep_on_device(())
-    attend, rows = block.attend, []
-    monkeypatch.setattr(block, "attend", lambda q, *args: rows.append(q.shape[1]) or attend(q, *args))
+    attend, tokens = block.attend, []
+    monkeypatch.setattr(block, "attend", lambda q, *args: tokens.append(q.shape[1]) or attend(q, *args))
     fail("attend", [31])
     got = latents(start(settings, made))
-    assert (set(rows[:31]), set(rows[31:])) == ({96}, {64, 32})
+    assert (set(tokens[:31]), set(tokens[31:])) == ({96}, {64, 32})
     for one, other in zip(got, wanted, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-5
 
@@ -221,12 +221,12 @@ def test_what_costs_least_comes_first_and_an_error_last(on_a_bus, request, confi
     with pytest.raises(MagiError, match=r"cpu ran out of memory at 48x32.*window of 1\. Try a smaller size"):
         list(run)
     done = [text.partition("step on ")[2] for text in run.reports]
-    tokens, layers = "{} tokens are taken at a time.".format, "{} of 4 layers stay on the device.".format
+    block_size, layers = "{} tokens are taken at a time.".format, "{} of 4 layers stay on the device.".format
     assert done[:10] == [
-        *map(tokens, (2048, 1024)),
+        *map(block_size, (2048, 1024)),
         *map(layers, (2, 1, 0)),
-        "the keys of finished chunks are kept on the host.",
-        *map(tokens, (512, 256, 128, 64)),
+        "the K/V of finished chunks are kept on the host.",
+        *map(block_size, (512, 256, 128, 64)),
     ]
     assert [text.partition(" chunks")[0] for text in done[10:]] == ["2 instead of 4", "1 instead of 2"]
     assert len(calls) == 13
@@ -267,7 +267,7 @@ def test_there_may_be_no_room_for_layers_to_pass_through(copy_engine, config, st
     assert run.reports[-1].endswith("0 of 4 layers stay on the device.")
 
 
-def test_there_may_be_no_room_for_keys_on_the_host(copy_engine, config, built, start, fail, monkeypatch):
+def test_there_may_be_no_room_for_kv_on_the_host(copy_engine, config, built, start, fail, monkeypatch):
     def full(*args):
         raise SAID["Python"]()
 

@@ -10,7 +10,7 @@ from magi.sampling import special_tokens
 from magi.sampling.captions import Caption, caption_per_chunk, null_caption
 from magi.sampling.special_tokens import STYLES, SpecialTokens, find_special_tokens
 
-# Rows of other_tokens (reference section 10)
+# Rows of other_tokens in the published file
 TRANSITION, HQ, STATIC, DYNAMIC, BORDERNESS, MODEL_3D, ANIME_2D = 0, 1, 2, 3, 4, 15, 16
 
 

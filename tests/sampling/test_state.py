@@ -1,4 +1,4 @@
-"""A run stopped anywhere goes on bit for bit from a copy of its state."""
+"""A run that stopped anywhere resumes bit for bit from a copy of its state."""
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ from magi.transformer.model import Transformer
 
 CASES = {
     "base": (False, 0, {}),
-    "base, part of a chunk given": (False, 9, {}),
+    "base, prefix ends within a chunk": (False, 9, {}),
     "base, clean chunks see their neighbours": (False, 13, {"clean_chunk_kvrange": 2}),
     "base, everything seen": (False, 0, {"noise2clean_kvrange": (), "window_size": 2}),
     "distill": (True, 0, {}),
-    "distill, part of a chunk given": (True, 9, {}),
-    "distill, whole chunks given": (True, 12, {"window_size": 1}),
+    "distill, prefix ends within a chunk": (True, 9, {}),
+    "distill, prefix of whole chunks": (True, 12, {"window_size": 1}),
     "distill, an image": (True, 1, {"num_steps": 12}),
 }
 
@@ -26,7 +26,7 @@ CASES = {
 @pytest.fixture(scope="module", params=CASES)
 def run(request, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn):
     """(state=None, progress=None) -> a new sampler of one and the same run on a model of its own."""
-    distill, given, runtime = CASES[request.param]
+    distill, prefix_frames, runtime = CASES[request.param]
     config = tiny_config(distill, num_frames=72, **{"num_steps": 4, **runtime})
     model = tiny_model(config)
 
@@ -36,7 +36,7 @@ def run(request, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn):
             caption=[tiny_caption(1), tiny_caption(2)],
             special_tokens=tiny_tokens,
             seed=3,
-            prefix=randn(1, 16, given, 4, 4) if given else None,
+            prefix=randn(1, 16, prefix_frames, 4, 4) if prefix_frames else None,
             state=state,
             progress=progress,
         )
@@ -85,7 +85,7 @@ def test_a_state_survives_being_written_to_disk(run, tmp_path):
     assert first not in rest
 
 
-def test_a_copy_does_not_move_with_its_original(run):
+def test_a_copy_does_not_change_with_its_original(run):
     sampler = run()
     copies = [sampler.state.copy()]
     for _ in sampler:
@@ -104,7 +104,7 @@ def test_a_finished_run_has_nothing_more_to_give(run):
     assert list(run(sampler.state.copy())) == []
 
 
-def test_no_more_is_taken_in_anew_than_will_be_looked_at(
+def test_no_more_chunks_are_run_again_than_will_be_seen(
     tiny_config, tiny_model, tiny_caption, tiny_tokens, monkeypatch
 ):
     model = tiny_model(tiny_config(num_frames=168, num_steps=8))
@@ -123,14 +123,14 @@ def test_no_more_is_taken_in_anew_than_will_be_looked_at(
 
 # -- a window that became smaller on the way -------------------------------------------------------------------------
 
-NARROWED = {  # distilled, given latents, settings
+NARROWED = {  # distilled, prefix frames, settings
     "base": (False, 0, {}),
     "base, an image": (False, 1, {}),
-    "base, part of a chunk given": (False, 9, {}),
+    "base, prefix ends within a chunk": (False, 9, {}),
     "base, clean chunks see their neighbours": (False, 13, {"clean_chunk_kvrange": 2}),
     "base, everything seen": (False, 0, {"noise2clean_kvrange": ()}),
     "distill": (True, 0, {}),
-    "distill, whole chunks given": (True, 12, {}),
+    "distill, prefix of whole chunks": (True, 12, {}),
 }
 
 
@@ -138,16 +138,16 @@ NARROWED = {  # distilled, given latents, settings
 def narrow(request, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn, monkeypatch):
     """(at=iterations done before memory runs out, window=4, finished=(), **make_sampler's) -> a run of six chunks.
 
-    Only the window can become smaller. `finished` are given, with their captions gone.
+    Only the window can become smaller. `finished` chunks become the prefix, without their captions.
     """
-    distill, given, runtime = NARROWED[request.param]
-    prefix = randn(1, 16, given, 4, 4) if given else None
+    distill, prefix_frames, runtime = NARROWED[request.param]
+    prefix = randn(1, 16, prefix_frames, 4, 4) if prefix_frames else None
     captions = [tiny_caption(i) for i in range(6)]
 
     def make(at=(), window=4, finished=(), **options):
         count = 6 - len(finished)
-        # What fills the last chunk: given latents are its own where they do not fill one.
-        latents = 6 * count - (0 if finished else given % 6)
+        # As many as fill the last chunk; prefix frames that do not fill a chunk are part of it.
+        latents = 6 * count - (0 if finished else prefix_frames % 6)
         config = tiny_config(distill, num_frames=4 * latents, num_steps=4, window_size=window, **runtime)
         model = tiny_model(config)
         while model.shrink():
@@ -179,7 +179,7 @@ def narrow(request, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn, m
         run.seen = seen
         return run
 
-    make.given = given
+    make.prefix_frames = prefix_frames
     return make
 
 
@@ -189,24 +189,24 @@ def of(chunks) -> dict[int, torch.Tensor]:
     return dict(found)
 
 
-def as_prefix(chunks: dict[int, torch.Tensor], given: int) -> list[torch.Tensor]:
-    """Finished chunks as they follow what was given; an image stands in the first of them."""
+def as_prefix(chunks: dict[int, torch.Tensor], prefix_frames: int) -> list[torch.Tensor]:
+    """Finished chunks as they follow the prefix; the first of them contains an image prefix."""
     first, *others = chunks.values()
-    return [first[:, :, given if given == 1 else 0 :], *others]
+    return [first[:, :, prefix_frames if prefix_frames == 1 else 0 :], *others]
 
 
 @pytest.mark.parametrize("iterations", [0, 3, 5, 7])
-def test_it_goes_on_as_a_run_that_is_given_what_was_finished(iterations, narrow):
-    """With one step a stage, chunks are finished after the fourth iteration and each later one."""
-    wide = of(narrow())
+def test_it_continues_as_a_run_with_the_finished_chunks_as_prefix(iterations, narrow):
+    """With one step per stage, chunks are finished after the fourth iteration and each later one."""
+    full_window = of(narrow())
     run = narrow(at=[iterations])
     made = of(run)
     done = max(0, iterations - 3)
     assert list(made) == list(range(6))
-    assert all(torch.equal(made[i], wide[i]) for i in range(done))
+    assert all(torch.equal(made[i], full_window[i]) for i in range(done))
     assert "2 instead of 4 chunks are denoised at a time. The video will differ" in run.reports[0]
-    assert f"after number {done} begin anew" in run.reports[0]
-    finished = as_prefix({i: made[i] for i in range(done)}, narrow.given) if done else []
+    assert f"unfinished chunks after number {done} restart" in run.reports[0]
+    finished = as_prefix({i: made[i] for i in range(done)}, narrow.prefix_frames) if done else []
     fresh = narrow(window=2, finished=finished)
     rest = of(fresh)
     assert len(rest) == 6 - done
@@ -228,13 +228,13 @@ def test_it_may_become_smaller_twice(narrow):
         "1 instead of 2",
     ]
     done = 2 + 1
-    finished = as_prefix({i: made[i] for i in range(done)}, narrow.given)
+    finished = as_prefix({i: made[i] for i in range(done)}, narrow.prefix_frames)
     rest = of(narrow(window=1, finished=finished))
     assert all(torch.equal(made[done + i], rest[i]) for i in rest)
 
 
 @pytest.mark.parametrize("stop", [6, 7, 9, 12])
-def test_its_saved_state_goes_on_bit_for_bit(stop, narrow, tmp_path):
+def test_its_saved_state_resumes_bit_for_bit(stop, narrow, tmp_path):
     """Memory runs out after the fifth iteration; the run is interrupted in one after that."""
     whole = narrow(at=[5])
     wanted = of(whole)
@@ -281,7 +281,7 @@ def test_what_is_kept_does_not_grow_with_the_video(
         assert kept == 4
         sizes = []
         if narrows:
-            run._take_less()
+            run._lower_memory()
         for chunk in run:
             assert len(run.state.clean) <= kept
             if chunk.index == 3:

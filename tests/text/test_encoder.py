@@ -98,7 +98,7 @@ def encoder_state(official):
 
 @pytest.fixture(scope="module")
 def expected(official):
-    """(tokens, d_model) of TEXT by transformers, padded to 800 and masked as the reference does it."""
+    """(tokens, d_model) of TEXT by transformers, padded to 800 and masked as the public implementation does it."""
     return _transformers_output(official, official / "spiece.model", pad_to=800)
 
 

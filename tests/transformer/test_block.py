@@ -1,4 +1,4 @@
-"""A layer over several passes: what they share is computed once, and the size of a token block decides no more than last bits."""
+"""A layer over several passes: shared work is computed once, and the token block size changes no more than the last bits."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -19,12 +19,12 @@ LAYERS = 3
 
 @dataclass
 class Made:
-    """What came out of a forward call, and per layer how often it attended to chunks and to captions and made keys."""
+    """Results of a forward call, and per layer the calls of self attention, of cross_attn attention and of the K/V projection."""
 
     tensors: list[torch.Tensor]
-    own: list[int] = field(default_factory=lambda: [0] * LAYERS)
-    cross: list[int] = field(default_factory=lambda: [0] * LAYERS)
-    keys: list[int] = field(default_factory=lambda: [0] * LAYERS)
+    self_attn: list[int] = field(default_factory=lambda: [0] * LAYERS)
+    cross_attn: list[int] = field(default_factory=lambda: [0] * LAYERS)
+    kv: list[int] = field(default_factory=lambda: [0] * LAYERS)
 
     def __eq__(self, other):
         return len(self.tensors) == len(other.tensors) and all(map(torch.equal, self.tensors, other.tensors))
@@ -47,15 +47,15 @@ def chunk(randn, captions):
     """(place, caption, latents=of that place, **ChunkInput's) -> a chunk in a pass."""
     latents = {place: randn(1, 16, 6, 4, 4, seed=place) for place in range(6)}
 
-    def make(place, caption, x=None, t=0.3, first_key=0, **options):
-        return ChunkInput(place, latents[place] if x is None else x, t, captions[caption], first_key, **options)
+    def make(place, caption, x=None, t=0.3, first_kv_chunk=0, **options):
+        return ChunkInput(place, latents[place] if x is None else x, t, captions[caption], first_kv_chunk, **options)
 
     return make
 
 
 @pytest.fixture
 def forward(transformer, monkeypatch):
-    """(passes, shared=True, cached=chunks with keys in the cache) -> what is made: velocities, and the keys that are kept."""
+    """(passes, shared=True, cached=chunks with K/V in the cache) -> the results: velocities, and the stored K/V."""
 
     @torch.inference_mode()
     def run(passes, shared=True, cached=()):
@@ -70,12 +70,12 @@ def forward(transformer, monkeypatch):
             velocities = transformer.forward(passes, cache)
         stored = {c.chunk for p in passes for c in p.chunks if c.store}
         made.tensors = [v for found in velocities for v in found if v is not None]
-        made.tensors += [keys for layer in cache.stream(sorted(stored)) for keys in layer.values()]
+        made.tensors += [kv for layer in cache.stream(sorted(stored)) for kv in layer.values()]
         return made
 
     def count(made, patch):
         layers = list(transformer.blocks)
-        attend, write, run_layer = block.attend, block._write_keys, model.run_layer
+        attend, write, run_layer = block.attend, block._write_kv, model.run_layer
         at = 0
 
         def running(settings, weights, *args):
@@ -84,16 +84,16 @@ def forward(transformer, monkeypatch):
             return run_layer(settings, weights, *args)
 
         def attending(q, k, *args):
-            (made.cross if k.shape[1] == CAPTION_TOKENS else made.own)[at] += 1
+            (made.cross_attn if k.shape[1] == CAPTION_TOKENS else made.self_attn)[at] += 1
             return attend(q, k, *args)
 
         def writing(*args):
-            made.keys[at] += 1
+            made.kv[at] += 1
             return write(*args)
 
         patch.setattr(model, "run_layer", running)
         patch.setattr(block, "attend", attending)
-        patch.setattr(block, "_write_keys", writing)
+        patch.setattr(block, "_write_kv", writing)
 
     return run
 
@@ -105,9 +105,9 @@ def test_the_first_layers_self_attention_is_one_for_the_passes_of_guidance(chunk
     text, prev = (tuple(chunk(place, caption) for place in (0, 1, 2)) for caption in (0, 1))
     passes = [Pass(text, conditional=True), Pass(prev, conditional=False)]
     together, apart = forward(passes), forward(passes, shared=False)
-    assert apart.own == apart.keys == [6, 6, 6]
-    assert together.own == together.keys == [3, 6, 6]
-    assert together.cross == apart.cross == [6, 6, 6]
+    assert apart.self_attn == apart.kv == [6, 6, 6]
+    assert together.self_attn == together.kv == [3, 6, 6]
+    assert together.cross_attn == apart.cross_attn == [6, 6, 6]
     assert together == apart
     assert not torch.allclose(together.tensors[0], together.tensors[3], atol=1e-3), (
         "they differ in all that comes after"
@@ -116,19 +116,21 @@ def test_the_first_layers_self_attention_is_one_for_the_passes_of_guidance(chunk
 
 def test_chunks_that_only_one_of_the_passes_holds(chunk, forward):
     refresh = chunk(0, 1, t=1.0, store=True)
-    text = Pass((chunk(1, 0, first_key=1), chunk(2, 0, first_key=1), chunk(3, 0, first_key=1)), conditional=True)
-    prev = Pass((refresh, chunk(1, 1, first_key=1), chunk(2, 1, first_key=1)), conditional=False)
+    text = Pass(
+        (chunk(1, 0, first_kv_chunk=1), chunk(2, 0, first_kv_chunk=1), chunk(3, 0, first_kv_chunk=1)), conditional=True
+    )
+    prev = Pass((refresh, chunk(1, 1, first_kv_chunk=1), chunk(2, 1, first_kv_chunk=1)), conditional=False)
     for passes in ([text, prev], [prev, text]):
         together = forward(passes)
-        assert together.own == together.keys == [4, 6, 6]
+        assert together.self_attn == together.kv == [4, 6, 6]
         assert together == forward(passes, shared=False)
 
 
 def test_chunks_that_both_passes_see_in_the_cache(chunk, forward):
     old = [chunk(place, 1, t=1.0, store=True) for place in (0, 1)]
-    passes = [Pass((chunk(2, name), chunk(3, name, first_key=1)), conditional=name == 0) for name in (0, 1)]
+    passes = [Pass((chunk(2, name), chunk(3, name, first_kv_chunk=1)), conditional=name == 0) for name in (0, 1)]
     together = forward(passes, cached=old)
-    assert together.own == [2, 4, 4]
+    assert together.self_attn == [2, 4, 4]
     assert together == forward(passes, shared=False, cached=old)
 
 
@@ -137,7 +139,7 @@ def test_the_independent_pass_of_the_first_chunk_is_shared_and_that_of_others_is
     alone = [Pass((chunk(0, 1, x=item.latents),), conditional=False) for item in (first, second)]
     passes = [Pass((first, second), conditional=True), *alone]
     together = forward(passes)
-    assert together.own == [3, 4, 4]
+    assert together.self_attn == [3, 4, 4]
     assert together == forward(passes, shared=False)
 
 
@@ -145,7 +147,7 @@ def test_other_latents_are_another_computation(chunk, forward, randn):
     other = chunk(1, 0, x=randn(1, 16, 6, 4, 4, seed="other"))
     passes = [Pass((chunk(0, 0), chunk(1, 0)), conditional=True), Pass((chunk(0, 0), other), conditional=True)]
     together = forward(passes)
-    assert together.own == [4, 4, 4]
+    assert together.self_attn == [4, 4, 4]
     assert together == forward(passes, shared=False)
     first, one, same, another = together.tensors
     assert torch.equal(first, same)
@@ -154,10 +156,13 @@ def test_other_latents_are_another_computation(chunk, forward, randn):
 
 def test_another_range_is_another_computation(chunk, forward):
     """As in a distilled model's view of a chunk alone."""
-    passes = [Pass((chunk(1, 0), chunk(2, 0)), conditional=True), Pass((chunk(1, 0, first_key=1),), conditional=True)]
+    passes = [
+        Pass((chunk(1, 0), chunk(2, 0)), conditional=True),
+        Pass((chunk(1, 0, first_kv_chunk=1),), conditional=True),
+    ]
     old = [chunk(0, 1, store=True)]
     together = forward(passes, cached=old)
-    assert together.own == [3, 3, 3]
+    assert together.self_attn == [3, 3, 3]
     assert together == forward(passes, shared=False, cached=old)
 
 
@@ -169,12 +174,12 @@ def test_a_chunk_that_one_pass_holds_and_another_takes_from_the_cache(order, chu
 
 
 @pytest.mark.parametrize("distill", [False, True], ids=["base", "distill"])
-@pytest.mark.parametrize(("given", "window"), [(0, 4), (9, 2)])
-def test_whole_runs_do_not_change_by_it(
-    distill, given, window, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn, monkeypatch
+@pytest.mark.parametrize(("prefix_frames", "window"), [(0, 4), (9, 2)])
+def test_sharing_does_not_change_whole_runs(
+    distill, prefix_frames, window, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn, monkeypatch
 ):
     config = tiny_config(distill, num_frames=60, window_size=window)
-    prefix = randn(1, 16, given, 4, 4) if given else None
+    prefix = randn(1, 16, prefix_frames, 4, 4) if prefix_frames else None
 
     def run():
         options = {"caption": tiny_caption(), "special_tokens": tiny_tokens, "prefix": prefix}
@@ -189,22 +194,22 @@ def test_whole_runs_do_not_change_by_it(
 
 
 @pytest.mark.parametrize("size", [5, TOKENS, 1000])
-def test_reports_rise_evenly_to_the_end(size, chunk, transformer):
+def test_progress_rises_evenly_to_the_end(size, chunk, transformer):
     transformer.token_block = size
     passes = [Pass((chunk(0, 0), chunk(1, 0)), conditional=True), Pass((chunk(0, 1),), conditional=False)]
     seen = [0.0]
-    transformer.forward(passes, KVCache.for_run(transformer, 1, 4, 4), heartbeat=seen.append)
+    transformer.forward(passes, KVCache.for_run(transformer, 1, 4, 4), on_progress=seen.append)
     steps = [b - a for a, b in itertools.pairwise(seen)]
     blocks = -(-TOKENS // size)
     assert min(steps) > 0
     assert seen[-1] == 1
-    assert max(steps) == pytest.approx(1 / LAYERS / (2 + 3 * blocks)), "of the first layer, where keys are shared"
+    assert max(steps) == pytest.approx(1 / LAYERS / (2 + 3 * blocks)), "of the first layer, where K/V are shared"
     assert min(steps) == pytest.approx(1 / LAYERS / (3 + 3 * blocks))
     for layer in range(1, LAYERS):
         assert any(fraction == pytest.approx(layer / LAYERS) for fraction in seen)
 
 
-def test_what_a_report_raises_ends_it_at_once(chunk, transformer):
+def test_what_on_progress_raises_ends_the_call_at_once(chunk, transformer):
     transformer.token_block = 1
     seen = []
 
@@ -215,7 +220,7 @@ def test_what_a_report_raises_ends_it_at_once(chunk, transformer):
 
     with pytest.raises(KeyboardInterrupt):
         transformer.forward(
-            [Pass((chunk(0, 0),), conditional=True)], KVCache.for_run(transformer, 1, 4, 4), heartbeat=stop
+            [Pass((chunk(0, 0),), conditional=True)], KVCache.for_run(transformer, 1, 4, 4), on_progress=stop
         )
     assert len(seen) == 7
 

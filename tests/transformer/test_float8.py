@@ -11,7 +11,7 @@ from magi.transformer.float8 import (
     apply_fp8,
     decode_e4m3,
     fp8_linear,
-    multiply_exact,
+    matmul_fp32,
     round_to_e4m3,
 )
 from magi.transformer.layers import linear, output_projection
@@ -79,7 +79,7 @@ def test_bytes_give_the_very_same_result(smoothed, layer, monkeypatch):
     parts = layer(smoothed)
     x = parts.pop("x").bfloat16()
     wanted = fp8_linear(x, **parts)
-    monkeypatch.setattr(float8, "holds_float8", lambda kind: False)
+    monkeypatch.setattr(float8, "supports_float8", lambda kind: False)
     kept = Fp8Weight.from_official(**parts)
     assert kept.weight.dtype == torch.uint8
     assert torch.equal(apply_fp8(x, kept), wanted)
@@ -95,7 +95,7 @@ def test_a_whole_run_without_float8_on_the_device_is_the_same(
         return model, next(generate_latents(model, caption=tiny_caption(), special_tokens=tiny_tokens)).latents
 
     _, wanted = run()
-    monkeypatch.setattr(float8, "holds_float8", lambda kind: False)
+    monkeypatch.setattr(float8, "supports_float8", lambda kind: False)
     model, got = run()
     assert list(model.blocks)[1].fc1.weight.dtype == torch.uint8
     assert torch.equal(got, wanted)
@@ -103,18 +103,18 @@ def test_a_whole_run_without_float8_on_the_device_is_the_same(
 
 def test_a_torch_without_float8_is_told(tiny_config, tiny_model, monkeypatch):
     monkeypatch.setattr(float8, "FLOAT8", None)
-    float8.holds_float8.cache_clear()
+    float8.supports_float8.cache_clear()
     try:
         with pytest.raises(MagiError, match=r"has no float8: update torch.*bf16"):
             tiny_model(tiny_config(True, shape={"num_layers": 3}), fp8=True)
-        assert not float8.holds_float8("cpu")
+        assert not float8.supports_float8("cpu")
     finally:
-        float8.holds_float8.cache_clear()
+        float8.supports_float8.cache_clear()
 
 
-def test_products_of_16_bit_numbers_are_not_rounded(randn):
+def test_matmul_fp32_has_fp32_output(randn):
     x, weight = randn(4, 64).bfloat16(), randn(8, 64, seed=1).bfloat16()
-    got = multiply_exact(x, weight)
+    got = matmul_fp32(x, weight)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-5)
 
@@ -126,18 +126,18 @@ def test_a_large_matrix_is_converted_part_by_part(kind, randn, monkeypatch):
 
     def product():
         if kind == "bf16":
-            return multiply_exact(x, weight.bfloat16())
+            return matmul_fp32(x, weight.bfloat16())
         if kind == "stored":
             return output_projection(x, StoredFp8.quantise(weight, "cpu"))
         if kind == "stored, low":
             return linear(x, StoredFp8.quantise(weight, "cpu"))
         kept = weight.to(torch.float8_e4m3fn)
-        return multiply_exact(x, kept.view(torch.uint8) if kind == "bytes" else kept)
+        return matmul_fp32(x, kept.view(torch.uint8) if kind == "bytes" else kept)
 
     whole = product()
     multiply = F.linear
     monkeypatch.setattr(F, "linear", lambda x, part: largest.append(part.numel()) or multiply(x, part))
-    monkeypatch.setattr(float8, "CONVERTED", 33 * 16)  # the last part is smaller
+    monkeypatch.setattr(float8, "CONVERSION_ELEMENTS", 33 * 16)  # the last part is smaller
     made = product()
     assert made.dtype == whole.dtype
     torch.testing.assert_close(made, whole, rtol=1e-6, atol=1e-6)
@@ -150,8 +150,8 @@ def test_a_matrix_is_taken_whole_if_it_is_small_or_needs_no_conversion(randn, mo
     multiply = F.linear
     monkeypatch.setattr(F, "linear", lambda x, part, *bias: taken.append(len(part)) or multiply(x, part, *bias))
     linear(x, StoredFp8.quantise(weight, "cpu"))
-    monkeypatch.setattr(float8, "CONVERTED", 1)
-    multiply_exact(x, weight)
+    monkeypatch.setattr(float8, "CONVERSION_ELEMENTS", 1)
+    matmul_fp32(x, weight)
     assert taken == [100, 100]
 
 
@@ -160,22 +160,22 @@ def test_a_matrix_is_taken_whole_if_it_is_small_or_needs_no_conversion(randn, mo
 def test_any_part_and_any_shape(shape, step, randn, monkeypatch):
     """Even a row that is longer than what may be converted at a time."""
     x, stored = randn(*shape), StoredFp8.quantise(randn(100, 16, seed=1), "cpu")
-    whole = F.linear(x, stored.dense(torch.float32))
-    monkeypatch.setattr(float8, "CONVERTED", step)
+    whole = F.linear(x, stored.dequantize(torch.float32))
+    monkeypatch.setattr(float8, "CONVERSION_ELEMENTS", step)
     torch.testing.assert_close(linear(x, stored), whole, rtol=1e-5, atol=1e-5)
 
 
-# -- float8 for its size alone ---------------------------------------------------------------------------------------
+# -- weight-only float8 -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_stored_matrices_stay_near_their_own(dtype, randn):
+def test_dequantized_matrices_stay_near_the_original(dtype, randn):
     weight = (randn(32, 48) * torch.logspace(-4, 1, 32)[:, None]).to(dtype)
     stored = StoredFp8.quantise(weight, "cpu")
-    dense = stored.dense(dtype)
-    assert dense.dtype == dtype
-    assert dense.shape == weight.shape
-    error = (dense.double() - weight.double()).norm(dim=1) / weight.double().norm(dim=1)
+    dequantized = stored.dequantize(dtype)
+    assert dequantized.dtype == dtype
+    assert dequantized.shape == weight.shape
+    error = (dequantized.double() - weight.double()).norm(dim=1) / weight.double().norm(dim=1)
     assert (error < 0.04).all(), "each row has a scale of its own"
     assert (error > 0.005).all(), "it is quantised"
     assert stored.weight.nbytes == 32 * 48
@@ -185,8 +185,8 @@ def test_stored_matrices_stay_near_their_own(dtype, randn):
 def test_stored_numbers_are_float8_times_their_rows_scale_exactly(randn):
     stored = StoredFp8.quantise(randn(16, 64) * 0.02, "cpu")
     exact = stored.weight.double() * stored.scale.double()
-    assert torch.equal(stored.dense(torch.float32).double(), exact)
-    assert torch.equal(stored.dense(torch.bfloat16).double(), exact), "nothing is rounded once more"
+    assert torch.equal(stored.dequantize(torch.float32).double(), exact)
+    assert torch.equal(stored.dequantize(torch.bfloat16).double(), exact), "nothing is rounded once more"
     assert stored.weight.float().abs().amax(dim=1).min() >= 224
     assert stored.weight.float().abs().max() <= 448
 
@@ -196,7 +196,7 @@ def test_rows_of_nothing_and_of_the_smallest_numbers(randn):
     weight[1] = randn(16) * 1e-30
     weight[2] = 1e-40
     weight[3, 5] = 3e38
-    dense = StoredFp8.quantise(weight, "cpu").dense(torch.float32)
+    dense = StoredFp8.quantise(weight, "cpu").dequantize(torch.float32)
     assert dense.isfinite().all()
     assert not dense[0].any()
     torch.testing.assert_close(dense[1], weight[1], rtol=0.07, atol=1e-33)
@@ -207,15 +207,15 @@ def test_rows_of_nothing_and_of_the_smallest_numbers(randn):
 def test_stored_bytes_give_the_very_same_numbers(dtype, randn, monkeypatch):
     weight = randn(32, 48).to(dtype)
     wanted = StoredFp8.quantise(weight, "cpu")
-    monkeypatch.setattr(float8, "holds_float8", lambda kind: False)
+    monkeypatch.setattr(float8, "supports_float8", lambda kind: False)
     got = StoredFp8.quantise(weight, "cpu")
     assert got.weight.dtype == torch.uint8
-    assert torch.equal(got.dense(dtype), wanted.dense(dtype))
+    assert torch.equal(got.dequantize(dtype), wanted.dequantize(dtype))
 
 
 def test_products_with_stored_matrices(randn):
     x, stored = randn(5, 48).bfloat16(), StoredFp8.quantise(randn(32, 48, seed=1), "cpu")
-    wanted = x.double() @ stored.dense(torch.float32).double().T
+    wanted = x.double() @ stored.dequantize(torch.float32).double().T
     assert linear(x, stored).dtype == torch.bfloat16
     torch.testing.assert_close(linear(x, stored).double(), wanted, rtol=1e-2, atol=5e-2)
     assert output_projection(x, stored).dtype == torch.float32
@@ -225,29 +225,29 @@ def test_products_with_stored_matrices(randn):
 @pytest.mark.gpu
 def test_stored_matrices_on_the_gpu(randn):
     weight = randn(32, 48).bfloat16()
-    here, there = (StoredFp8.quantise(weight, device).dense(torch.bfloat16).cpu() for device in ("cpu", "cuda"))
+    here, there = (StoredFp8.quantise(weight, device).dequantize(torch.bfloat16).cpu() for device in ("cpu", "cuda"))
     assert torch.equal(here, there)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_products_of_16_bit_numbers_on_the_gpu(dtype, randn):
+def test_matmul_fp32_on_the_gpu(dtype, randn):
     x, weight = randn(4, 64).to(dtype), randn(16, 64, seed=1).to(dtype)
-    got = multiply_exact(x.cuda(), weight.cuda())
+    got = matmul_fp32(x.cuda(), weight.cuda())
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.cpu(), F.linear(x.float(), weight.float()), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("smoothed", [False, True])
-@pytest.mark.parametrize("rows", [1, 16, 50])
-def test_the_gpus_float8_product(rows, smoothed, layer, randn):
-    if not float8.multiplies_float8(torch.device("cuda")):
+@pytest.mark.parametrize("tokens", [1, 16, 50])
+def test_the_gpus_float8_product(tokens, smoothed, layer, randn):
+    if not float8.has_float8_matmul(torch.device("cuda")):
         pytest.skip("this GPU has no float8 units")
     parts = layer(smoothed)
     del parts["x"]
-    x = randn(rows, 48) * 4
+    x = randn(tokens, 48) * 4
     wanted = fp8_linear(x, **parts)
     got = fp8_linear(x.cuda(), **{k: v.cuda() for k, v in parts.items()})
-    # The units keep fewer bits of their sums than float32 does.
+    # The float8 units accumulate with fewer bits than float32.
     assert float((got.cpu() - wanted).norm() / wanted.norm()) < 1e-3

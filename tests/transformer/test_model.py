@@ -97,7 +97,7 @@ def test_time_embedding_has_the_same_bits_on_every_processor():
     assert hashlib.sha256(bits).hexdigest()[:16] == "fd7d6b5dc64dea82"
 
 
-def test_the_output_projection_keeps_its_sums_unless_it_is_fp8(tiny_config, tiny_model, randn):
+def test_the_output_projection_has_fp32_output_unless_it_is_fp8(tiny_config, tiny_model, randn):
     x = randn(5, 128).bfloat16()
     dense = next(iter(tiny_model(tiny_config(), dtype=torch.bfloat16).blocks)).proj
     got = output_projection(x, dense)

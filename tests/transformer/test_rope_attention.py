@@ -14,7 +14,7 @@ BANDS = torch.tensor([1.0, 0.3, 0.07, 0.013])  # head size 32
 
 
 def angle(bands, frame, row, column, height, width) -> list[float]:
-    """Reference section 3.4 for one token, number by number."""
+    """Returns the angles of one token by the formula, computed element by element."""
 
     def centred(index, n):
         r = n / math.sqrt(height * width / 256)
@@ -62,7 +62,7 @@ def test_only_the_distance_in_time_counts(randn):
 
 
 def explicit(q, k, v):
-    """Softmax over every key, each group's key repeated for its consecutive query heads."""
+    """Computes softmax attention with the K/V of each group repeated for its consecutive query heads."""
     repeat = q.shape[0] // k.shape[0]
     k, v = (x.double().repeat_interleave(repeat, dim=0) for x in (k, v))
     scores = q.double() @ k.mT / math.sqrt(q.shape[-1])
@@ -70,9 +70,9 @@ def explicit(q, k, v):
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(8, 8), (8, 4), (6, 2), (5, 1)])
-@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (7, 3), (24, 72)])
-def test_attention_equals_the_explicit_softmax(heads, groups, tokens, keys, randn):
-    q, k, v = randn(heads, tokens, 16), randn(groups, keys, 16, seed=1), randn(groups, keys, 16, seed=2)
+@pytest.mark.parametrize(("tokens", "kv_tokens"), [(1, 1), (7, 3), (24, 72)])
+def test_attention_equals_the_explicit_softmax(heads, groups, tokens, kv_tokens, randn):
+    q, k, v = randn(heads, tokens, 16), randn(groups, kv_tokens, 16, seed=1), randn(groups, kv_tokens, 16, seed=2)
     got = attend(q, k, v)
     assert got.shape == (tokens, heads * 16)
     torch.testing.assert_close(got.double(), explicit(q, k, v), rtol=1e-5, atol=1e-5)

@@ -49,13 +49,13 @@ class Card:
             monkeypatch.setattr(half, "forward", self._limited(half.forward, scale))
 
     def _limited(self, forward, scale):
-        def run(tile, alive):
+        def run(tile, on_progress):
             side = max(tile.shape[3:]) // scale
             limit = self.sides.popleft() if len(self.sides) > 1 else self.sides[0]
             if side > limit:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
             self.sizes.append(side)
-            return forward(tile, alive)
+            return forward(tile, on_progress)
 
         return run
 
@@ -102,7 +102,7 @@ def test_a_tiling_that_was_asked_for_gives_way_too(vae, monkeypatch):
     assert max(card.sizes) == 40, "where there is room it is kept"
 
 
-@pytest.mark.parametrize(("tiling", "remedy"), [(None, "fewer frames a tile"), (Tiling(frames=4), "Close")])
+@pytest.mark.parametrize(("tiling", "remedy"), [(None, "fewer frames per tile"), (Tiling(frames=4), "Close")])
 def test_where_the_smallest_tiles_do_not_fit_an_error_says_so(vae, monkeypatch, tiling, remedy):
     Card(monkeypatch, vae, *[40] * 2, 7)
     stream = vae.decode_chunks(LATENTS.split(3, 2), tiling)
@@ -116,7 +116,7 @@ def test_where_the_smallest_tiles_do_not_fit_an_error_says_so(vae, monkeypatch, 
 
 
 def test_other_errors_are_not_taken_for_it(vae, monkeypatch):
-    def broken(tile, alive):
+    def broken(tile, on_progress):
         raise RuntimeError("device-side assert")
 
     monkeypatch.setattr(vae.decoder, "forward", broken)
@@ -124,7 +124,7 @@ def test_other_errors_are_not_taken_for_it(vae, monkeypatch):
         vae.decode(LATENTS)
 
 
-def test_progress_goes_on_when_tiles_shrink(vae, monkeypatch):
+def test_progress_continues_when_tiles_shrink(vae, monkeypatch):
     Card(monkeypatch, vae, *[40] * 3, 8)
     calls = []
     with pytest.warns(UserWarning, match="seams"):
@@ -132,7 +132,7 @@ def test_progress_goes_on_when_tiles_shrink(vae, monkeypatch):
     total = Tiling(size=64).tile_count(5, 12, 40)
     assert calls[-1] == (total, total)
     shares = [done / known for done, known in calls]
-    assert all(b >= a - 0.5 for a, b in pairwise(shares)), "at most one tile of time is done anew"
+    assert all(b >= a - 0.5 for a, b in pairwise(shares)), "at most one temporal tile is repeated"
     assert max(shares) == 1
 
 

@@ -66,8 +66,8 @@ def test_recut_gives_a_piece_before_it_asks_for_more():
     assert asked == [0]
 
 
-def reference_join(tiles: dict, extent: int, keep: int, chained: bool) -> torch.Tensor:
-    """The rule pixel by pixel: `tiles` maps (row, column) to (H, W) tiles."""
+def plain_join(tiles: dict, extent: int, keep: int, chained: bool) -> torch.Tensor:
+    """Blends tiles pixel by pixel by the rule; `tiles` maps (row, column) to (H, W)."""
     rows, columns = (max(key[i] for key in tiles) + 1 for i in (0, 1))
     source = {key: tile.clone() for key, tile in tiles.items()}
     lines = []
@@ -111,7 +111,7 @@ def test_tiles_are_joined_by_the_rule(chained, overlap, grid):
     columns = len(tiling.starts(grid[1]))
     tiles = {divmod(i, columns): tile[0, 0, 0] for i, tile in enumerate(made)}
     stride = tiling.latent_size - tiling.latent_overlap
-    expected = reference_join(tiles, tiling.latent_overlap * scale_out, stride * scale_out, chained)
+    expected = plain_join(tiles, tiling.latent_overlap * scale_out, stride * scale_out, chained)
     torch.testing.assert_close(result[0, 0, 0], expected)
 
 
@@ -138,8 +138,8 @@ def test_progress_asks_inside_a_long_tile_but_not_all_the_time(monkeypatch):
     counter.total = 2
     for _ in range(100):
         now[0] += 0.01
-        counter.alive()
+        counter.on_progress()
     assert calls in ([(0, 2)], [(0, 2), (0, 2)])
     calls.clear()
-    counter.finished()
+    counter.finish_tile()
     assert calls == [(1, 2)]

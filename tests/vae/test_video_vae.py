@@ -59,10 +59,10 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- the model written once more, plainly and in float64: what the fast code has to equal -----------------------------
+# --- a second, plain implementation in float64 that the fast code must match -----------------------------------------
 
 
-class Reference:
+class PlainVAE:
     def __init__(self, state, ddconfig):
         self.w = {name: tensor.double() for name, tensor in state.items()}
         self.c = ddconfig
@@ -145,8 +145,8 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return Reference(weights(), DDCONFIG)
+def plain():
+    return PlainVAE(weights(), DDCONFIG)
 
 
 def assert_same(ours, expected, limit=3e-6):
@@ -167,19 +167,19 @@ CASES = [  # frames, height, width, tiling
 
 
 @pytest.mark.parametrize(("frames", "height", "width", "tiling"), CASES)
-def test_encode_equals_the_definition(vae, reference, frames, height, width, tiling):
+def test_encode_equals_the_definition(vae, plain, frames, height, width, tiling):
     video = noise(1, 3, frames, height, width).clamp(-1, 1)
     latents = vae.encode(video, tiling)
     assert latents.shape == (1, 16, -(-frames // 4), height // 8, width // 8)
-    assert_same(latents, reference.encode(video, tiling))
+    assert_same(latents, plain.encode(video, tiling))
 
 
 @pytest.mark.parametrize(("frames", "height", "width", "tiling"), CASES)
-def test_decode_equals_the_definition(vae, reference, frames, height, width, tiling):
+def test_decode_equals_the_definition(vae, plain, frames, height, width, tiling):
     latents = noise(1, 16, -(-frames // 4), height // 8, width // 8) * SCALE
     video = vae.decode(latents, tiling)
     assert video.shape == (1, 3, 4 * latents.shape[2], height, width)
-    assert_same(video, reference.decode(latents, tiling))
+    assert_same(video, plain.decode(latents, tiling))
 
 
 def test_the_final_projection_equals_the_definition(tmp_path):
@@ -187,15 +187,15 @@ def test_the_final_projection_equals_the_definition(tmp_path):
     state = weights(**changes)
     vae = load_vae(write(tmp_path / "v", state, {"ddconfig": DDCONFIG | changes}), dtype=torch.float32)
     latents = noise(1, 16, 4, 3, 5) * SCALE
-    assert_same(vae.decode(latents, SMALL), Reference(state, DDCONFIG | changes).decode(latents, SMALL))
+    assert_same(vae.decode(latents, SMALL), PlainVAE(state, DDCONFIG | changes).decode(latents, SMALL))
 
 
-def test_bfloat16_is_close_to_the_definition(folder, reference):
+def test_bfloat16_is_close_to_the_definition(folder, plain):
     vae = load_vae(folder)
     assert vae.dtype == torch.bfloat16
     video, latents = noise(1, 3, 5, 40, 32), noise(1, 16, 4, 5, 4) * SCALE
-    assert_same(vae.encode(video, SMALL), reference.encode(video, SMALL), 2e-2)
-    assert_same(vae.decode(latents, SMALL), reference.decode(latents, SMALL), 2e-2)
+    assert_same(vae.encode(video, SMALL), plain.encode(video, SMALL), 2e-2)
+    assert_same(vae.decode(latents, SMALL), plain.decode(latents, SMALL), 2e-2)
 
 
 def test_a_batch_is_its_items(vae):
