@@ -180,7 +180,7 @@ class Magi1VideoToVideo(_Sized):
         frames = source.read(*target, fit, continue_seconds, lambda *_: progress.at("read", 0))
         if len(frames) < media.LEAST:
             raise MagiError(
-                f"The clip has {len(frames)} frames at 24 a second; {media.LEAST} are needed to see a movement. "
+                f"The clip has {len(frames)} frames at 24 per second; {media.LEAST} are needed to see a movement. "
                 "For a single picture use MAGI-1 Image to Video."
             )
         # Whole latents that end where the clip ends: frames too many are dropped at the beginning.

@@ -23,7 +23,7 @@ class Magi1VAEDecode(io.ComfyNode):
             node_id="Magi1VAEDecode",
             display_name="MAGI-1 VAE Decode",
             aliases=["decode", "latent to video"],
-            description="Decodes latents to frames and to a video at 24 frames a second, tile by tile.",
+            description="Decodes latents to frames and to a video at 24 frames per second, tile by tile.",
             inputs=[
                 io.Latent.Input("samples", tooltip="From the MAGI-1 Sampler."),
                 io.Vae.Input("vae", tooltip="From the MAGI-1 VAE Loader."),
@@ -31,7 +31,7 @@ class Magi1VAEDecode(io.ComfyNode):
                     "before",
                     types=[io.Video, io.Image],
                     optional=True,
-                    tooltip="A clip to put in front: the one that was continued. It is brought to the same size and to 24 frames a second.",
+                    tooltip="A clip to put in front: the one that was continued. It is brought to the same size and to 24 frames per second.",
                 ),
                 schema.advanced(
                     io.Int.Input(
@@ -56,7 +56,7 @@ class Magi1VAEDecode(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="frames"),
-                io.Video.Output(display_name="video", tooltip="24 frames a second, without sound."),
+                io.Video.Output(display_name="video", tooltip="24 frames per second, without sound."),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -60,7 +60,7 @@ class Magi1Remote(io.ComfyNode):
                     tooltip="WaveSpeedAI's pages contradict each other: 96 to 192, 81 to 100, at most 64. What comes is compared with what was asked for.",
                 ),
                 io.Int.Input(
-                    "fps", default=24, min=_FPS[0], max=_FPS[1], tooltip="Frames a second. MAGI-1 was made for 24."
+                    "fps", default=24, min=_FPS[0], max=_FPS[1], tooltip="Frames per second. MAGI-1 was made for 24."
                 ),
                 io.Combo.Input("resolution", options=["480p", "720p"], default="720p", tooltip="480p costs half."),
                 io.Combo.Input(

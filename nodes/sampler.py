@@ -120,7 +120,7 @@ class Magi1Sampler(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(display_name="samples"),
-                io.Int.Output(display_name="frames", tooltip="Frames that the decoder will give, 24 a second."),
+                io.Int.Output(display_name="frames", tooltip="Frames that the decoder will give, 24 per second."),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -88,7 +88,7 @@ def add_content_arguments(parser: argparse.ArgumentParser) -> None:
     )
     length = content.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="length, rounded up to whole seconds (default: 4)")
-    length.add_argument("--frames", type=int, help="length in frames at 24 a second, rounded up to whole seconds")
+    length.add_argument("--frames", type=int, help="length in frames at 24 per second, rounded up to whole seconds")
     content.add_argument(
         "--size",
         help=f"WIDTHxHEIGHT in multiples of 16, or {', '.join(AREAS)} (default: the model's, in the shape of the input)",
@@ -120,7 +120,7 @@ def add_content_arguments(parser: argparse.ArgumentParser) -> None:
     kept.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run that was interrupted: the same command, with this added",
+        help="resume the run that was interrupted: the same command, with this added",
     )
     kept.add_argument("--no-state", action="store_true", help="do not keep the run's state on disk")
     out.add_argument(
@@ -188,9 +188,7 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
         if writer.frames_written:
             print(f"The {writer.frames_written} frames finished so far are in {writer.partial_path}", file=sys.stderr)
         if store and store.exists:
-            print(
-                f"The run is kept in {store.folder}: the same command with --resume goes on with it.", file=sys.stderr
-            )
+            print(f"The run is kept in {store.folder}: the same command with --resume continues it.", file=sys.stderr)
         elif store:
             store.discard()  # what was written before a first state failed
         raise
@@ -213,7 +211,7 @@ def _store(args: argparse.Namespace) -> RunStore | None:
     store = RunStore(out.with_suffix(".run"))
     if store.exists and not (args.resume or args.overwrite):
         raise MagiError(
-            f"There is an unfinished run in {str(store.folder)!r}. Go on with it (--resume), or begin anew (--overwrite)."
+            f"There is an unfinished run in {str(store.folder)!r}. Resume it (--resume), or begin anew (--overwrite)."
         )
     return store
 
@@ -223,7 +221,7 @@ def _taken_over(store: RunStore | None, plan: Plan) -> str:
         return "note: No state of this run is saved, so it begins with the first chunk."
     finished = store.saved.finished
     return (
-        f"going on with {store.folder}: {finished} of {plan.chunks} chunks are finished and taken over"
+        f"resuming {store.folder}: {finished} of {plan.chunks} chunks are finished and taken over"
         f"{f', chunk {finished + 1} is begun' if finished < plan.chunks else ''}"
     )
 

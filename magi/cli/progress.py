@@ -30,7 +30,7 @@ class Bars:
             self._bars[stage.name] = tqdm(
                 desc=_TITLES[stage.name],
                 total=stage.total,
-                initial=stage.done,  # where a run that is gone on with stands: the time left is that of the rest
+                initial=stage.done,  # where a resumed run stands: the time left is that of the rest
                 bar_format=_FORMAT,
                 leave=stage.name != "decode",
             )

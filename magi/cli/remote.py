@@ -29,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what `remote` understands."""
     parser.epilog = (
         f"The API key is taken from the environment variable {VARIABLE}, else from the file that --save-key writes. "
-        "A command that is repeated goes on with its task; nothing is submitted twice."
+        "A command that is repeated resumes its task; nothing is submitted twice."
     )
     content = parser.add_argument_group("content")
     content.add_argument("--prompt", help="what to show")
     content.add_argument("--image", help="picture to start from: a file, or an address that everybody can open")
     content.add_argument("--frames", type=int, default=96, help=f"{FRAMES[0]} to {FRAMES[1]} (default: %(default)s)")
-    content.add_argument("--fps", type=int, default=24, help=f"{FPS[0]} to {FPS[1]} a second (default: %(default)s)")
+    content.add_argument("--fps", type=int, default=24, help=f"{FPS[0]} to {FPS[1]} per second (default: %(default)s)")
     content.add_argument("--resolution", choices=RESOLUTIONS, default="720p", help="(default: %(default)s)")
     content.add_argument(
         "--aspect", choices=ASPECTS, default="auto", help="auto is the picture's (default: %(default)s)"

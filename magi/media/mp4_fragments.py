@@ -112,7 +112,7 @@ def find_encoder(height: int, width: int, fps: Fraction, crf: int, metadata: dic
             )
         return encoder
     raise MagiError(
-        f"No encoder of this PyAV can write {width}x{height} at {fps} frames a second ({reason}). "
+        f"No encoder of this PyAV can write {width}x{height} at {fps} frames per second ({reason}). "
         "Choose another size, or install the official wheel (pip install av)."
     )
 

@@ -29,7 +29,7 @@ _CONTAINER_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder
 
 
 class VideoWriter:
-    """Context manager that writes an H.264 (yuv420p, BT.709) MP4 at exactly `fps` frames a second, the first at 0.
+    """Context manager that writes an H.264 (yuv420p, BT.709) MP4 at exactly `fps` frames per second, the first at 0.
 
     When the with-block ends well the video stands under `path`. When an exception leaves it, what was written stays
     playable at `partial_path` and the exception passes on; without any frame nothing is left.
@@ -51,7 +51,7 @@ class VideoWriter:
             path: the final name, ending in .mp4.
             height: of all frames; even.
             width: of all frames; even.
-            fps: frames a second.
+            fps: frames per second.
             crf: quality of libx264, 1 (best) to 51.
             metadata: tags to store, such as title and comment; any key. `read_metadata` returns them.
             overwrite: whether a file of that name may be replaced; until the end it stays as it is.

@@ -140,7 +140,7 @@ def run_download(
 
     Args:
         plan: from `plan_download` or `verify_files`.
-        progress: called several times a second; whatever it raises stops the download.
+        progress: called several times per second; whatever it raises stops the download.
         yes: more than 1 GB may be fetched without a question.
         ask: is given the question otherwise, and answers it.
 

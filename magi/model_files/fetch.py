@@ -52,7 +52,7 @@ def fetch(
     """Downloads `url` to `target`, by way of `target.part`, which is kept when anything stops the download and taken up next time.
 
     A lost connection is tried again, with a growing pause as long as no more bytes come. `progress` is called in the caller's thread,
-    about ten times a second, however silent the network is.
+    about ten times per second, however silent the network is.
 
     Args:
         url: http(s) address.

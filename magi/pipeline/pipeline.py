@@ -146,7 +146,7 @@ class MagiPipeline:
         return cls.from_files(**vars(files), **options)
 
     def plan(self, request: Request, store: RunStore | None = None) -> Plan:
-        """Checks a request, finds room for it and reads its image or video, unless `store` holds a run, with that, to go on with.
+        """Checks a request, finds room for it and reads its image or video, unless `store` holds a run, with that, to resume.
 
         Raises:
             MagiError: anything about it that cannot work.
@@ -204,19 +204,18 @@ class MagiPipeline:
 
         Args:
             progress: told how far the work is; what it raises ends the run.
-            state: folder in which the run is kept until it is finished, so that it can be gone on with.
-            resume: go on with the run that is kept there, if there is one: its frames come from the first one on, those of
+            state: folder in which the run is kept until it is finished, so that it can be resumed.
+            resume: resume the run that is kept there, if there is one: its frames come from the first one on, those of
                 finished chunks from what is kept.
             **request: the fields of `Request`.
 
         Raises:
-            MagiError: anything about the request that cannot work, or a run is kept in `state` that is not to be gone on
-                with, has other settings or is damaged.
+            MagiError: anything about the request that cannot work, or a run is kept in `state` that is not to be resumed, has other settings or is damaged.
         """
         store = None if state is None else RunStore(state)
         if store is not None and store.exists and not resume:
             raise MagiError(
-                f"There is an unfinished run in {str(store.folder)!r}. Go on with it (resume=True), or remove the folder."
+                f"There is an unfinished run in {str(store.folder)!r}. Resume it (resume=True), or remove the folder."
             )
         plan = self.plan(Request(**request), store)
         if store is None:
@@ -240,7 +239,7 @@ class MagiPipeline:
         Args:
             plan: made by `plan`.
             progress: told how far the work is.
-            store: opened with the plan's `settings`; the run is kept there, and gone on with if it was begun.
+            store: opened with the plan's `settings`; the run is kept there, and resumed if it was begun.
             save_seconds: the longest time between two states that are saved.
 
         Raises:

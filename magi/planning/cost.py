@@ -18,9 +18,9 @@ class Machine:
     """What a forecast assumes: a middling card of its time. Only the ratios count.
 
     Attributes:
-        tflops: 10^12 operations a second that are reached in practice.
-        bus: bytes a second from host memory to the device.
-        disk: bytes a second from a file, through memory, to the device.
+        tflops: 10^12 operations per second that are reached in practice.
+        bus: bytes per second from host memory to the device.
+        disk: bytes per second from a file, through memory, to the device.
 
     Raises:
         MagiError: one of them is no speed.

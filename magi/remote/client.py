@@ -76,7 +76,7 @@ class Client:
         Args:
             request: what to make.
             folder: where the file goes.
-            progress: called in this thread about ten times a second. If it raises `Cancelled`, an unfinished task is deleted, as far
+            progress: called in this thread about ten times per second. If it raises `Cancelled`, an unfinished task is deleted, as far
                 as the service does that. If it raises anything else, the task goes on, and the same request finds it again.
             resume_id: a task's id: its video is fetched and nothing is submitted. Or the word that an error has named: the request is
                 submitted although it is not known what became of an earlier try.
@@ -167,7 +167,7 @@ class _Run:
     # -- tasks that there are already ----------------------------------------------------------------------------------
 
     def _known(self, word: str) -> str | None:
-        """The task that this request became before, if it is to be gone on with. `word`: what the user wrote to have it sent again."""
+        """The task that this request became before, if it is to be resumed. `word`: what the user wrote to have it sent again."""
         record = self._entry.record
         if record is None:
             return None
@@ -182,7 +182,7 @@ class _Run:
         if (record.cancelled or record.expired or insists) and not self._lives(record.task_id, insists):
             self._entry.clear()
             return None
-        self._say(f"Going on with task {record.task_id} of {record.when}: nothing is submitted again.")
+        self._say(f"Resuming task {record.task_id} of {record.when}: nothing is submitted again.")
         self._entry.update(cancelled=False)
         return record.task_id
 

@@ -41,7 +41,7 @@ class Facts:
     height: int
 
     def __str__(self) -> str:
-        return f"{self.frames} frames, {self.fps:g} a second, {self.width}x{self.height}"
+        return f"{self.frames} frames, {self.fps:g} per second, {self.width}x{self.height}"
 
     def differences(self, asked: RemoteRequest) -> list[str]:
         """What is not as it was asked for, in sentences."""
@@ -49,7 +49,7 @@ class Facts:
         if self.frames != asked.num_frames:
             found.append(f"The video has {self.frames} frames instead of {asked.num_frames}.")
         if abs(self.fps - asked.fps) > 0.1:
-            found.append(f"The video has {self.fps:g} frames a second instead of {asked.fps}.")
+            found.append(f"The video has {self.fps:g} frames per second instead of {asked.fps}.")
         short, side = min(self.width, self.height), _PIXELS[asked.resolution]
         if abs(short / side - 1) > _NEAR and abs(self.width * self.height / (side * side * 16 / 9) - 1) > 2 * _NEAR:
             found.append(f"The video is {self.width}x{self.height} instead of {asked.resolution}.")
@@ -220,5 +220,5 @@ def _unwritable(folder: Path, error: OSError) -> MagiError:
     reason = error.strerror or str(error)
     return MagiError(
         f"The video cannot be written to {str(folder)!r} ({reason}). Make room there, or choose another folder, and "
-        "run it again: a task that there is already is gone on with."
+        "run it again: a task that there is already is resumed."
     )

@@ -83,9 +83,7 @@ def follow(api: Api, task_id: str, limits: Limits, watch: Watch, running: Callab
         GoneError: the service does not know it.
         RemoteError: it runs far too long, or cannot be asked for any more; it may still end well.
     """
-    kept = (
-        f"Task {task_id} is not lost: run it again and it is gone on with, without a new one (or look at {TASKS_PAGE})."
-    )
+    kept = f"Task {task_id} is not lost: run it again and it is resumed, without a new one (or look at {TASKS_PAGE})."
     spent = {True: 0.0, False: 0.0}  # seconds in the queue; running
     interval, last, said = limits.poll_first, time.monotonic(), None
     while True:

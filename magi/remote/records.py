@@ -69,7 +69,7 @@ class Records:
     def open(self, digest: str, waiting: Callable[[], None]) -> "Entry":
         """The place of one request, for this process alone until it is released.
 
-        `waiting` is called about ten times a second while another run of the same request has it; it may raise.
+        `waiting` is called about ten times per second while another run of the same request has it; it may raise.
 
         Raises:
             MagiError: the folder cannot be written, so that nothing may be sent.

@@ -32,7 +32,7 @@ class RemoteRequest:
         prompt: what to show.
         image: the picture it begins with, uint8 (H, W, 3), or its public address.
         num_frames: 96 to 192.
-        fps: frames a second, 5 to 30.
+        fps: frames per second, 5 to 30.
         resolution: "480p" or "720p".
         aspect_ratio: "auto" is the picture's.
         seed: 0 to 2147483647; None: the service draws one.

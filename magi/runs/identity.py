@@ -1,4 +1,4 @@
-"""What decides how a video becomes, by readable names: a saved run is only gone on with where all of it is the same."""
+"""What decides how a video becomes, by readable names: a saved run is only resumed where all of it is the same."""
 
 import hashlib
 import json

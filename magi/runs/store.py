@@ -51,7 +51,7 @@ class RunStore:
 
     Attributes:
         folder: where it is.
-        saved: what `open` found to go on with.
+        saved: what `open` found to resume.
         report: is told, in a sentence, what a user should know.
     """
 
@@ -75,7 +75,7 @@ class RunStore:
             return False
 
     def open(self, settings: Mapping[str, Any]) -> None:
-        """Begins a run of these settings, or makes ready to go on with the one that is saved here; `saved` tells which.
+        """Begins a run of these settings, or makes ready to resume the one that is saved here; `saved` tells which.
 
         Args:
             settings: JSON values by readable names; `run_settings.UNKNOWN` agrees with every value.
@@ -252,7 +252,7 @@ class RunStore:
             return []
 
     def _damaged(self, name: str, why: str) -> MagiError:
-        return MagiError(f"The saved run in {str(self.folder)!r} cannot be gone on with: {name}: {why}. {_ANEW}")
+        return MagiError(f"The saved run in {str(self.folder)!r} cannot be resumed: {name}: {why}. {_ANEW}")
 
     def _path(self, name: str) -> Path:
         return self.folder / name

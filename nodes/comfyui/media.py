@@ -33,7 +33,7 @@ class Clip:
 
     @classmethod
     def of(cls, video: Any, fps: float = FPS) -> "Clip":
-        """From a VIDEO, or an IMAGE batch of `fps` frames a second.
+        """From a VIDEO, or an IMAGE batch of `fps` frames per second.
 
         Raises:
             MagiError: a file that cannot be read.
@@ -58,7 +58,7 @@ class Clip:
         tail_seconds: float | None = None,
         progress: Callable[[int, int | None], None] | None = None,
     ) -> torch.Tensor:
-        """Frames uint8 (T, height, width, 3) at 24 a second, of the last `tail_seconds` or all.
+        """Frames uint8 (T, height, width, 3) at 24 per second, of the last `tail_seconds` or all.
 
         `progress` is called while a file is read; what it raises ends that.
         """
@@ -74,7 +74,7 @@ class Clip:
 
 
 def _frames_shown(count: int, fps: Fraction) -> list[int]:
-    """Which of `count` frames, `fps` a second, stands at each tick of 24 a second."""
+    """Which of `count` frames, `fps` per second, stands at each tick of 24 per second."""
     frames = (TimedFrame(i / fps, 1 / fps, partial(torch.tensor, i)) for i in range(count))
     return [int(frame.load()) for frame in resample(frames, Fraction(FPS))]
 

@@ -21,7 +21,7 @@ _MOST = 5  # unfinished runs that are kept
 def open_run(
     model: Model, run: Run, seed: int, prefix: torch.Tensor | None, negative: bool, report: Callable[[str], None]
 ) -> RunStore:
-    """The store of exactly this run, begun or to be gone on with; the oldest others are removed where there are too many.
+    """The store of exactly this run, begun or to be resumed; the oldest others are removed where there are too many.
 
     Args:
         model: from the loader.

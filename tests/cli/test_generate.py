@@ -335,7 +335,7 @@ def test_ctrl_c_keeps_the_finished_chunks(cache, tmp_path):
     assert frames > 0
     assert frames % 12 == 0, "whole temporal tiles"
     assert f"The {frames} frames finished so far are in" in stderr
-    assert "the same command with --resume goes on with it" in stderr
+    assert "the same command with --resume continues it" in stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.partial.mp4", "long.run"]
 
 

@@ -65,7 +65,7 @@ def test_a_video(magi, server, tmp_path):
     assert (info.width, info.height, info.frames, info.fps) == (480, 832, 120, 30)
     (task,) = server.tasks.values()
     assert task.id in said
-    assert "120 frames, 30 a second, 480x832" in said
+    assert "120 frames, 30 per second, 480x832" in said
     assert "reading the video" in said
     assert "100%|" in said, "the bar"
     assert task.body["seed"] == 4

@@ -140,7 +140,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(magi, interrupt, whole, t
     interrupt(6)
     status, stderr = magi()
     assert status == 130
-    assert f"The run is kept in {tmp_path / 'magi.run'}: the same command with --resume goes on with it." in stderr
+    assert f"The run is kept in {tmp_path / 'magi.run'}: the same command with --resume continues it." in stderr
     assert stderr.splitlines()[-1] == "interrupted"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["magi.partial.mp4", "magi.run"]
     status, stderr = magi("--resume")

@@ -36,7 +36,7 @@ def test_what_it_gives(comfy, server, quick):
     source = Path(video.get_stream_source())
     assert source.parent == comfy.base / "temp"
     assert list((comfy.base / "user" / "magi1" / "remote").glob("*.json")), "what is noted outlives ComfyUI"
-    assert messages(comfy)[-1] == f"96 frames, 24 a second, 832x480, task {task}."
+    assert messages(comfy)[-1] == f"96 frames, 24 per second, 832x480, task {task}."
     assert any("waiting in the service's queue" in text for text in messages(comfy))
     assert any("at work (processing)" in text for text in messages(comfy))
     values = [value for name, value, _ in comfy.events.progress if name == "remote"]

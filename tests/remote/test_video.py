@@ -123,7 +123,7 @@ def test_another_video_than_was_asked_for(service):
     made = service.make()
     told = " ".join(made.notes)
     assert "30 frames instead of 96" in told
-    assert "12 frames a second instead of 24" in told
+    assert "12 frames per second instead of 24" in told
     assert "480x480 instead of 16:9" in told
     assert all(note.rstrip(".") in " ".join(service.said) for note in made.notes)
 
@@ -248,7 +248,7 @@ def test_a_full_disk(service, monkeypatch):
     usual = Path.open
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", opened)
-        service.fails("No space left.*Make room there.*gone on with")
+        service.fails("No space left.*Make room there.*resumed")
     assert service.videos == []
     assert service.make().task_id == service.task
 
@@ -264,7 +264,7 @@ def test_a_file_that_cannot_be_renamed(service, monkeypatch):
     usual = Path.replace
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", renamed)
-        service.fails("Access is denied.*gone on with")
+        service.fails("Access is denied.*resumed")
     assert service.videos == []
     assert service.make().task_id == service.task
 

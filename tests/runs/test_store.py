@@ -268,7 +268,7 @@ def test_damaged_files_are_found_before_anything_runs(stopped, tmp_path, name, d
         file.mkdir()
     else:
         file.write_bytes(content[damage])
-    with pytest.raises(MagiError, match=rf"cannot be gone on with: {name}: .*begin anew"):
+    with pytest.raises(MagiError, match=rf"cannot be resumed: {name}: .*begin anew"):
         opened(stopped)
 
 

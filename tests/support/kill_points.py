@@ -1,7 +1,7 @@
 """Runs that kill themselves, SIGKILL and all, at the n-th line of the code under test. A script, for it must be another process.
 
 `python kill_points.py tiny|cli FOLDER TRIALS SEED` makes one undisturbed run and `TRIALS` disturbed ones, each killed once to three
-times and then gone on with to its end, every time in a new process; prints a JSON list of what became of each.
+times and then resumed to its end, every time in a new process; prints a JSON list of what became of each.
 On Linux processes are forked off one that has imported torch; elsewhere each starts anew, which takes seconds.
 """
 
