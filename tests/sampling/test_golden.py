@@ -79,7 +79,8 @@ PLACES = {"host": ((), (0, 1, 2, 3)), "file": ((), ()), "mixed": ((1,), (0,))}
 
 @pytest.fixture
 def through_a_bus(monkeypatch):
-    """(place) -> a bus; models that are loaded from now on have the CPU as a device at its end, their K/V wait on the host."""
+    """(place) -> a bus; models that are loaded from now on have the CPU as a device at its end, their K/V wait on the
+    host."""
 
     def place(name):
         bus, pin = LazyBus(eager=True), lambda data: lambda: None
