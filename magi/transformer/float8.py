@@ -39,7 +39,7 @@ class Fp8Weight:
         weight: (out, in) e4m3fn, or its bytes as uint8 on devices without float8.
         weight_scale: () float32.
         input_scale: () float32.
-        smooth_scale: (in,) float32 per channel where the layer was smoothed, None where input_scale is used.
+        smooth_scale: (in,) float32 per channel where the layer was smoothed, None if `input_scale` divides the input.
     """
 
     weight: torch.Tensor
