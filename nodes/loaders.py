@@ -138,7 +138,7 @@ class Magi1MemoryOptions(io.ComfyNode):
                     "cache",
                     options=["auto", "device", "host"],
                     default="auto",
-                    tooltip="Where the keys of finished chunks are kept. host saves device memory and costs next to nothing. auto: what is faster.",
+                    tooltip="Where the K/V of finished chunks are kept. host saves device memory and costs next to nothing. auto: what is faster.",
                 ),
             ],
             outputs=[schema.Memory.Output(display_name="memory")],

@@ -71,8 +71,8 @@ def caption_per_chunk(
         durations: prepend the token that tells a chunk how many follow it.
 
     Raises:
-        MagiError: a caption has the wrong width, tokens are requested without special tokens, or there are more captions than
-            chunks.
+        MagiError: a caption has the wrong width, tokens are requested without special tokens, or there are more
+            captions than chunks.
     """
     check_styles(styles)
     every = [captions] if isinstance(captions, Caption) else list(captions)

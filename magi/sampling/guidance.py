@@ -42,7 +42,7 @@ def combine(weights: Weights, velocities: Mapping[PassName, torch.Tensor]) -> to
 
 
 def is_nearly_clean(t: float, threshold: float) -> bool:
-    """Tells whether a distilled model mixes its oldest chunk at time `t` with the prediction of that chunk in isolation."""
+    """Tells whether a distilled model mixes its oldest chunk, at time `t`, with its isolated prediction."""
     return t > threshold - _NEARLY_CLEAN_EPSILON
 
 
@@ -54,7 +54,8 @@ def needed(wanted: list[bool], first_seen: list[int]) -> list[bool]:
 
     Args:
         wanted: per chunk of the pass, whether its velocity is used.
-        first_seen: per chunk, the index within the pass of the first chunk whose K/V it sees (it sees all up to itself).
+        first_seen: per chunk, the index within the pass of the first chunk whose K/V it sees (it sees all
+            up to itself).
     """
     result = list(wanted)
     for i in reversed(range(len(result))):

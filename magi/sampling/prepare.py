@@ -52,14 +52,14 @@ def make_sampler(
         noise: initial latents (1, 16, K * 6, h, w) of all K chunks, prefix included; None draws them from `seed`.
         seed: any integer.
         prefix: scaled latents (1, 16, Tp, h, w) to continue; one latent frame is an image.
-        num_frames: video frames to generate after the prefix, rounded down to a multiple of 4 and then up to whole chunks;
-            None takes the config's.
+        num_frames: video frames to generate after the prefix, rounded down to a multiple of 4 and then up to whole
+            chunks; None takes the config's.
         height: pixels, a multiple of 16; None takes that of the noise, the prefix or the config.
         width: likewise.
         state: state to resume from: a copy of another sampler's with the same model and arguments, from any device.
         progress: called after every forward iteration; what it raises ends the run.
         heartbeat: called many times per iteration with the fraction of it that is done, 0 .. 1; likewise.
-        report: called with a sentence whenever memory ran out and the run changed for it; None issues a warning instead.
+        report: called with a sentence whenever memory ran out and the run changed for it; None issues a warning.
 
     Raises:
         MagiError: the arguments contradict each other, or the model or the settings; raised before any computing.
@@ -158,7 +158,11 @@ def generate_latents(*args: Any, **kwargs: Any) -> Iterator[Chunk]:
 def _latent_size(
     config: MagiConfig, noise: torch.Tensor | None, prefix: torch.Tensor | None, explicit: tuple[bool, bool]
 ) -> tuple[int, int]:
-    """Returns height and width of the latents. Raises MagiError for sizes the model does not support and for tensors that disagree."""
+    """Returns height and width of the latents.
+
+    Raises:
+        MagiError: the model does not support the size, or the tensors disagree.
+    """
     runtime = config.runtime
     size = (runtime.video_size_h / SPATIAL_DOWNSAMPLE, runtime.video_size_w / SPATIAL_DOWNSAMPLE)
     for name, x in (("noise", noise), ("prefix", prefix)):

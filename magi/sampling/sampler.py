@@ -1,8 +1,9 @@
 """The chunk loop: denoises a sliding window of chunks and yields each when it is clean (arXiv 2505.13211, section 2.3).
 
-`SamplerState` holds all state of a run: the position in the schedule, the latents in the window and the last clean chunks. A
-run that resumes from a copy of a state gives the same bits as the run it was copied from, because the K/V of clean chunks
-depend on nothing but those chunks: the cache is filled from them again, by the code that also runs the chunks of a prefix.
+`SamplerState` holds all state of a run: the position in the schedule, the latents in the window and the last clean
+chunks. A run that resumes from a copy of a state gives the same bits as the run it was copied from, because the K/V of
+clean chunks depend on nothing but those chunks: the cache is filled from them again, by the code that also runs the
+chunks of a prefix.
 
 Shapes: (1, 16, W, h, w) latents and velocities of a chunk of W latent frames.
 """
@@ -24,7 +25,7 @@ from .state import Chunk, Noise, Progress, ProgressEvent, SamplerState
 
 
 class Sampler:
-    """One run. Iterating it yields the finished chunks; between two of them `state` may be copied, to resume another run."""
+    """One run. Iterating it yields the finished chunks; between two of them `state` may be copied."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Sampler:
             state: state to resume from.
             on_iteration: called after every forward iteration.
             on_progress: called many times per iteration with the fraction of it that is done, 0 .. 1.
-            on_shortage: called with a sentence whenever memory ran out and the run changed for it; None issues a warning.
+            on_shortage: called with a sentence when the run changed because memory ran out; None issues a warning.
         """
         self._model = model
         self._config = config
@@ -115,7 +116,7 @@ class Sampler:
     # -- when memory runs out ------------------------------------------------------------------------------------------
 
     def _lower_memory(self) -> None:
-        """Lowers the use of memory from the last finished iteration on. Raises MagiError once nothing is left to change."""
+        """Lowers the use of memory for the next iterations. Raises MagiError once nothing is left to change."""
         device, cache_device = self._model.device, self._model.cache_device
         empty_cache(device)
         change = self._model.shrink() or self._shrink_window()
@@ -131,7 +132,7 @@ class Sampler:
         self._on_shortage(f"{device} ran out of memory. From the last finished step on {change}.")
 
     def _shrink_window(self) -> str | None:
-        """Restarts from the last finished chunk with a smaller window. Returns the change, or None if the window is 1."""
+        """Restarts after the last finished chunk with a smaller window. Returns the change; None if there is none."""
         now = self._schedule
         window = next(iter(smaller_windows(now.num_steps, now.window)), None)
         if window is None:
@@ -193,7 +194,7 @@ class Sampler:
         return [combine(w, f) for w, f in zip(weights, found, strict=True)]
 
     def _one_pass(self, it: Iteration, state: SamplerState) -> list[torch.Tensor]:
-        """Computes the velocities of distilled models; the oldest chunk, once nearly clean, is mixed with its isolated one."""
+        """Computes the velocities of distilled models; that of a nearly clean chunk is mixed with its isolated one."""
         made, chunks = self._context_pass(it, state, [True] * len(it.chunks), conditional=True, store=True)
         passes = [made]
         t = self._times[it.grid[0]]
@@ -213,7 +214,7 @@ class Sampler:
     def _context_pass(
         self, it: Iteration, state: SamplerState, wanted: list[bool], conditional: bool, store: bool
     ) -> tuple[Pass, list[int]]:
-        """Builds the pass over active chunks that see one another and the cache, with their indices (-1: the refresh)."""
+        """Builds the pass of active chunks that see one another and the cache, and their indices (-1: refresh)."""
         refresh, active = members(it, self._schedule, wanted, store)
         inputs: list[ChunkInput] = []
         places: list[int] = []
@@ -239,7 +240,7 @@ class Sampler:
         assert self._cache is not None  # noqa: S101 (filled when the iteration began)
         return self._model.forward(passes, self._cache, signal, self._on_progress)
 
-    # -- prefix, cache, captions ---------------------------------------------------------------------------------------------------
+    # -- prefix, cache, captions --------------------------------------------------------------------------------------
 
     def _first_state(self) -> SamplerState:
         """Returns the state before the first iteration: the whole prefix chunks that later ones can see are clean."""

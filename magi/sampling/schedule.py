@@ -1,8 +1,8 @@
 """The schedule: when each chunk is denoised, at which times, and what it sees. Pure functions on ints and floats.
 
-A window slides over a video of `chunks` chunks, the first `prefix_chunks` of which are the prefix. Every stage takes each chunk
-in the window through one of `window` segments of the time grid; then the oldest chunk leaves clean and a new one enters as
-noise (arXiv 2505.13211, section 2.3).
+A window slides over a video of `chunks` chunks, the first `prefix_chunks` of which are the prefix. Every stage takes
+each chunk in the window through one of `window` segments of the time grid; then the oldest chunk leaves clean and a new
+one enters as noise (arXiv 2505.13211, section 2.3).
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,7 +67,7 @@ class Schedule:
         prefix_chunks: whole chunks of the prefix.
         num_steps: steps per chunk.
         window: chunks denoised at a time.
-        kv_ranges: chunks seen (the chunk itself included) in each of len(kv_ranges) equal parts of the steps; empty: all.
+        kv_ranges: chunks seen (the chunk itself included) per equal part of the steps; empty: all.
         clean_kv_range: chunks that a clean chunk sees, itself included.
 
     Raises:
@@ -163,7 +163,7 @@ class Schedule:
 
     @property
     def kept_chunks(self) -> int:
-        """Returns how many finished chunks' latents a run keeps: enough to refill the cache, even for a smaller window."""
+        """Returns how many finished chunks a run keeps: enough to refill the cache, even for a smaller window."""
         return max(1, self.replayed_chunks, *(n - 1 for n in self.kv_ranges))
 
     def with_window(self, window: int, done: int) -> "Schedule":

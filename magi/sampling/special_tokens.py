@@ -102,7 +102,7 @@ class SpecialTokens:
 
 
 def find_special_tokens(folders: Iterable[str | Path]) -> Path | None:
-    """Finds the published file by its hash, under any name, among the .npz files of the folders. Returns None if there is none."""
+    """Finds the published file by its hash among the .npz files of the folders; returns None without one."""
     files = (file for folder in folders for file in sorted(Path(folder).glob("*.npz")))
     return next((file for file in files if is_official(file)), None)
 

@@ -49,7 +49,7 @@ class SamplerState:
     Attributes:
         iteration: forward iterations done; counted from chunk `done` on if the window was made smaller.
         window: latents per active chunk, (1, 16, W, h, w) float32.
-        clean: latents per chunk of the last finished or prefix chunks, prefix frames included, (1, 16, W, h, w) float32.
+        clean: latents per last finished or prefix chunk, prefix frames included, (1, 16, W, h, w) float32.
         window_size: chunks denoised at a time if a memory shortage made the window smaller; else None.
         done: chunks finished at that moment, prefix included.
     """
@@ -122,7 +122,7 @@ def _chunks_at(schedule: Schedule, iteration: int) -> tuple[list[int], list[int]
 
 
 class Noise:
-    """Initial latents per chunk: supplied, or drawn from (seed, chunk), so that a video's start does not depend on its length."""
+    """Initial latents per chunk: supplied, or drawn from (seed, chunk), whatever the length of the video."""
 
     def __init__(self, shape: tuple[int, ...], seed: int, latents: torch.Tensor | None = None) -> None:
         """Takes the shape of a chunk, (1, 16, W, h, w), and optionally all chunks' latents, (1, 16, K * W, h, w)."""

@@ -22,7 +22,7 @@ _KERNELS = {
 
 
 def attention_choices() -> tuple[str, ...]:
-    """Returns the valid choices: "auto" (torch picks), torch's kernels by name, and "sage" if sageattention is installed."""
+    """Returns the valid choices: "auto", torch's kernels by name, and "sage" if sageattention is installed."""
     return ("auto", *_KERNELS, *(("sage",) if _has_sage() else ()))
 
 
@@ -58,8 +58,8 @@ def check_attention(
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: str = "auto") -> torch.Tensor:
     """Computes unmasked grouped-query attention; consecutive query heads share a K/V head.
 
-    Without a mask the rows of the score matrix are independent, so the query heads of a group can be concatenated into one
-    longer sequence: no K/V head is repeated, and every kernel (flash, memory-efficient, CPU) supports that shape.
+    Without a mask the rows of the score matrix are independent, so the query heads of a group can be concatenated into
+    one longer sequence: no K/V head is repeated, and every kernel (flash, memory-efficient, CPU) supports that shape.
 
     Args:
         q: (H, S, d).

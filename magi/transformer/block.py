@@ -1,10 +1,10 @@
 """One transformer layer over the chunks of a pass, one block of tokens at a time (arXiv 2505.13211, section 2.2).
 
-Only the K/V are computed for a whole chunk before anything else. Every later step, from the queries to the MLP, needs nothing
-but the K/V of other tokens, so it runs one token block after the other and overwrites the hidden states. Beside the K/V and
-the hidden states, the activations of a layer are thus as large as a token block, not as a chunk.
+Only the K/V are computed for a whole chunk before anything else. Every later step, from the queries to the MLP, needs
+nothing but the K/V of other tokens, so it runs one token block after the other and overwrites the hidden states. Beside
+the K/V and the hidden states, the activations of a layer are thus as large as a token block, not as a chunk.
 
-Shapes: S tokens of a chunk, T tokens of a block, D hidden size, H query heads, G K/V groups, d head size, n rotary angles.
+Shapes: S tokens per chunk, T tokens per block, D hidden size, H query heads, G K/V groups, d head size, n angles.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -45,8 +45,8 @@ class LayerSettings:
     forward: Callable[..., list[torch.Tensor]]
 
 
-# Chunks whose self-attention is one computation: the same hidden states, position and K/V. In the first layer the text pass and
-# the previous-chunk pass of guidance share it; in later layers a group holds one chunk.
+# Chunks whose self-attention is one computation: the same hidden states, position and K/V. In the first layer the text
+# pass and the previous-chunk pass of guidance share it; in later layers a group holds one chunk.
 Group = Sequence[ChunkState]
 _ShareKey = tuple[int, int, int]  # chunk, first chunk seen, identity of the latents
 
@@ -78,7 +78,7 @@ def _share_key(s: ChunkState) -> _ShareKey:
 def _compatible(merged: Mapping[_ShareKey, object], found: Mapping[_ShareKey, object]) -> bool:
     """Tells whether two sets of chunks see together what each sees alone: the buffer has room for one K/V per chunk.
 
-    No chunk may be in both with other latents or another range, nor be computed in one and read from the cache in the other.
+    No chunk may be in both with other latents or another range, or be computed in one and cached in the other.
     """
     both = merged.keys() | found.keys()
     return len({chunk for chunk, _, _ in both}) == len(both) and (
@@ -177,7 +177,9 @@ def layer_forward(
     text_kv: Sequence[torch.Tensor],
     gates: Sequence[Sequence[torch.Tensor]],
 ) -> list[torch.Tensor]:
-    """Runs a layer, all but its K/V, on a token block of chunks that share their self-attention; `torch.compile` takes this.
+    """Runs all of a layer but its K/V on a token block of chunks that share their self-attention.
+
+    This is the function that `torch.compile` compiles.
 
     Args:
         settings: shared by all layers.

@@ -1,7 +1,8 @@
 """float8 (e4m3fn) weights of the official quantised checkpoints, on any device.
 
-Hardware with float8 matrix units multiplies float8 directly; elsewhere the same rounded numbers are upcast first, to a dtype
-that represents every e4m3 product exactly. Where torch has no float8 dtype for the device, the weights are stored as bytes.
+Hardware with float8 matrix units multiplies float8 directly; elsewhere the same rounded numbers are upcast first, to a
+dtype that represents every e4m3 product exactly. Where torch has no float8 dtype for the device, the weights are stored
+as bytes.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Fp8Weight:
         weight: (out, in) e4m3fn, or its bytes as uint8 on devices without float8.
         weight_scale: () float32.
         input_scale: () float32.
-        smooth_scale: (in,) float32 per channel where the layer was smoothed, None where input_scale quantises its input.
+        smooth_scale: (in,) float32 per channel where the layer was smoothed, None if `input_scale` divides the input.
     """
 
     weight: torch.Tensor
@@ -55,7 +56,7 @@ class Fp8Weight:
         smooth_scale: torch.Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> "Fp8Weight":
-        """Builds a layer from checkpoint tensors: weight (1, out, in) or (out, in), scales of any shape with equal entries."""
+        """Builds a layer from a weight (1, out, in) or (out, in), and scales of any shape with equal entries."""
         device = torch.device(device or weight.device)
         weight = weight.reshape(weight.shape[-2:])
         if not supports_float8(device):
@@ -74,7 +75,7 @@ class StoredFp8:
 
     Attributes:
         weight: (out, in) e4m3fn, or its bytes as uint8 on devices without float8.
-        scale: (out, 1) float32 powers of two, by which multiplying is exact: the largest entry of a row is within 224 .. 448.
+        scale: (out, 1) float32, exact powers of two; the largest entry of a row is within 224 .. 448.
     """
 
     weight: torch.Tensor
@@ -105,7 +106,7 @@ def fp8_linear(
     input_scale: torch.Tensor,
     smooth_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Applies one official fp8 layer, with weights shaped as in the checkpoint: (..., in) -> (..., out) in x's dtype."""
+    """Applies one official fp8 layer to (..., in): (..., out) in x's dtype. Weights have their checkpoint shapes."""
     return apply_fp8(x, Fp8Weight.from_official(weight, weight_scale, input_scale, smooth_scale, x.device))
 
 
@@ -188,7 +189,7 @@ def _has_out_dtype(device: torch.device) -> bool:
 
 
 def _matmul_float8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Multiplies float8 in hardware with float32 output; pads the tokens to a multiple of 16, which the kernel needs."""
+    """Multiplies float8 in hardware, with float32 output. The kernel needs tokens in multiples of 16, so pads."""
     tokens = x.shape[0]
     if tokens % 16:
         x = F.pad(x.view(torch.uint8), (0, 0, 0, -tokens % 16)).view(weight.dtype)
@@ -232,7 +233,7 @@ def _e4m3_values() -> torch.Tensor:
 
 
 def _unpack_e4m3(weight: torch.Tensor) -> torch.Tensor:
-    """Decodes e4m3fn numbers on the CPU to float32, twice as fast as torch does. Exact, but NaN, which no weight is, gives 480.
+    """Decodes e4m3fn numbers on the CPU to float32, twice as fast as torch. Exact; NaN, which no weight is, gives 480.
 
     Sign, exponent and mantissa are shifted to their bits of a float16, and the product corrects the exponent bias.
     """

@@ -72,7 +72,7 @@ def gated_residual(
 
 
 def timestep_embedding(t: float, size: int, device: torch.device) -> torch.Tensor:
-    """Embeds t as [cos, sin] of t * 1000 at size / 2 geometric frequencies: (1, size) float32, the same bits on any device."""
+    """Embeds t as [cos, sin] of t * 1000 at size / 2 frequencies: (1, size) float32, the same bits everywhere."""
     # The order of the two products decides the last bits of the argument.
     args = torch.tensor([[t]], dtype=torch.float32) * _frequencies(size // 2) * 1000  # (1, size / 2)
     args = args.double()
@@ -82,9 +82,9 @@ def timestep_embedding(t: float, size: int, device: torch.device) -> torch.Tenso
 def _frequencies(count: int) -> torch.Tensor:
     """Returns 10000^(-i / count) for i in 0 .. count: (count,) float32.
 
-    A step size of 32 turns the last bit of a frequency into 0.001 rad, and float32 `exp` differs in that bit between processors
-    (MKL has five kernels) and GPUs. So the values are rounded from float64. Two of them are the next float32 above instead, 0.52
-    rather than 0.48 units away, because the recorded outputs of the public implementation show that.
+    A step size of 32 turns the last bit of a frequency into 0.001 rad, and float32 `exp` differs in that bit between
+    processors (MKL has five kernels) and GPUs. So the values are rounded from float64. Two of them are the next float32
+    above instead, 0.52 rather than 0.48 units away, as recorded outputs of the public implementation show.
     """
     exponents = -math.log(10000) * torch.arange(count, dtype=torch.float32) / count
     frequencies = exponents.double().exp().float()

@@ -1,8 +1,8 @@
-"""The MAGI-1 transformer (arXiv 2505.13211, section 2.2), run layer by layer over all passes and chunks of an iteration.
+"""The MAGI-1 transformer (arXiv 2505.13211, section 2.2), run layer by layer over all passes and chunks.
 
-Each layer's weights are read once per iteration and applied to every chunk of every pass before the next layer's. Streaming
-weights from the host thus moves them once, whatever the number of passes. Within a pass chunks run oldest first, and the K/V
-of a chunk are written before a later chunk reads them.
+Each layer's weights are read once per iteration and applied to every chunk of every pass before the next layer's.
+Streaming weights from the host thus moves them once, whatever the number of passes. Within a pass chunks run oldest
+first, and the K/V of a chunk are written before a later chunk reads them.
 
 Shapes: S tokens of a chunk, T tokens of a block, D hidden size, G K/V groups, d head size, n rotary angles.
 """

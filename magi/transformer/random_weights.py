@@ -18,7 +18,7 @@ _SPREAD = 4.0  # standard deviations that float8 codes span
 
 
 class RandomTensors:
-    """A `TensorSource` of seeded random weights. The same (name, shape, seed) gives the same numbers, in any order of access."""
+    """A `TensorSource` of seeded random weights. The same (name, shape, seed) gives the same numbers in any order."""
 
     def __init__(
         self, config: ModelConfig, fp8: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0

@@ -1,7 +1,7 @@
-"""The transformer's weights: their names in a checkpoint, their precision, and the interface through which blocks arrive.
+"""The transformer's weights: their names in a checkpoint, their precision, and the interface of block sources.
 
-A model reads its blocks by iterating over a `BlockSource` once per forward iteration. Where the weights are between two uses
-(on the device, in host memory, in a mapped file) is up to the source.
+A model reads its blocks by iterating over a `BlockSource` once per forward iteration. Where the weights are between two
+uses (on the device, in host memory, in a mapped file) is up to the source.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class OuterWeights:
 
 
 def map_tensors(weights: _Weights, change: Callable[[torch.Tensor], torch.Tensor]) -> _Weights:
-    """Applies `change` to every tensor of a dataclass of tensors and of such dataclasses, in the order of the fields."""
+    """Applies `change` to every tensor of a dataclass of tensors and such dataclasses, in the order of fields."""
 
     def changed(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -121,7 +121,7 @@ class WeightReader:
         config: the transformer's shape.
         device: device the tensors are moved to.
         dtype: of every tensor that is not always float32 (q, k and post norms, embeddings, final layer) or float8.
-        store_fp8: store as weight-only float8 the matrices that an official fp8 checkpoint quantises, if this is not one.
+        store_fp8: store the matrices that official fp8 checkpoints quantise as weight-only float8.
     """
 
     source: TensorSource

@@ -39,7 +39,7 @@ def tile_bytes(config: VAEConfig, tiling: Tiling, dtype: torch.dtype, scores: bo
 
 
 def fitting(tiling: Tiling, config: VAEConfig, dtype: torch.dtype, scores: bool, free: int) -> Tiling:
-    """Returns the largest tiling, up to the given one, that fits into 90% of `free` bytes; the smallest if none does."""
+    """Returns the largest tiling up to `tiling` that fits into 90% of `free` bytes; the smallest if none does."""
     while tile_bytes(config, tiling, dtype, scores) > (1 - _RESERVE) * free:
         smaller = next_smaller(tiling)
         if smaller is None:

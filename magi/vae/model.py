@@ -1,4 +1,4 @@
-"""Encoder and decoder of the MAGI-1 VAE (arXiv 2505.13211, section 2.1): vision transformers that run on one tile at a time.
+"""Encoder and decoder of the MAGI-1 VAE (arXiv 2505.13211, section 2.1): vision transformers on one tile.
 
 Shapes: B batch, N = t * h * w tokens (t latent frames, h x w latent pixels), D width, z latent channels.
 """
@@ -197,8 +197,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
         """Embeds the patches of a video: (B, 3, 4t, 8h, 8w) -> (B, N, D)."""
-        # One matmul, as the patches of the convolution do not overlap: 3D convolutions in bf16 are slow or missing on some
-        # devices.
+        # One matmul, as the patches of the convolution do not overlap: 3D convolutions in bf16 are slow or missing on
+        # some devices.
         b, c, t, h, w = video.shape
         patches = video.reshape(
             b, c, t // PATCH_FRAMES, PATCH_FRAMES, h // PATCH_SIZE, PATCH_SIZE, w // PATCH_SIZE, PATCH_SIZE

@@ -1,4 +1,4 @@
-"""One encoding or decoding, temporal tile by temporal tile: checks the input, and shrinks the tiles if memory runs out."""
+"""One encoding or decoding, by temporal tiles: checks the input, and shrinks the tiles if memory runs out."""
 
 from collections.abc import Callable, Iterable, Iterator
 from warnings import warn
@@ -26,7 +26,7 @@ class TileRun:
         device: torch.device,
         fitting: Callable[[Tiling], Tiling] | None = None,
     ) -> None:
-        """Prepares a run; `fitting` shrinks the tiling to the free memory, and is called no sooner than the first tile needs it."""
+        """Prepares a run; `fitting` shrinks the tiling to the free memory, and is called with the first tile."""
         self.tiling = tiling
         self._fitting = fitting
         self.counter = TileProgress(progress)
@@ -121,7 +121,7 @@ def check_video(video: torch.Tensor) -> None:
 
 
 def check_tensor(tensor: torch.Tensor, name: str, layout: str, channels: int) -> None:
-    """Raises MagiError unless the tensor is floating point, not empty, and of five axes with `channels` on the second."""
+    """Raises MagiError unless the tensor is floating point, not empty, and (B, channels, T, H, W)."""
     shape = tuple(tensor.shape)
     if len(shape) != 5 or shape[1] != channels:
         raise MagiError(f"Shape {shape} is not that of {name} for the VAE. Give {layout}.")

@@ -1,7 +1,7 @@
 """Tiling in space and time: cuts a video into tiles and blends them without seams.
 
-Along time tiles do not overlap. In space they do, and each tile fades in over the one above it and then over the one to its
-left.
+Along time tiles do not overlap. In space they do, and each tile fades in over the one above it and then over the one to
+its left.
 """
 
 import time
@@ -66,7 +66,7 @@ class Tiling:
         return min(round(self.size * self.overlap / PATCH_SIZE), self.latent_size - 1)
 
     def starts(self, length: int) -> range:
-        """Returns the first latent pixel of every tile along an axis of `length` latent pixels; the last tile may be a sliver."""
+        """Returns the first latent pixel of every tile along an axis of `length` ones; the last may be a sliver."""
         return range(0, length, self.latent_size - self.latent_overlap)
 
     def tile_count(self, frames: int, height: int, width: int) -> int:
@@ -111,7 +111,7 @@ class TileProgress:
 
 
 def recut(blocks: Iterable[torch.Tensor], length: int) -> Iterator[torch.Tensor]:
-    """Re-cuts a sequence of (B, C, t, H, W) blocks of any t into pieces of `length` frames, each yielded once it is complete.
+    """Re-cuts a sequence of (B, C, t, H, W) blocks of any t into pieces of `length` frames, yielded once complete.
 
     The last piece may be shorter. At most one piece and the current block are kept.
     """
@@ -154,7 +154,7 @@ def map_tiles(
         tiling: size and overlap of the tiles.
         scale_in: units of `source` per latent pixel.
         scale_out: units of `result` per latent pixel.
-        chained: fade in over neighbours that are blended themselves (encoding), or over those `run` returned (decoding).
+        chained: fade in over neighbours that are blended themselves (encoding), or as returned (decoding).
     """
     extent = tiling.latent_overlap * scale_out
     keep = (tiling.latent_size - tiling.latent_overlap) * scale_out
@@ -187,7 +187,8 @@ def _end(tile: torch.Tensor, extent: int, dim: int) -> torch.Tensor:
 
 def _fade_in(tile: torch.Tensor, before: torch.Tensor, dim: int) -> None:
     """Blends the start of `tile` in place: linearly from the end of `before` to its own values."""
-    # A sliver is narrower than the overlap and ends where the tile before it ends, so the fade is as long as the sliver.
+    # A sliver is narrower than the overlap and ends where the tile before it ends, so the fade is as long as the
+    # sliver.
     extent = min(before.shape[dim], tile.shape[dim])
     weight = torch.arange(extent, device=tile.device, dtype=tile.dtype) / max(extent, 1)
     if dim == -2:

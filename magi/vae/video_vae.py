@@ -28,11 +28,12 @@ class VideoVAE(nn.Module):
     """Encoder and decoder with their weights; `load_vae` makes one.
 
     Every method processes one tile at a time, takes tensors of any device and floating dtype, computes on `device` in
-    `dtype`, and blends and returns float32 on `output_device`. `progress(tiles done, tiles known so far)` is called after
-    every tile, and about twice per second inside long ones; what it raises ends the call.
+    `dtype`, and blends and returns float32 on `output_device`. `progress(tiles done, tiles known so far)` is called
+    after every tile, and about twice per second inside long ones; what it raises ends the call.
 
-    Without a `tiling`, tiles are the published ones, or smaller if the device has too little free memory for those. Tiles
-    that run out of memory are repeated with smaller ones, with one warning; MagiError is raised if the smallest do not fit.
+    Without a `tiling`, tiles are the published ones, or smaller if the device has too little free memory for those.
+    Tiles that run out of memory are repeated with smaller ones, with one warning; MagiError is raised if the smallest
+    do not fit.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -65,7 +66,7 @@ class VideoVAE(nn.Module):
 
     @torch.inference_mode(False)
     def park(self) -> None:
-        """Removes the weights from the device until `unpark`, or until the next encoding or decoding. On a CPU they stay.
+        """Removes the weights from the device until `unpark` or the next encoding or decoding. On a CPU they stay.
 
         Weights that were read from a file are not copied back, as they stay mapped there.
         """
@@ -109,7 +110,7 @@ class VideoVAE(nn.Module):
         progress: ProgressCallback | None = None,
         output_device: torch.device | str = "cpu",
     ) -> Iterator[torch.Tensor]:
-        """Encodes a video that arrives in blocks of frames (B, 3, t, H, W), and yields the latents of each temporal tile.
+        """Encodes a video that arrives in blocks (B, 3, t, H, W), and yields the latents of each temporal tile.
 
         Blocks may have any number of frames; at most one tile and the current block are kept.
 
@@ -167,8 +168,8 @@ class VideoVAE(nn.Module):
     ) -> Iterator[torch.Tensor]:
         """Decodes latents that arrive in chunks (B, 16, t, h, w) of any t, as a sampler yields them.
 
-        The frames are the same as from decoding the concatenated chunks. Each temporal tile is yielded as soon as its latents
-        are complete; fewer latents than two tiles are kept besides the current chunk.
+        The frames are the same as from decoding the concatenated chunks. Each temporal tile is yielded as soon as its
+        latents are complete; fewer latents than two tiles are kept besides the current chunk.
 
         Raises:
             MagiError: as for `decode`, or a chunk has another size than the first one.
@@ -177,7 +178,8 @@ class VideoVAE(nn.Module):
         before = None
         for latents in recut(run.checked(chunks, self._check_latents, 1, 1), run.tiling.latent_frames):
             if latents.shape[2] == 1 < run.tiling.latent_frames and before is not None:
-                # A single last latent decodes better together with the ones before it, whose frames are already yielded.
+                # A single last latent decodes better together with the ones before it, whose frames are already
+                # yielded.
                 latents = torch.cat([before[:, :, 1:], latents], dim=2)  # (B, 16, tile, h, w)
                 yield self._decode_latents(latents, run, output_device)[:, :, -PATCH_FRAMES:].clone()  # (B, 3, 4, H, W)
             else:
@@ -205,9 +207,8 @@ class VideoVAE(nn.Module):
         def encode(tile: torch.Tensor) -> torch.Tensor:
             tile = tile.to(self.device, self.dtype)
             if missing:
-                tile = torch.cat(
-                    [tile, tile[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2
-                )  # (B, 3, 4t, tile, tile)
+                # (B, 3, 4t, tile, tile)
+                tile = torch.cat([tile, tile[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
             means = self.encoder(tile, run.counter.on_progress)  # (B, z, t, tile / 8, tile / 8)
             run.counter.finish_tile()
             return means
@@ -222,9 +223,8 @@ class VideoVAE(nn.Module):
     @torch.no_grad()
     def _decode_latents(self, latents: torch.Tensor, run: TileRun, output_device: torch.device | str) -> torch.Tensor:
         b, _, t, h, w = latents.shape
-        video = torch.empty(
-            b, 3, PATCH_FRAMES * t, PATCH_SIZE * h, PATCH_SIZE * w, device=output_device
-        )  # (B, 3, 4t, 8h, 8w)
+        size = (PATCH_FRAMES * t, PATCH_SIZE * h, PATCH_SIZE * w)
+        video = torch.empty(b, 3, *size, device=output_device)  # (B, 3, 4t, 8h, 8w)
 
         def decode(tile: torch.Tensor) -> torch.Tensor:
             unscaled = tile.to(self.device, torch.float32) / SCALE
@@ -245,9 +245,8 @@ class VideoVAE(nn.Module):
         )
 
 
-@torch.inference_mode(
-    False
-)  # weights created in inference mode, in which ComfyUI runs its nodes, could not be moved outside it
+# Weights created in inference mode, in which ComfyUI runs its nodes, could not be moved outside it.
+@torch.inference_mode(False)
 def load_vae(
     path: str | Path,
     device: torch.device | str | None = None,
@@ -256,8 +255,8 @@ def load_vae(
 ) -> VideoVAE:
     """Loads a MAGI-1 VAE from its folder (config.json and one .safetensors) or from the bare .safetensors file.
 
-    A config.json beside the file is used; without one the sizes are inferred from the tensors. On a CPU, weights that already
-    have `dtype` stay views of the mapped file.
+    A config.json beside the file is used; without one the sizes are inferred from the tensors. On a CPU, weights that
+    already have `dtype` stay views of the mapped file.
 
     Args:
         path: folder or file.

@@ -112,7 +112,7 @@ class Counting:
 
 
 def in_full(model, config, caption, special, noise, prefix=None, negative=False) -> Iterator[torch.Tensor]:
-    """Sampling by the definition (arXiv 2505.13211, sections 2.3 and 2.4): all passes over all chunks, all K/V cached."""
+    """Sampling by the definition (arXiv 2505.13211, sections 2.3 and 2.4): all passes and chunks, all K/V cached."""
     runtime, width = config.runtime, config.runtime.chunk_width
     chunks, prefix_frames = noise.shape[2] // width, 0 if prefix is None else prefix.shape[2]
     schedule = Schedule.of(runtime, chunks, prefix_frames // width)

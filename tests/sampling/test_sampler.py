@@ -120,8 +120,8 @@ def test_supplied_noise_replaces_the_seeds(run, tiny_config, randn):
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_new_caption_begins_with_its_chunk(at, window, distill, run, tiny_config, tiny_caption):
-    # A chunk sees earlier ones, never later ones. The text pass's K/V of chunks that share the window carry a caption on;
-    # those of finished chunks come from passes without text, but the chunks themselves look different by then.
+    # A chunk sees earlier ones, never later ones. The text pass's K/V of chunks that share the window carry a caption
+    # on; those of finished chunks come from passes without text, but the chunks themselves look different by then.
     config = tiny_config(distill, window_size=window)
     first, second = tiny_caption(1), tiny_caption(2, tokens=7)
     plain = run(config, caption=first)

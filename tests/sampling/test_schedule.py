@@ -12,7 +12,8 @@ from magi.sampling.schedule import Schedule, check_steps, step_size_signal, time
 from tests.support.paths import GOLDEN
 
 CASES = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))["cases"]
-# Chunks in all, whole prefix chunks, window, steps: one chunk, windows wider than the video, a prefix of all but one chunk ...
+# Chunks in all, whole prefix chunks, window, steps: one chunk, windows wider than the video, a prefix of all but one
+# chunk ...
 RUNS = [
     (chunks, prefix, window, steps)
     for chunks, window, steps in itertools.product((1, 2, 3, 5, 9), (1, 2, 3, 4, 6), (12, 24))

@@ -57,7 +57,8 @@ def built(tiny_model):
 
 @pytest.fixture
 def start(built, tiny_caption, tiny_tokens):
-    """(config, model=None, **make_sampler's) -> a run; what it reports is in its `reports`, and its events in `events`."""
+    """(config, model=None, **make_sampler's) -> a run; what it reports is in its `reports`, and its events in
+    `events`."""
 
     def make(config, model=None, **options):
         reports, events = [], []

@@ -1,4 +1,4 @@
-"""A layer over several passes: shared work is computed once, and the token block size changes no more than the last bits."""
+"""A layer over several passes: shared work is computed once, and the token block size changes only last bits."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ LAYERS = 3
 
 @dataclass
 class Made:
-    """Results of a forward call, and per layer the calls of self attention, of cross_attn attention and of the K/V projection."""
+    """Results of a forward call, and the calls per layer of self and cross attention and of the K/V projection."""
 
     tensors: list[torch.Tensor]
     self_attn: list[int] = field(default_factory=lambda: [0] * LAYERS)

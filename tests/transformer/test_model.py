@@ -92,7 +92,8 @@ def test_time_embedding_formula():
 
 
 def test_time_embedding_has_the_same_bits_on_every_processor():
-    """float32 `exp` and `cos` do not: a step size of 32 then differs by 0.001, and distilled models by 2e-5 and more."""
+    """float32 `exp` and `cos` do not: a step size of 32 then differs by 0.001, and distilled models by 2e-5 and
+    more."""
     bits = timestep_embedding(32.0, 256, torch.device("cpu")).numpy().tobytes()
     assert hashlib.sha256(bits).hexdigest()[:16] == "fd7d6b5dc64dea82"
 

@@ -96,7 +96,8 @@ def without_sage(monkeypatch):
 
 @pytest.fixture
 def sage(monkeypatch):
-    """A stand-in for the package: plain attention for the types and head sizes it takes; it lists the shapes it was given."""
+    """A stand-in for the package: plain attention for the types and head sizes it takes; it lists the shapes it was
+    given."""
     module = types.ModuleType("sageattention")
     module.shapes = []
 
