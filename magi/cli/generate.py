@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention", default="auto", help="kernel: auto, flash, efficient, math or sage (default: %(default)s)"
     )
     run.add_argument(
+        "--compile",
+        action="store_true",
+        help="have torch.compile make the layers' kernels: faster after a first iteration that takes minutes; needs a C++ "
+        "compiler or Triton; the last bits of the video differ",
+    )
+    run.add_argument(
         "--offload",
         choices=("auto", "on", "off"),
         default="auto",
@@ -257,6 +263,7 @@ def _pipeline(args: argparse.Namespace) -> MagiPipeline:
         "dtype": DTYPES[args.dtype],
         "precision": "fp8" if args.fp8_storage else "auto",
         "attention": args.attention,
+        "compiled": args.compile,
         "offload": {"auto": None, "on": True, "off": False}[args.offload],
         "memory": MemoryOptions(budget=None if args.memory is None else parse_bytes(args.memory)),
         "text_device": args.text_device,

@@ -30,6 +30,7 @@ from ..system.whole_files import tensor_digest
 from ..text.embedding_cache import EmbeddingCache
 from ..text.encode import check_encoder, encode_prompts
 from ..text.encoder import encoder_fingerprint
+from ..transformer.compiled import check_compile
 from ..transformer.weights import Precision
 from ..vae.video_vae import load_vae
 from .progress import Stage, StageProgress, counted
@@ -66,6 +67,7 @@ class MagiPipeline:
         precision: Precision = "auto",
         attention: str = "auto",
         memory: MemoryOptions | None = None,
+        compiled: bool = False,
     ) -> None:
         """`from_files` checks the files first; arguments are described there."""
         self.files = files
@@ -77,7 +79,9 @@ class MagiPipeline:
         self._text_dtype = text_dtype
         self._cache = cache
         self._precision: Precision = precision
-        self._attention = attention
+        self._attention, self._compiled = attention, compiled
+        if compiled:
+            check_compile(self.device)
         memory = memory or MemoryOptions()
         self._models = LoadedModels(
             files,
@@ -88,6 +92,7 @@ class MagiPipeline:
             precision=precision,
             attention=attention,
             memory=memory if offload is None else replace(memory, streaming=offload),
+            compiled=compiled,
         )
 
     @classmethod
@@ -116,7 +121,7 @@ class MagiPipeline:
             **options: `device` and `dtype` to compute on and in (None: the best there is; bfloat16), `vae_dtype`,
                 `text_device` ("cpu") and `text_dtype` (float32) for T5, `cache` for embeddings, `offload`
                 (None: as many layers as do not fit the device), `precision` ("fp8": half the memory for bf16 weights),
-                `attention` and `memory` as for `load_transformer`.
+                `attention`, `memory` and `compiled` as for `load_transformer`.
 
         Raises:
             MagiError: a file is missing, damaged or something else, or base and distilled are mixed up.
@@ -189,6 +194,7 @@ class MagiPipeline:
             "dtype": str(self._dtype or "auto"),
             "precision": self._precision,
             "attention": self._attention,
+            "compiled": self._compiled or None,
             "vae_dtype": str(self._vae_dtype),
         }
 

@@ -51,13 +51,14 @@ class LoadedModels:
         precision: Precision,
         attention: str,
         memory: MemoryOptions,
+        compiled: bool = False,
     ) -> None:
         """Loads nothing; arguments as for `MagiPipeline.from_files`."""
         self._files, self._config, self._device = files, config, device
         self._dtype, self._vae_dtype = dtype, vae_dtype
         self._precision: Precision = precision
         self._attention = attention
-        self._memory = memory
+        self._memory, self._compiled = memory, compiled
         self._transformer: Transformer | None = None
         self._placement: Placement | None = None  # how the transformer was loaded
         self._wanted: Placement | None = None  # how it was laid out for the last run
@@ -154,6 +155,7 @@ class LoadedModels:
             precision=self._precision,
             attention=self._attention,
             placement=placement,
+            compiled=self._compiled,
         )
         self._placement = placement
         return self._transformer

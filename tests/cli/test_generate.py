@@ -232,6 +232,33 @@ def test_fp8_storage_and_the_kernel_reach_the_transformer(magi, monkeypatch):
     assert (asked["precision"], asked["attention"]) == ("fp8", "math")
 
 
+def test_compiling_reaches_the_transformer(magi, monkeypatch):
+    load, asked = resident_models.load_transformer, {}
+
+    def eager(*args, **options):  # a compiler takes minutes, and need not be there
+        asked.update(options)
+        return load(*args, **options | {"compiled": False})
+
+    monkeypatch.setattr(resident_models, "load_transformer", eager)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert magi("generate", "--prompt", "A cat", "--seconds", 1, *SMALL, "--compile")[0] == 0
+    assert asked["compiled"] is True
+
+
+def test_no_compiler_is_told_before_anything_is_loaded(magi, nothing_is_loaded, monkeypatch):
+    def missing(function, **_):
+        def call(*_):
+            raise RuntimeError("Failed to find C compiler\nmany lines more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", missing)
+    status, stderr = magi("generate", "--prompt", "A cat", "--seconds", 1, *SMALL, "--compile")
+    assert status == 1
+    assert "(Failed to find C compiler). It needs a C++ compiler" in error_of(stderr)
+    assert "many lines more" not in stderr
+
+
 def test_no_prompt(magi, nothing_is_loaded):
     status, stderr = magi("generate")
     assert status == 1
