@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...magi.errors import MagiError
+from ...magi.model_files import locate
 from ...magi.model_files.download import HUB, REPOSITORY, SPECIAL_TOKENS_URL
 from ...magi.model_files.embedded import embedded_files
 from ...magi.model_files.locate import SPECIAL_TOKENS, ModelFiles, released_weights, special_tokens_near
@@ -15,11 +16,10 @@ from ...magi.text.t5_checkpoint import t5_is_away
 from ...magi.text.t5_tokenizer import find_tokenizer
 from . import host
 
-# The same names as in `magi`, from which nothing is imported for a menu.
 EMBEDDED = "embedded demo model"
+# In the order of the menu: the best to start with first.
 RELEASED = ("4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill_quant", "24B_distill", "24B_base")
-VAE = "ckpt/vae"
-TEXT_ENCODER = "ckpt/t5/t5-v1_1-xxl"
+VAE, TEXT_ENCODER = locate.VAE.as_posix(), locate.TEXT_ENCODER.as_posix()
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _PACK = Path(__file__).resolve().parents[2]
 
