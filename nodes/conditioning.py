@@ -10,7 +10,7 @@ from ..magi.media.frames import check_size, complete_size, nearest_size, size_fo
 from ..magi.media.frames import fit as fit_frames
 from ..magi.vae.tiling import Tiling
 from .comfyui import host, media, schema
-from .comfyui.progress import Progress
+from .comfyui.progress import NodeProgress
 from .comfyui.vae import magi_vae
 
 _SIZES = ["720p", "540p", "480p", "360p", "256p"]
@@ -104,7 +104,7 @@ class Magi1ImageToVideo(_Sized):
         """Encodes it."""
         frames = media.frames_of(image[:1])
         target = _choose(size, width, height, frames.shape[2] / frames.shape[1], own=(frames.shape[1], frames.shape[2]))
-        progress = Progress(cls.hidden.unique_id, load=0.3, encode=0.7)
+        progress = NodeProgress(cls.hidden.unique_id, load=0.3, encode=0.7)
         return io.NodeOutput(_encoded(vae, fit_frames(frames, *target, fit), progress))
 
 
@@ -176,7 +176,7 @@ class Magi1VideoToVideo(_Sized):
             raise MagiError("A video has to be encoded. Connect a MAGI-1 VAE Loader to vae.")
         source = media.Clip.of(video, fps)
         target = _choose(size, width, height, source.width / source.height, own=(source.height, source.width))
-        progress = Progress(cls.hidden.unique_id, read=0.2, load=0.2, encode=0.6)
+        progress = NodeProgress(cls.hidden.unique_id, read=0.2, load=0.2, encode=0.6)
         frames = source.read(*target, fit, continue_seconds, lambda *_: progress.at("read", 0))
         if len(frames) < media.LEAST:
             raise MagiError(
@@ -187,7 +187,7 @@ class Magi1VideoToVideo(_Sized):
         return io.NodeOutput(_encoded(vae, frames[len(frames) % 4 :], progress))
 
 
-def _encoded(vae: Any, frames: torch.Tensor, progress: Progress) -> dict[str, torch.Tensor]:
+def _encoded(vae: Any, frames: torch.Tensor, progress: NodeProgress) -> dict[str, torch.Tensor]:
 
     report = progress.phase("encode", f"encoding {frames.shape[2]}x{frames.shape[1]}")
     with host.device_work("encoding", "Close what else uses it, or encode with ComfyUI's own VAE Encode (Tiled)."):

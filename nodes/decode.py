@@ -9,7 +9,7 @@ from comfy_api.latest import InputImpl, Types, io
 from ..magi.errors import MagiError
 from ..magi.vae.tiling import Tiling
 from .comfyui import host, media, schema
-from .comfyui.progress import Clock, Progress
+from .comfyui.progress import Clock, NodeProgress
 from .comfyui.vae import decoded, magi_vae
 
 
@@ -78,7 +78,7 @@ class Magi1VAEDecode(io.ComfyNode):
         latents, tiling = media.check_latent(samples), Tiling(tile_frames, tile_size)
         chosen = None if tiling == Tiling() else tiling  # the published one gives way where memory is short
         made, height, width = 4 * latents.shape[2], 8 * latents.shape[3], 8 * latents.shape[4]
-        progress, clock = Progress(cls.hidden.unique_id, read=0.05, load=0.1, decode=0.85), Clock()
+        progress, clock = NodeProgress(cls.hidden.unique_id, read=0.05, load=0.1, decode=0.85), Clock()
         clip = None
         if before is not None:
             clip = media.Clip.of(before).read(height, width, "crop", progress=lambda *_: progress.at("read", 0))

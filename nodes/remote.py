@@ -19,7 +19,7 @@ from ..magi.remote.errors import Cancelled
 from ..magi.remote.key import find_key, refuse_key_in
 from ..magi.remote.request import RemoteRequest
 from .comfyui import host, media, schema
-from .comfyui.progress import Progress
+from .comfyui.progress import NodeProgress
 from .comfyui.threads import in_thread
 
 KEY_FILE = "wavespeed_api_key.txt"  # in the user folder, below magi1
@@ -166,7 +166,7 @@ class Magi1Remote(io.ComfyNode):
         )
         media.check_room(frames, *_LARGEST[resolution], "Ask for fewer frames, or 480p.")
         client = Client(_api(base_url, api_version, prompt, resume_id), host.cache_folder() / "remote", _say)
-        progress = Progress(cls.hidden.unique_id, make=0.95, frames=0.05)
+        progress = NodeProgress(cls.hidden.unique_id, make=0.95, frames=0.05)
         images: list[torch.Tensor] = []
 
         def work(left: Callable[[], bool]) -> RemoteVideo:

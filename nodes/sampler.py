@@ -25,7 +25,7 @@ from ..magi.vae.tiling import Tiling
 from ..magi.vae.video_vae import VideoVAE
 from .comfyui import host, media, memory, menus, runs, schema
 from .comfyui.models import Model
-from .comfyui.progress import Clock, Progress
+from .comfyui.progress import Clock, NodeProgress
 from .comfyui.vae import magi_vae, working_memory
 from .text import captions_of
 
@@ -267,7 +267,7 @@ class _View:
         self.size = f"{runtime.video_size_w}x{runtime.video_size_h}"
         self._chunks = length.made
         self._length = f"{length.frames / runtime.fps:g} s = {length.frames} frames"
-        self._progress = Progress(node_id, load=0.04, sample=0.96)
+        self._progress = NodeProgress(node_id, load=0.04, sample=0.96)
         self._clock, self._previewed = Clock(), 0.0
         self._schedule = run.schedule
         self._iteration, self._total = 0, len(run.schedule)

@@ -11,7 +11,7 @@ from ..magi.text.t5_model import WORKING_BYTES
 from .comfyui import host, menus, schema
 from .comfyui.clip import encode_with_clip
 from .comfyui.models import Encoder
-from .comfyui.progress import Progress
+from .comfyui.progress import NodeProgress
 
 _ONE, _LINES = "one prompt", "one line a second"
 _MOTION = {"any": (), "static": ("static",), "dynamic": ("dynamic",)}
@@ -93,7 +93,7 @@ class Magi1TextEncode(io.ComfyNode):
         """Encodes."""
         texts = [line for line in prompt.splitlines() if line.strip()] if schedule == _LINES else []
         texts = texts or [prompt]
-        progress = Progress(cls.hidden.unique_id, load=0.5, encode=0.5)
+        progress = NodeProgress(cls.hidden.unique_id, load=0.5, encode=0.5)
         if isinstance(encoder, Encoder):
             embeds = _encode(encoder, texts, clean_prompt, progress)
         else:
@@ -106,7 +106,7 @@ class Magi1TextEncode(io.ComfyNode):
         return io.NodeOutput([[e[None], dict(options)] for e in embeds])
 
 
-def _encode(encoder: Encoder, texts: list[str], clean: bool, progress: Progress) -> list[torch.Tensor]:
+def _encode(encoder: Encoder, texts: list[str], clean: bool, progress: NodeProgress) -> list[torch.Tensor]:
 
     loading = True
 

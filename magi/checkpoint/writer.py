@@ -7,7 +7,7 @@ bytes, and the tensors without gaps, the widest types first, which keeps every o
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,9 @@ from typing import BinaryIO
 import torch
 
 from ..errors import MagiError
+from ..system.progress import OnProgress
 from ..system.whole_files import put_in_place, sync_file
 from .mapped_file import TensorInfo, TensorSource
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes written, bytes)."""
 
 _PART = 1 << 24  # bytes written between two calls of a progress callback
 _PARTIAL = ".partial"
@@ -61,7 +59,7 @@ def write_checkpoint(
     beside: Mapping[str, bytes] | None = None,
     shard_bytes: int | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> list[Path]:
     """Writes all tensors of a source, holding one at a time.
 
@@ -170,7 +168,7 @@ def _write(
     files: Sequence[_File],
     extras: Mapping[str, bytes],
     total: int,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> None:
     folder = files[0].path.parent
     made: dict[Path, Path] = {}
@@ -201,7 +199,7 @@ def _write(
         cleanup.pop_all()
 
 
-def _append(stream: BinaryIO, tensor: torch.Tensor, done: int, total: int, progress: Progress | None) -> int:
+def _append(stream: BinaryIO, tensor: torch.Tensor, done: int, total: int, progress: OnProgress | None) -> int:
     data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
     for start in range(0, len(data), _PART):
         part = data[start : start + _PART]

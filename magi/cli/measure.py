@@ -28,6 +28,7 @@ from ..sampling.schedule import check_steps
 from ..sampling.state import ProgressEvent, SamplerState
 from ..system.device import free_memory, pick_device, synchronize
 from ..system.host_memory import memory_beside
+from ..system.progress import OnProgress
 from ..transformer.inputs import Pass
 from ..transformer.model import Transformer
 from ..transformer.random_weights import RandomTensors
@@ -108,7 +109,7 @@ class _Enough(Exception):  # noqa: N818 (a signal)
 
 def run_bench(
     settings: BenchSettings,
-    load_progress: Callable[[int, int], None] | None = None,
+    load_progress: OnProgress | None = None,
     heartbeat: Callable[[int, int, float], None] | None = None,
 ) -> BenchResult:
     """Builds the model, brings the window to the middle of a video and times iterations.

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,14 +13,12 @@ from typing import Literal
 import torch
 
 from ..errors import MagiError
+from ..system.progress import OnProgress
 from .frames import check_mode, fit
 from .image import check_file, is_animation, open_image, read_image, to_rgb
 from .video_decoder import Animation, TimedFrame, VideoFile, open_clip
 
 __all__ = ["MediaInfo", "probe", "read_image", "read_video", "resample"]
-
-# Called with (frames read so far, frames expected or None) for every frame that is decoded; may raise to cancel.
-Progress = Callable[[int, int | None], None]
 
 # A header may promise a little more than there is; beyond this many seconds the file is taken to be cut off.
 _TOLERANCE = 0.5
@@ -71,7 +69,7 @@ def read_video(
     height: int | None = None,
     width: int | None = None,
     mode: str = "crop",
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> torch.Tensor:
     """Frames of a video or animation at a constant rate: uint8 (T, H, W, 3) RGB.
 
@@ -84,7 +82,7 @@ def read_video(
         height: with `width`, the size each frame is fitted to as it arrives; without, the size the clip is shown at.
         width: see `height`.
         mode: "crop", "pad" or "stretch", see `frames.fit`.
-        progress: see `Progress`.
+        progress: told the frames read so far and those expected, for every frame that is decoded; what it raises ends the reading.
 
     Raises:
         MagiError: a bad argument; no such file, not a video, no frames; a start beyond the end; a damaged file of which
@@ -145,7 +143,7 @@ class _Reading:
         tail: bool,
         size: tuple[int, int],
         mode: str,
-        progress: Progress | None,
+        progress: OnProgress | None,
     ) -> None:
         self.clip, self.fps, self.start, self.wanted, self.tail = clip, fps, start, wanted, tail
         self.size, self.mode, self.progress = size, mode, progress
@@ -182,7 +180,7 @@ class _Reading:
                     self.first = frame.time
                 self.end = frame.time + frame.duration
                 if self.progress:
-                    self.progress(len(self.kept), self.wanted)
+                    self.progress(len(self.kept), self.wanted or 0)
                 yield frame
 
     def check(self, path: str | Path) -> None:

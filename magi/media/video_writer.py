@@ -16,6 +16,7 @@ from types import TracebackType
 import torch
 
 from ..errors import MagiError
+from ..system.progress import OnProgress
 from ..system.whole_files import put_in_place
 from .frames import check_size
 from .mp4_fragments import boxes, find_encoder, tag_flags
@@ -94,7 +95,7 @@ class VideoWriter:
             raise MagiError(f"No frame was written, so {str(self.path)!r} was not made. Ask for at least one frame.")
         self._finish()
 
-    def write(self, frames: torch.Tensor, progress: Callable[[int, int], None] | None = None) -> None:
+    def write(self, frames: torch.Tensor, progress: OnProgress | None = None) -> None:
         """Appends uint8 frames (T, height, width, 3) RGB from any device. On return they are on the disk.
 
         `progress(done, total)` is called after each frame and may raise to stop; whole pieces of 48 before that are kept.

@@ -1,7 +1,6 @@
 """From weight files to a transformer: what the file is, whether it fits its config, and where its layers are to lie."""
 
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ..planning.footprint import WeightSizes, weight_sizes
 from ..planning.placement import MemoryOptions, Placement, place, smallest
 from ..system.device import empty_cache, free_memory, is_out_of_memory, pick_device
 from ..system.host_memory import memory_beside
+from ..system.progress import OnProgress
 from ..transformer.attention import check_attention
 from ..transformer.float8 import require_float8
 from ..transformer.model import Transformer
@@ -29,7 +29,7 @@ def load_transformer(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     offload: bool | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
     *,
     precision: Precision = "auto",
     attention: str = "auto",
@@ -109,7 +109,7 @@ def build_transformer(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     offload: bool | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress | None = None,
     *,
     precision: Precision = "auto",
     attention: str = "auto",

@@ -2,11 +2,12 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
+from ..system.progress import OnProgress
 from ..transformer.float8 import StoredFp8
 from ..transformer.weights import BlockWeights, WeightReader
 from .copy_engine import CopyEngine, open_copy_engine
@@ -15,8 +16,6 @@ from .packing import block_layouts
 from .pinned_memory import Pin, PinnedMemory, PinningError, pageable_memory
 from .prefetch import IterationThreads
 from .ring_buffer import RingBuffer, Upload
-
-Progress = Callable[[int, int], None]
 
 
 def ring_bytes(sizes: Sequence[int], slots: int) -> int:
@@ -47,7 +46,7 @@ class StreamedBlocks:
         on_device: Collection[int],
         on_host: Collection[int],
         slots: int,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         *,
         copy_engine: CopyEngine | None = None,
         pin: Pin | None = None,
@@ -149,7 +148,7 @@ class StreamedBlocks:
 
     # -- placement and memory ----------------------------------------------------------------------------------------
 
-    def _place(self, on_device: Collection[int], on_host: Collection[int], progress: Progress | None) -> None:
+    def _place(self, on_device: Collection[int], on_host: Collection[int], progress: OnProgress | None) -> None:
         stored = {layer for layer in range(len(self)) if self._is_stored_fp8(layer)}
         staying = set(on_device) | (stored if self._in_place else set())
         waiting = set() if self._in_place else (stored | set(on_host)) - staying

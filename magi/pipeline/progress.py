@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..sampling.state import ProgressEvent
+from ..system.progress import OnProgress
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Stage:
 StageProgress = Callable[[Stage], None]
 
 
-def counted(progress: StageProgress | None, name: str) -> Callable[[int, int], None] | None:
+def counted(progress: StageProgress | None, name: str) -> OnProgress | None:
     """A callback (done, total) that reports a stage; None where nobody listens."""
     if progress is None:
         return None

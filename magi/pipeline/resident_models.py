@@ -1,6 +1,6 @@
 """A pipeline's transformer and VAE: each loaded on first use, and laid out so that both find room."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ from ..sampling.sampler import Sampler
 from ..sampling.state import Chunk
 from ..system.device import empty_cache, free_memory
 from ..system.host_memory import memory_beside
+from ..system.progress import OnProgress
 from ..transformer.inputs import TOKEN_BLOCK
 from ..transformer.model import Transformer
 from ..transformer.weights import Precision
@@ -129,7 +130,7 @@ class LoadedModels:
         )
         self._shortage = short or self._shortage
 
-    def transformer(self, placement: Placement, progress: Callable[[int, int], None] | None = None) -> Transformer:
+    def transformer(self, placement: Placement, progress: OnProgress | None = None) -> Transformer:
         """The transformer, placed so; read anew only if other layers are to stay on the device than do, or fewer pass through."""
         loaded = self._placement
         self._wanted, self._ran, self._window = placement, self._planned.get(placement), None

@@ -15,7 +15,7 @@ from .captions import Caption, caption_per_chunk, null_caption
 from .sampler import Sampler
 from .schedule import Schedule
 from .special_tokens import SpecialTokens
-from .state import Chunk, Noise, Progress, SamplerState, check_state
+from .state import Chunk, Noise, OnIteration, SamplerState, check_state
 
 
 def make_sampler(
@@ -34,7 +34,7 @@ def make_sampler(
     height: int | None = None,
     width: int | None = None,
     state: SamplerState | None = None,
-    progress: Progress | None = None,
+    progress: OnIteration | None = None,
     heartbeat: Callable[[float], None] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Sampler:

@@ -21,7 +21,7 @@ from ..transformer.inputs import ChunkInput, EncodedCaption, Pass
 from ..transformer.model import Transformer
 from .guidance import NEARLY_CLEAN_MIX, PassName, combine, guidance_weights, is_nearly_clean, members
 from .schedule import Iteration, Schedule, smaller_windows, step_size_signal, time_grid
-from .state import Chunk, Noise, Progress, ProgressEvent, SamplerState
+from .state import Chunk, Noise, OnIteration, ProgressEvent, SamplerState
 
 
 class Sampler:
@@ -37,7 +37,7 @@ class Sampler:
         null: torch.Tensor,
         prefix: torch.Tensor | None = None,
         state: SamplerState | None = None,
-        on_iteration: Progress | None = None,
+        on_iteration: OnIteration | None = None,
         on_progress: Callable[[float], None] | None = None,
         on_shortage: Callable[[str], None] | None = None,
     ) -> None:

@@ -39,7 +39,7 @@ class ProgressEvent:
     velocity: torch.Tensor
 
 
-Progress = Callable[[ProgressEvent], None]
+OnIteration = Callable[[ProgressEvent], None]
 
 
 @dataclass

@@ -6,11 +6,11 @@ from warnings import warn
 
 import torch
 
+from ..system.progress import OnProgress
 from .clean import clean_caption
 from .embedding_cache import EmbeddingCache, embedding_key
 from .encoder import MAX_TOKENS, TextEncoder, encoder_fingerprint
 from .t5_checkpoint import find_t5_files, t5_is_away
-from .t5_model import Progress
 
 
 def encode_prompts(
@@ -24,7 +24,7 @@ def encode_prompts(
     dtype: torch.dtype | None = None,
     max_tokens: int = MAX_TOKENS,
     channels: int = 4096,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     stream: bool | None = None,
     make_room: Callable[[int], None] | None = None,
 ) -> list[torch.Tensor]:
@@ -121,7 +121,7 @@ def _cached(keys: dict[str, str], cache: EmbeddingCache | None) -> dict[str, tor
     return {text: embeds for text, embeds in found.items() if embeds is not None}
 
 
-def _part(progress: Progress | None, index: int, count: int) -> Progress | None:
+def _part(progress: OnProgress | None, index: int, count: int) -> OnProgress | None:
     if progress is None:
         return None
     return lambda done, total: progress(index * total + done, count * total)

@@ -19,9 +19,10 @@ from torch import nn
 
 from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, is_out_of_memory
+from ..system.progress import OnProgress
 from .embedding_cache import EmbeddingCache
 from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5, t5_is_away
-from .t5_model import WORKING_BYTES, Progress, build_t5, resident_bytes
+from .t5_model import WORKING_BYTES, build_t5, resident_bytes
 from .t5_tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 MAX_TOKENS = 800
@@ -46,7 +47,7 @@ class TextEncoder:
         dtype: torch.dtype,
         key: str,
         stream: bool,
-        progress: Progress | None,
+        progress: OnProgress | None,
     ) -> None:
         """Use `load`."""
         self.d_model = checkpoint.shape.d_model
@@ -67,7 +68,7 @@ class TextEncoder:
         tokenizer: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
         *,
         stream: bool | None = None,
         make_room: Callable[[int], None] | None = None,
@@ -107,7 +108,7 @@ class TextEncoder:
             stream = not _fits(resident_bytes(checkpoint, target, dtype) + WORKING_BYTES, target, make_room)
         return cls(checkpoint, words, target, dtype, key, stream, progress)
 
-    def encode(self, text: str, *, max_tokens: int = MAX_TOKENS, progress: Progress | None = None) -> torch.Tensor:
+    def encode(self, text: str, *, max_tokens: int = MAX_TOKENS, progress: OnProgress | None = None) -> torch.Tensor:
         """The encoder's output for one text, as is: clean it first.
 
         Only the text's own tokens are run. That equals a run padded to `max_tokens` and masked, as T5's positions are
@@ -142,7 +143,7 @@ class TextEncoder:
         self._checkpoint = None
         self._free()
 
-    def _build(self, progress: Progress | None) -> None:
+    def _build(self, progress: OnProgress | None) -> None:
         assert self._checkpoint is not None  # noqa: S101 (not closed)
         self._model = build_t5(self._checkpoint, self.device, self.dtype, self.streaming, progress)
 
@@ -152,7 +153,7 @@ class TextEncoder:
         empty_cache(self.device)
 
     @torch.no_grad()
-    def _run(self, ids: Sequence[int], progress: Progress | None) -> torch.Tensor:
+    def _run(self, ids: Sequence[int], progress: OnProgress | None) -> torch.Tensor:
         if self._model is None:
             self._build(None)
         with _block_progress(self._model.encoder.block, progress):
@@ -288,7 +289,7 @@ def _fits(nbytes: int, device: torch.device, make_room: Callable[[int], None] | 
 
 
 @contextmanager
-def _block_progress(blocks: nn.ModuleList, progress: Progress | None) -> Iterator[None]:
+def _block_progress(blocks: nn.ModuleList, progress: OnProgress | None) -> Iterator[None]:
     """Calls `progress` after every block; what it raises comes out of the model's forward."""
     handles = []
     if progress:

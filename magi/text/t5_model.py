@@ -1,6 +1,5 @@
 """transformers' T5 encoder over weights as they are stored: on the device, or on the host and copied over as they are needed."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -10,10 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import MagiError
+from ..system.progress import OnProgress
 from .t5_checkpoint import T5Checkpoint
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total). An exception it raises stops the work."""
 
 WORKING_BYTES = 1 << 30  # what running takes besides weights: scores of 800 tokens, and a layer's weight in float32
 _EMBEDDING = "shared.weight"
@@ -29,7 +26,7 @@ def build_t5(
     device: torch.device,
     dtype: torch.dtype,
     stream: bool = False,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> nn.Module:
     """The encoder of a checkpoint, for use on `device`, its results the same to the bit however the weights come.
 

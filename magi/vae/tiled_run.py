@@ -7,8 +7,9 @@ import torch
 
 from ..errors import MagiError
 from ..system.device import empty_cache, is_out_of_memory
+from ..system.progress import OnProgress
 from .footprint import next_smaller
-from .tiling import PATCH_FRAMES, PATCH_SIZE, ProgressCallback, TileProgress, Tiling
+from .tiling import PATCH_FRAMES, PATCH_SIZE, TileProgress, Tiling
 
 
 class TileRun:
@@ -22,7 +23,7 @@ class TileRun:
     def __init__(
         self,
         tiling: Tiling,
-        progress: ProgressCallback | None,
+        progress: OnProgress | None,
         device: torch.device,
         fitting: Callable[[Tiling], Tiling] | None = None,
     ) -> None:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import MagiError
+from ..system.progress import OnProgress
 
 PATCH_FRAMES = 4  # video frames per latent frame
 PATCH_SIZE = 8  # pixels per latent pixel, along height and along width
-
-ProgressCallback = Callable[[int, int], None]  # (tiles done, tiles known so far)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class TileProgress:
 
     interval = 0.5  # seconds
 
-    def __init__(self, callback: ProgressCallback | None) -> None:
+    def __init__(self, callback: OnProgress | None) -> None:
         self.done = 0
         self.total = 0
         self._callback = callback

@@ -16,10 +16,11 @@ from ..checkpoint.reader import Checkpoint
 from ..config import LATENT_SCALE as SCALE
 from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, pick_device
+from ..system.progress import OnProgress
 from .footprint import fitting, makes_scores
 from .model import Decoder, Encoder, VAEConfig
 from .tiled_run import TileRun, check_tensor, check_video
-from .tiling import PATCH_FRAMES, PATCH_SIZE, ProgressCallback, Tiling, map_tiles, recut
+from .tiling import PATCH_FRAMES, PATCH_SIZE, Tiling, map_tiles, recut
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -91,7 +92,7 @@ class VideoVAE(nn.Module):
         self,
         video: torch.Tensor,
         tiling: Tiling | None = None,
-        progress: ProgressCallback | None = None,
+        progress: OnProgress | None = None,
         output_device: torch.device | str = "cpu",
     ) -> torch.Tensor:
         """Encodes a video in [-1, 1] to scaled latents: (B, 3, T, H, W) -> (B, 16, ceil(T/4), H/8, W/8).
@@ -107,7 +108,7 @@ class VideoVAE(nn.Module):
         self,
         blocks: Iterable[torch.Tensor],
         tiling: Tiling | None = None,
-        progress: ProgressCallback | None = None,
+        progress: OnProgress | None = None,
         output_device: torch.device | str = "cpu",
     ) -> Iterator[torch.Tensor]:
         """Encodes a video that arrives in blocks (B, 3, t, H, W), and yields the latents of each temporal tile.
@@ -125,7 +126,7 @@ class VideoVAE(nn.Module):
         self,
         latents: torch.Tensor,
         tiling: Tiling | None = None,
-        progress: ProgressCallback | None = None,
+        progress: OnProgress | None = None,
         output_device: torch.device | str = "cpu",
     ) -> torch.Tensor:
         """Decodes scaled latents to a video of about [-1, 1], not clamped: (B, 16, T, h, w) -> (B, 3, 4T, 8h, 8w).
@@ -146,7 +147,7 @@ class VideoVAE(nn.Module):
         self,
         latents: torch.Tensor,
         tiling: Tiling | None = None,
-        progress: ProgressCallback | None = None,
+        progress: OnProgress | None = None,
         output_device: torch.device | str = "cpu",
     ) -> Iterator[torch.Tensor]:
         """Decodes one temporal tile after the other, so that peak memory does not grow with the number of latents.
@@ -163,7 +164,7 @@ class VideoVAE(nn.Module):
         self,
         chunks: Iterable[torch.Tensor],
         tiling: Tiling | None = None,
-        progress: ProgressCallback | None = None,
+        progress: OnProgress | None = None,
         output_device: torch.device | str = "cpu",
     ) -> Iterator[torch.Tensor]:
         """Decodes latents that arrive in chunks (B, 16, t, h, w) of any t, as a sampler yields them.
@@ -186,7 +187,7 @@ class VideoVAE(nn.Module):
                 yield self._decode_latents(latents, run, output_device)
             before = latents
 
-    def _run(self, tiling: Tiling | None, progress: ProgressCallback | None) -> TileRun:
+    def _run(self, tiling: Tiling | None, progress: OnProgress | None) -> TileRun:
         return TileRun(tiling or Tiling(), progress, self.device, None if tiling else self._fitting)
 
     def _fitting(self, tiling: Tiling) -> Tiling:
@@ -251,7 +252,7 @@ def load_vae(
     path: str | Path,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    progress: ProgressCallback | None = None,
+    progress: OnProgress | None = None,
 ) -> VideoVAE:
     """Loads a MAGI-1 VAE from its folder (config.json and one .safetensors) or from the bare .safetensors file.
 

@@ -9,7 +9,7 @@ from ...magi.errors import MagiError
 from ...magi.text.clean import clean_caption
 from ...magi.text.embedding_cache import EmbeddingCache, embedding_key
 from . import host
-from .progress import Progress
+from .progress import NodeProgress
 
 MAX_TOKENS = 800
 _WIDTH = 4096
@@ -18,7 +18,7 @@ _SAMPLE = 64  # values of each tensor that tell one file from another
 _KINDS = ({"t5xxl"}, {"t5xxl", "l"})
 
 
-def encode_with_clip(clip: Any, texts: list[str], clean: bool, progress: Progress) -> list[torch.Tensor]:
+def encode_with_clip(clip: Any, texts: list[str], clean: bool, progress: NodeProgress) -> list[torch.Tensor]:
     """Embeddings (tokens, 4096) float32 on the CPU of each text, from the disk where they were made before.
 
     Raises:
@@ -54,7 +54,7 @@ def _encode(clip: Any, text: str) -> torch.Tensor:
     return embeds[0, : len(tokens["t5xxl"][0])].float().cpu()
 
 
-def _fingerprint(clip: Any, progress: Progress) -> str:
+def _fingerprint(clip: Any, progress: NodeProgress) -> str:
     """Tells one set of weights from another by a sample of each tensor."""
     digest = hashlib.sha256(b"native clip ")
     weights = clip.cond_stage_model.state_dict()

@@ -1,13 +1,13 @@
 """Our models as ComfyUI's memory manager sees them: it loads them, evicts them, and is told what they truly take."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import torch
 
+from ...magi.system.progress import OnProgress
 from . import host
 
 
@@ -17,7 +17,7 @@ class Held(torch.nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.device = torch.device("cpu")  # where ComfyUI takes the weights to be
-        self.progress: Callable[[int, int], None] | None = None
+        self.progress: OnProgress | None = None
         self._slot: list[Any] = []  # a list, so that a torch module in it does not become a part of this one
 
     @property
@@ -117,7 +117,7 @@ class Managed(comfy.model_patcher.ModelPatcher):
         return self
 
 
-def load(*models: Managed, working: int = 0, progress: Callable[[int, int], None] | None = None) -> list[Any]:
+def load(*models: Managed, working: int = 0, progress: OnProgress | None = None) -> list[Any]:
     """What the models hold, on the device, with `working` bytes to spare there; other models make room.
 
     `progress(parts placed, parts)` is called while weights are read; what it raises ends that.

@@ -11,7 +11,7 @@ _STEPS = 1000
 _SECONDS = 0.2  # between two lines of text
 
 
-class Progress:
+class NodeProgress:
     """Reports of one run of a node."""
 
     def __init__(self, node_id: str | None, **shares: float) -> None:

@@ -1,11 +1,12 @@
 """The MAGI-1 VAE behind the interface of ComfyUI's own VAE objects, so that native VAE nodes take it too."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ...magi.errors import MagiError
+from ...magi.system.progress import OnProgress
 from ...magi.vae.footprint import makes_scores, tile_bytes
 from ...magi.vae.model import VAEConfig
 from ...magi.vae.tiling import Tiling
@@ -36,7 +37,7 @@ class NativeVAE:
 
     # -- for this pack's nodes -----------------------------------------------------------------------------------------
 
-    def loaded(self, tiling: Tiling | None = None, progress: Callable[[int, int], None] | None = None) -> VideoVAE:
+    def loaded(self, tiling: Tiling | None = None, progress: OnProgress | None = None) -> VideoVAE:
         """The VAE on the device, with room for a tile, the published one by default; so far as other models can make it."""
         (vae,) = memory.load(self.patcher, working=working_memory(tiling or Tiling()), progress=progress)
         return vae
@@ -119,7 +120,7 @@ def manage_vae(path: Any, dtype: torch.dtype) -> NativeVAE:
 
 
 def decoded(
-    vae: VideoVAE, latents: torch.Tensor, tiling: Tiling | None, progress: Callable[[int, int], None]
+    vae: VideoVAE, latents: torch.Tensor, tiling: Tiling | None, progress: OnProgress
 ) -> Iterator[torch.Tensor]:
     """Frames (t, H, W, 3) float32 in 0..1, a tile of time after the other; without a tiling by tiles for what is free."""
     for video in vae.decode_stream(latents, tiling, progress):
