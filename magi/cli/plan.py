@@ -11,10 +11,11 @@ from ..config import PRESETS, MagiConfig
 from ..model_files.identify import resolve_config
 from ..pipeline.request import Request, make_plan
 from ..planning.cost import Machine
-from ..planning.footprint import Kernels, WeightSizes, key_bytes, weight_sizes
+from ..planning.footprint import WeightSizes, key_bytes, weight_sizes
 from ..planning.placement import MemoryOptions, Placement, place
 from ..system.device import free_memory, pick_device
 from ..system.host_memory import free_host_memory
+from ..transformer.float8 import Kernels
 from ..transformer.random_weights import RandomTensors
 from .arguments import parse_bytes, parse_size
 

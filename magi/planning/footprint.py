@@ -11,27 +11,10 @@ from ..offload.packing import HeaderShapes, packed_bytes
 from ..sampling.guidance import chunk_count
 from ..sampling.schedule import Iteration, Schedule, time_grid
 from ..system.device import pick_device
-from ..transformer.float8 import CONVERSION_ELEMENTS, Fp8Weight, StoredFp8, has_float8_matmul, has_fp32_output
+from ..transformer.float8 import Kernels
 from ..transformer.inputs import TOKEN_BLOCK
-from ..transformer.weights import BlockWeights, WeightReader, compute_dtype, has_fp8, tensors_in
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What a device's matrix products do without copies of their factors in another form.
-
-    Attributes:
-        has_fp32_output: 16-bit factors with float32 results.
-        float8: float8 factors.
-    """
-
-    has_fp32_output: bool = True
-    float8: bool = True
-
-    @classmethod
-    def of(cls, device: torch.device) -> "Kernels":
-        """Those of a device."""
-        return cls(has_fp32_output(device), has_float8_matmul(device))
+from ..transformer.weights import WeightReader, compute_dtype, has_fp8, tensors_in
+from .temporaries import Numerics, layer_bytes
 
 
 @dataclass(frozen=True)
@@ -42,21 +25,18 @@ class WeightSizes:
         outer: of what lies outside the layers.
         blocks: of each layer.
         packed: of each layer as one run of bytes, as it is fetched.
-        itemsize: of the compute dtype.
-        fp8: the layers are official float8 ones.
-        stored_fp8: float8 storage of a file that is not: fetched layers must wait in host memory.
-        converted: of the largest part of a matrix that a product needs in another form than it is kept in.
-        widened: products need float32 copies of what is multiplied.
+        numerics: what the layers are computed in and with.
     """
 
     outer: int
     blocks: tuple[int, ...]
     packed: tuple[int, ...]
-    itemsize: int
-    fp8: bool
-    stored_fp8: bool
-    converted: int
-    widened: bool
+    numerics: Numerics
+
+    @property
+    def itemsize(self) -> int:
+        """Of the compute dtype."""
+        return self.numerics.dtype.itemsize
 
     @property
     def total(self) -> int:
@@ -94,33 +74,12 @@ def weight_sizes(
         outer=_nbytes(reader.outer()),
         blocks=tuple(_nbytes(block) for block in blocks),
         packed=tuple(packed_bytes(block) for block in blocks),
-        itemsize=low.itemsize,
-        fp8=fp8,
-        stored_fp8=store,
-        converted=max(_converted(block, low.itemsize, kernels) for block in blocks),
-        widened=low.itemsize < 4 and not kernels.has_fp32_output,
+        numerics=Numerics(low, fp8, store, kernels),
     )
 
 
 def _nbytes(weights: object) -> int:
     return sum(t.nbytes for t in tensors_in(weights))
-
-
-def _converted(block: BlockWeights, itemsize: int, kernels: Kernels) -> int:
-    """Bytes of the largest part of a matrix in another form than it is kept in: dense, or float32 where a product needs that."""
-    widened = 0 if itemsize == 4 or kernels.has_fp32_output else 4
-    sizes = [widened * _part(block.proj.weight)]
-    for part in (block.q, block.q_x, block.k, block.v, block.proj, block.fc1, block.fc2):
-        if isinstance(part, StoredFp8):
-            sizes.append((itemsize + (widened if part is block.proj else 0)) * _part(part.weight))
-        elif isinstance(part, Fp8Weight) and not kernels.float8:
-            sizes.append((2 if kernels.has_fp32_output else 4) * _part(part.weight))
-    return max(sizes)
-
-
-def _part(weight: torch.Tensor) -> int:
-    """Numbers of a matrix that are converted at a time."""
-    return min(weight.numel(), CONVERSION_ELEMENTS)
 
 
 def chunk_tokens(config: MagiConfig) -> int:
@@ -154,9 +113,7 @@ def working_bytes(
     given: int = 0,
     cache_on_device: bool = True,
     token_block: int = TOKEN_BLOCK,
-    itemsize: int = 2,
-    fp8: bool | None = None,
-    widened: bool = False,
+    numerics: Numerics | None = None,
 ) -> int:
     """Bytes on the device at the peak of a run, beside weights: keys and values, every chunk on its way, one token block's layer.
 
@@ -165,11 +122,10 @@ def working_bytes(
         given: latent frames of an image or clip that come before what is made.
         cache_on_device: the cache of keys and values is there; else only what of it is on its way.
         token_block: tokens that are taken through a layer at a time.
-        itemsize: bytes of the compute dtype.
-        fp8: the layers are official float8 ones; None: what the config says.
-        widened: products need float32 copies of what is multiplied.
+        numerics: what the layers are computed in and with; None: those of the released file on the best device.
     """
-    c, runtime, e = config.model, config.runtime, itemsize
+    numerics = numerics or Numerics(fp8=config.engine.fp8_quant)
+    c, runtime, e = config.model, config.runtime, numerics.dtype.itemsize
     schedule = Schedule.of_run(runtime, given)
     generated = schedule.chunks - schedule.prefix_chunks
     active = min(runtime.window_size, generated)
@@ -186,25 +142,6 @@ def working_bytes(
     cached = key_bytes(config, given, e) * (c.num_layers if cache_on_device else min(2, c.num_layers))
     scratch = (active + max(schedule.cached_chunks, refresh)) * tokens * keys
     on_their_way = streams * (tokens * c.hidden_size * e + 2 * LATENT_CHANNELS * latents * 4)
-    fp8 = config.engine.fp8_quant if fp8 is None else fp8
-    rows = min(token_block, tokens)
-    return cached + scratch + captions + rope + on_their_way + rows * _bytes_a_token(c, e, fp8, widened)
-
-
-def _bytes_a_token(c: ModelConfig, e: int, fp8: bool, widened: bool) -> int:
-    """What a token of the block in work takes within a layer where it takes most. Each sum is what is alive at once."""
-    d, ffn, hidden = c.hidden_size, c.ffn_hidden_size, c.fc1_size
-    wide = 4 if widened else 0
-    # Queries: their input, themselves, and float32 before, during and after the rotation.
-    rotation = 2 * e * d + 11 * d
-    # Both attentions, side by side, interleaved, and their projection in float32.
-    projection = 7 * e * d + max(4 * d, 2 * wide * d)
-    held = 4 * e * d  # during the MLP: both attentions, the new hidden states and their norm
-    between = 4 * ffn + e * ffn if c.gated_linear_unit and e < 4 else e * ffn
-    activation = held + e * hidden + between
-    widest = max(rotation, projection, activation)
-    if fp8:
-        sums = held + (4 + (e if e < 4 else 0)) * hidden  # products in float32, then cast
-        quotient = held + (e + 4 + 2) * ffn + (4 * ffn if widened else 0)  # of the second matrix: float32, then 16 bits
-        widest = max(widest, sums, quotient)
-    return widest
+    # In the first layer the text and the previous-chunk pass share their self-attention.
+    layer = layer_bytes(c, numerics, min(token_block, tokens), passes=1 if config.engine.distill else 2)
+    return cached + scratch + captions + rope + on_their_way + layer

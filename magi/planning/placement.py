@@ -241,7 +241,7 @@ class _Choice:
 
     def _on_host(self, fetched: Sequence[int]) -> tuple[int, ...]:
         """Layers that wait in host memory: all, or as many as there is room for, evenly among the others."""
-        if self.weights.stored_fp8 or self.options.pinned:
+        if self.weights.numerics.stored_fp8 or self.options.pinned:
             return tuple(fetched)
         if self.options.pinned is False or self.room_on_host is None:
             return ()
@@ -276,14 +276,12 @@ def _choices(
     found = []
     for cache in caches:
         for block in blocks:
-            working = weights.converted + working_bytes(
+            working = working_bytes(
                 config,
                 given=given,
                 cache_on_device=cache == "device",
                 token_block=block,
-                itemsize=weights.itemsize,
-                fp8=weights.fp8,
-                widened=weights.widened,
+                numerics=weights.numerics,
             )
             # Between two iterations only the cache stays.
             working = max(working, companion + len(weights.blocks) * keys * (cache == "device"))

@@ -78,6 +78,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, choice: str = "aut
     if choice == "sage":
         sage = importlib.import_module(_SAGE).sageattn
         out = sage(folded, k[None], v[None], tensor_layout="HND", is_causal=False)  # (1, G, H/G * S, d)
+    elif q.device.type == "meta":  # a kernel that something has put in place of torch's may not take it
+        out = torch.empty_like(folded)
     else:
         with sdpa_kernel(_KERNELS[choice]) if choice in _KERNELS else nullcontext():
             out = F.scaled_dot_product_attention(folded, k[None], v[None])  # (1, G, H/G * S, d)

@@ -5,7 +5,9 @@ dtype that represents every e4m3 product exactly. Where torch has no float8 dtyp
 as bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +22,38 @@ _EXPONENT = 0x7F800000  # exponent bits of a float32: alone, they are the power 
 _SMALLEST_STEP = 2.0**-9  # spacing of the subnormal numbers
 _SIGN_AND_E4M3 = 0xBF80 - 0x10000  # bits of an int16: the sign, four of a float16's exponent, three of its mantissa
 FLOAT8 = getattr(torch, "float8_e4m3fn", None)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The matrix products that a device computes without copies of their factors in another dtype.
+
+    Attributes:
+        has_fp32_output: of 16-bit factors with float32 output.
+        float8: of float8 factors.
+    """
+
+    has_fp32_output: bool = True
+    float8: bool = True
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Kernels":
+        """Returns the kernels of a device."""
+        return cls(has_fp32_output(device), has_float8_matmul(device))
+
+
+_NO_KERNELS = Kernels(False, False)
+_meta_kernels = ContextVar("meta_kernels", default=_NO_KERNELS)
+
+
+@contextmanager
+def kernels_on_meta(kernels: Kernels) -> Iterator[None]:
+    """Makes tensors on the meta device go the way they would on a device with these kernels: for counting memory."""
+    token = _meta_kernels.set(kernels)
+    try:
+        yield
+    finally:
+        _meta_kernels.reset(token)
 
 
 def require_float8() -> torch.dtype:
@@ -133,7 +167,13 @@ def matmul_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     if not has_fp32_output(x.device):
         return _convert_and_matmul(x.float(), weight, F.linear)
-    return _convert_and_matmul(x, weight, lambda x, part: torch.mm(x, part.t(), out_dtype=torch.float32))
+    return _convert_and_matmul(x, weight, _mm_fp32)
+
+
+def _mm_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if x.device.type == "meta":  # older builds have no `out_dtype`, but may plan for a device of another machine
+        return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+    return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
 
 def _convert_and_matmul(
@@ -175,6 +215,8 @@ def _plain(weight: torch.Tensor) -> torch.Tensor:
 
 def has_fp32_output(device: torch.device) -> bool:
     """Tells whether a matmul of 16-bit factors can have float32 output on `device` without upcasting them."""
+    if device.type == "meta":
+        return _meta_kernels.get().has_fp32_output
     return device.type == "cuda" and torch.version.hip is None and _has_out_dtype(device)
 
 
@@ -199,6 +241,8 @@ def _matmul_float8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def has_float8_matmul(device: torch.device) -> bool:
     """Tells whether `device` has float8 matrix units that torch can use (NVIDIA Ada, Hopper, Blackwell)."""
+    if device.type == "meta":
+        return _meta_kernels.get().float8
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)

@@ -10,8 +10,9 @@ from magi.cli import main
 from magi.cli import plan as command
 from magi.config import MagiConfig
 from magi.planning.cost import Machine
-from magi.planning.footprint import Kernels, key_bytes, weight_sizes
+from magi.planning.footprint import key_bytes, weight_sizes
 from magi.planning.placement import MemoryOptions, place
+from magi.transformer.float8 import Kernels
 from magi.transformer.random_weights import RandomTensors
 
 GB = 10**9

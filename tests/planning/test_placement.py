@@ -9,9 +9,10 @@ import pytest
 from magi.config import MagiConfig
 from magi.errors import MagiError
 from magi.planning.cost import Machine
-from magi.planning.footprint import Kernels, key_bytes, weight_sizes, working_bytes
+from magi.planning.footprint import key_bytes, weight_sizes, working_bytes
 from magi.planning.placement import TOKEN_BLOCKS, MemoryOptions, Placement, place, smallest, spread
 from magi.sampling.schedule import smaller_windows
+from magi.transformer.float8 import Kernels
 from magi.transformer.inputs import TOKEN_BLOCK
 from magi.transformer.random_weights import RandomTensors
 
@@ -311,7 +312,8 @@ def test_float8_storage_is_made_once_and_waits(large):
         p = place(config, sizes, free, MemoryOptions(streaming=True), free_host=free_host)
         assert p.on_host == tuple(range(34))
     kept = place(config, sizes, 80 * GB)
-    assert kept.working_bytes == working_bytes(config) + sizes.converted, "what is made dense is counted"
+    assert kept.working_bytes == working_bytes(config, numerics=sizes.numerics)
+    assert kept.working_bytes > working_bytes(config), "what is dequantized is counted"
 
 
 # -- which layers ----------------------------------------------------------------------------------------------------

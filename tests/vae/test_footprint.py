@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from magi.planning.temporaries import PeakBytes
 from magi.vae.footprint import SIZES, fitting, makes_scores, next_smaller, tile_bytes
 from magi.vae.model import Decoder, Encoder, VAEConfig
 from magi.vae.tiling import Tiling
-from tests.support.counting import PeakBytes
 
 PUBLISHED = VAEConfig(depth=2)  # more blocks take no more memory
 BOTH = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
