@@ -1,6 +1,5 @@
 """Timing a model of any size, with random weights or a file's: the sampler's own forward iterations, in the middle of a video."""
 
-import os
 import platform
 import sys
 import time
@@ -11,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from ..checkpoint.mapped_file import TensorSource
@@ -248,16 +248,12 @@ def _fetch_all(model: Transformer) -> float:
     return time.perf_counter() - started
 
 
-def peak_process_memory() -> int | None:
-    """Most memory this process has ever held, in bytes; None where the system does not tell."""
+def peak_process_memory() -> int:
+    """Returns the most bytes of memory that this process has ever held."""
     try:
         import resource
     except ImportError:  # Windows
-        try:
-            import psutil
-        except ImportError:
-            return None
-        return int(psutil.Process(os.getpid()).memory_info().peak_wset)
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

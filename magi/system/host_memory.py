@@ -1,10 +1,8 @@
-"""How much of the host's memory is free, within a container's limit too."""
+"""Free memory of the host, within a container's limit too, which psutil does not know."""
 
-import ctypes
-import os
-import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -13,48 +11,28 @@ _LIMITS = (("memory.max", "memory.stat", "anon"), ("memory/memory.limit_in_bytes
 
 
 def free_host_memory() -> int | None:
-    """Bytes of RAM that can be had without swapping, within a container's limit; None where the system does not tell."""
+    """Returns the bytes of RAM that can be had without swapping, within a container's limit; None where the system does not tell."""
     free = _available()
     limits = [limit for files in _LIMITS if (limit := _left_in_cgroup(*files)) is not None]
     return free if free is None else min(free, *limits, free)
 
 
 def memory_beside(device: torch.device) -> int | None:
-    """Free host memory for what a device works with; None for devices that would read weights from the file just as fast."""
+    """Returns the free host memory for a device's work; None for devices that would read weights from the file just as fast."""
     return free_host_memory() if device.type in ("cuda", "cpu") else None
 
 
 def _available() -> int | None:
-    if sys.platform == "win32":
-        status = _MemoryStatus(ctypes.sizeof(_MemoryStatus))
-        return int(status.free) if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
-    try:  # Linux; what sysconf calls available leaves out the page cache, which mapped files fill.
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        pass
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
+        return int(psutil.virtual_memory().available)
+    except OSError:  # a sandbox without /proc
         return None
 
 
 def _left_in_cgroup(limit: str, stat: str, used: str) -> int | None:
-    """What a container may still take, files' pages not counted; None without a limit."""
+    """Returns the bytes a container may still take, pages of files not counted; None without a limit."""
     try:
         counts = dict(line.split() for line in (_CGROUPS / stat).read_text(encoding="ascii").splitlines())
         return max(0, int((_CGROUPS / limit).read_text(encoding="ascii")) - int(counts[used]))
     except (OSError, ValueError, KeyError):
         return None
-
-
-class _MemoryStatus(ctypes.Structure):
-    """Windows' MEMORYSTATUSEX."""
-
-    _fields_ = (
-        ("length", ctypes.c_uint32),
-        ("load", ctypes.c_uint32),
-        ("total", ctypes.c_ulonglong),
-        ("free", ctypes.c_ulonglong),
-        *((name, ctypes.c_ulonglong) for name in ("page_total", "page_free", "virtual_total", "virtual_free", "more")),
-    )
