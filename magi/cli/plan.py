@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from ..checkpoint.mapped_file import TensorInfo
@@ -97,11 +96,8 @@ def main(args: argparse.Namespace) -> int:
         machine=machine,
     )
     if args.json:
-        print(
-            json.dumps(
-                {**asdict(found), "device_bytes": found.device_bytes, "needed_bytes": found.needed_bytes}, indent=1
-            )
-        )
+        values = {name: value for name, value in vars(found).items() if name != "run"}
+        print(json.dumps({**values, "device_bytes": found.device_bytes, "needed_bytes": found.needed_bytes}, indent=1))
         return 0
     print(_table(args.preset or str(args.model), card, ram, config, sizes, found, machine))
     return 0

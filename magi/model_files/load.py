@@ -13,7 +13,7 @@ from ..errors import MagiError
 from ..offload.streamed_blocks import StreamedBlocks
 from ..planning.footprint import WeightSizes, weight_sizes
 from ..planning.placement import MemoryOptions, Placement, place, smallest
-from ..system.device import empty_cache, free_memory, is_out_of_memory, pick_device
+from ..system.device import empty_cache, free_memory, pick_device, retry_with_less
 from ..system.host_memory import memory_beside
 from ..system.progress import OnProgress
 from ..transformer.attention import check_attention
@@ -132,23 +132,29 @@ def build_transformer(
         )
     reader = WeightReader(source, config.model, where, low, store_fp8)
     outer, staying = reader.outer(), placement.on_device
-    while True:
-        try:
-            blocks = StreamedBlocks(reader, staying, placement.on_host, placement.slots, progress)
-            return Transformer(
-                config, outer, blocks, where, low, attention, placement.cache, placement.token_block, compiled
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or not staying:
-                raise
-        # Outside of the handler, which would keep alive what was loaded.
+
+    def build() -> Transformer:
+        blocks = StreamedBlocks(reader, staying, placement.on_host, placement.slots, progress)
+        return Transformer(
+            config, outer, blocks, where, low, attention, placement.cache, placement.token_block, compiled
+        )
+
+    def keep_fewer(error: BaseException) -> None:
+        nonlocal staying
+        if not staying:
+            raise MagiError(
+                f"{where} ran out of memory while the model was loaded, though none of its layers were to stay there. "
+                "Close what else uses it, or try a smaller model."
+            ) from error
         empty_cache(where)
         staying = staying[1::2]
         warnings.warn(
             f"{where} ran out of memory while the model was loaded. Now {len(staying)} of its layers stay there, the others are "
             "fetched when their turn comes.",
-            stacklevel=2,
+            stacklevel=4,
         )
+
+    return retry_with_less(build, keep_fewer)
 
 
 def _placement(config: MagiConfig, sizes: WeightSizes, device: torch.device, options: MemoryOptions) -> Placement:

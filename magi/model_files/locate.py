@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..config import PRESETS
 from ..errors import MagiError
@@ -12,6 +13,7 @@ from ..sampling.special_tokens import SpecialTokens, find_special_tokens
 MODELS = Path("ckpt/magi")
 VAE = Path("ckpt/vae")
 TEXT_ENCODER = Path("ckpt/t5/t5-v1_1-xxl")
+_INSTEAD = {"vae": ("VAE", "give and take latents"), "text_encoder": ("text encoder", "give captions")}
 
 
 @dataclass(frozen=True)
@@ -20,17 +22,25 @@ class ModelFiles:
 
     Attributes:
         transformer: file or folder.
-        vae: file or folder.
-        text_encoder: file or folder.
+        vae: file or folder; None where only latents are made.
+        text_encoder: file or folder; None where captions are given.
         special_tokens: file; None where there is none.
         tokenizer: folder or file; None: beside the text encoder.
     """
 
     transformer: Path
-    vae: Path
-    text_encoder: Path
+    vae: Path | None = None
+    text_encoder: Path | None = None
     special_tokens: Path | None = None
     tokenizer: Path | None = None
+
+    def required(self, part: Literal["vae", "text_encoder"]) -> Path:
+        """Returns the path of a part that is needed now. Raises MagiError if there is none."""
+        path: Path | None = getattr(self, part)
+        if path is None:
+            what, instead = _INSTEAD[part]
+            raise MagiError(f"This pipeline was made without a {what}. Make it with one, or {instead}.")
+        return path
 
 
 def find_files(

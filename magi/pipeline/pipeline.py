@@ -1,6 +1,6 @@
-"""Prompt, picture or video in, frames out: the parts tied together, each loaded when its turn comes."""
+"""Prompt, picture or video in, frames out: plan, encode, sample, decode, each model loaded when its turn comes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,8 @@ from ..planning.placement import MemoryOptions, Placement
 from ..runs.autosave import SAVE_SECONDS, Keeper
 from ..runs.identity import UNKNOWN
 from ..runs.store import RunStore
-from ..sampling.captions import Caption, caption_per_chunk
-from ..sampling.prepare import make_sampler
+from ..sampling.captions import Caption
+from ..sampling.prepare import start_sampler
 from ..sampling.special_tokens import SpecialTokens
 from ..sampling.state import Chunk, ProgressEvent
 from ..system.device import is_out_of_memory, pick_device
@@ -33,9 +33,10 @@ from ..text.encoder import encoder_fingerprint
 from ..transformer.compiled import check_compile
 from ..transformer.weights import Precision
 from ..vae.video_vae import load_vae
+from .models import Models
 from .progress import Stage, StageProgress, counted
-from .request import Media, Plan, Request, make_plan, prompt_settings, request_settings
-from .resident_models import LoadedModels
+from .request import Media, Plan, Request, captions_of, make_plan, prompt_settings, request_settings
+from .resident_models import ResidentModels
 
 __all__ = ["Clip", "MagiPipeline", "Media", "Plan", "Request", "Stage", "StageProgress"]
 _CAPTION, _PREFIX = "caption", "prefix"  # in a store's inputs
@@ -68,8 +69,28 @@ class MagiPipeline:
         attention: str = "auto",
         memory: MemoryOptions | None = None,
         compiled: bool = False,
+        models: Models | None = None,
+        special_tokens: SpecialTokens | None = None,
     ) -> None:
-        """`from_files` checks the files first; arguments are described there."""
+        """Takes files as they are; `from_files` checks them first, and describes the other arguments.
+
+        Args:
+            files: of the model.
+            config: that fits them.
+            device: see `from_files`, like the following ones.
+            dtype: likewise.
+            vae_dtype: likewise.
+            text_device: likewise.
+            text_dtype: likewise.
+            cache: likewise.
+            offload: likewise.
+            precision: likewise.
+            attention: likewise.
+            memory: likewise.
+            compiled: likewise.
+            models: keeps the transformer and VAE in memory, in place of what this would make of the files.
+            special_tokens: in place of the file's.
+        """
         self.files = files
         self.config = config
         self.device = pick_device(device)
@@ -83,7 +104,8 @@ class MagiPipeline:
         if compiled:
             check_compile(self.device)
         memory = memory or MemoryOptions()
-        self._models = LoadedModels(
+        self._own_tokens = special_tokens
+        self._models: Models = models or ResidentModels(
             files,
             config,
             self.device,
@@ -150,42 +172,61 @@ class MagiPipeline:
         options = {"vae_dtype": torch.float32, **options}
         return cls.from_files(**vars(files), **options)
 
-    def plan(self, request: Request, store: RunStore | None = None) -> Plan:
-        """Checks a request, finds room for it and reads its image or video, unless `store` holds a run, with that, to resume.
+    def plan(
+        self, request: Request, store: RunStore | None = None, on_notice: Callable[[str], None] | None = None
+    ) -> Plan:
+        """Checks a request, finds room for it and reads its image or video.
+
+        Args:
+            request: what to make.
+            store: holds a run to resume, if any; then it has the image or video, too.
+            on_notice: told, in a sentence, if the plan is not what was asked for; None issues a warning.
 
         Raises:
             MagiError: anything about it that cannot work.
         """
         saved = store.inputs() if store else None
-        if saved is None:
+        if saved is None and request.captions is None:
             check_encoder(**self._text(request))
         plan = make_plan(request, self.config, self._special_tokens, (saved or {}).get(_PREFIX))
         placement, wanted = self._placement(plan), plan.config.runtime.window_size
         if placement.window != wanted:
-            warn(
+            notice = (
                 f"There is too little memory for a window of {wanted} chunks at this size: {placement.window} are denoised at "
-                "a time, which changes the video.",
-                stacklevel=2,
+                "a time, which changes the video."
             )
-        return replace(plan, config=plan.config.with_runtime(window_size=placement.window), placement=placement)
+            if on_notice:
+                on_notice(notice)
+            else:
+                warn(notice, stacklevel=2)
+        return replace(plan, run=plan.run.with_window(placement.window), placement=placement)
 
     def _placement(self, plan: Plan) -> Placement:
-        return self._models.place(plan.config, plan.given, may_narrow=plan.request.window_size is None)
+        return self._models.place(plan.config, plan.run.prefix_frames, may_narrow=plan.request.window_size is None)
 
     def _text(self, request: Request) -> dict[str, Any]:
         """What decides the prompts' embeddings, for `encode_prompts` and `check_encoder`."""
-        where = {"encoder": self.files.text_encoder, "tokenizer": self.files.tokenizer, "cache": self._cache}
+        where = {
+            "encoder": self.files.required("text_encoder"),
+            "tokenizer": self.files.tokenizer,
+            "cache": self._cache,
+        }
         return {**prompt_settings(request, self.config.model), **where, "dtype": self._text_dtype}
 
     def settings(self, plan: Plan) -> dict[str, Any]:
         """Everything that decides how a plan's video becomes, by readable names, for `RunStore.open`. Loads no weights."""
         files, special = self.files, self._special_tokens
-        with Checkpoint(files.transformer) as model, Checkpoint(files.vae) as vae:
-            prints = {"model": model.fingerprint(), "vae": vae.fingerprint()}
-        try:
-            encoder = encoder_fingerprint(files.text_encoder, files.tokenizer, self._text_dtype, self._cache)
-        except MagiError:  # not needed, where the captions are known already
-            encoder = UNKNOWN
+        prints = {}
+        for name, path in (("model", files.transformer), ("vae", files.vae)):
+            if path is not None:
+                with Checkpoint(path) as checkpoint:
+                    prints[name] = checkpoint.fingerprint()
+        encoder = None
+        if files.text_encoder is not None:
+            try:
+                encoder = encoder_fingerprint(files.text_encoder, files.tokenizer, self._text_dtype, self._cache)
+            except MagiError:  # not needed, where the captions are known already
+                encoder = UNKNOWN
         return {
             **request_settings(plan),
             **prints,
@@ -265,86 +306,101 @@ class MagiPipeline:
     def _run(
         self, plan: Plan, progress: StageProgress | None, store: RunStore | None, save_seconds: float
     ) -> Iterator[Clip]:
-        if store is not None and store.saved is not None and store.saved.finished == plan.chunks:
-            chunks, given = store.chunks(), plan.latents
+        saved = store.saved if store is not None else None
+        if store is not None and saved is not None and saved.finished == plan.chunks:
+            chunks = store.chunks()  # all are there: only to be decoded
         else:
-            captions, given = self._inputs(plan, progress, store)
-            chunks = self._sample(plan, captions, given, progress, store, save_seconds)
-        first = 0
+            plan = self.encode(plan, progress, store)
+            chunks = self.sample(plan, progress, store, save_seconds)
         # A clip's frames come before what is made. The sampler leaves them out, but keeps a lone latent, as an image's.
-        skip = 1 if plan.request.video is not None and given is not None and given.shape[2] == 1 else 0
+        prefix = plan.run.prefix_frames
+        skip = 1 if prefix == 1 and not plan.request.is_image(prefix) else 0
         latents = (chunk.latents[:, :, skip if chunk.index == 0 else 0 :] for chunk in chunks)
+        first = 0
         for video in self._models.vae.decode_chunks(latents, progress=counted(progress, "decode")):
             frames = from_model(video).cpu()
             yield Clip(first, frames)
             first += len(frames)
 
-    def _inputs(
-        self, plan: Plan, progress: StageProgress | None, store: RunStore | None
-    ) -> tuple[list[Caption], torch.Tensor | None]:
-        """The captions and the given latents: made, or those that a saved run was given."""
-        request, model = plan.request, self.config.model
+    def encode(self, plan: Plan, progress: StageProgress | None = None, store: RunStore | None = None) -> Plan:
+        """Returns the plan with captions and prefix latents: made, or those that a run saved in `store` was given.
+
+        Raises:
+            MagiError: the text encoder's files are not as they should be, or another model's.
+        """
+        request = plan.request
         saved = store.inputs() if store is not None and store.saved is not None else None
         if saved is not None:
             embeds = [saved[f"{_CAPTION}.{i}"] for i in range(sum(name != _PREFIX for name in saved))]
+        elif request.captions is not None:
+            embeds = [caption.embeds for caption in request.captions]
         else:
             embeds = encode_prompts(**self._text(request), device=self._text_device, progress=counted(progress, "text"))
-        captions = [Caption(e) for e in embeds]
-        # Another model's encoder: say so before loading.
-        caption_per_chunk(captions, plan.chunks, model, None, (), False)
+        captions = plan.captions or captions_of([Caption(e) for e in embeds], request, plan.run, self._special_tokens)
         prefix = plan.latents
         if plan.prefix is not None:
             prefix = self._models.vae.encode(to_model(plan.prefix), progress=counted(progress, "prefix"))
         if store is not None:
             held = {f"{_CAPTION}.{i}": e.clone() for i, e in enumerate(embeds)}
             store.keep_inputs(held if prefix is None else {**held, _PREFIX: prefix})
-        return captions, prefix
+        return replace(plan, captions=captions, latents=prefix, prefix=None)
 
-    def _sample(
+    def sample(
         self,
         plan: Plan,
-        captions: list[Caption],
-        prefix: torch.Tensor | None,
-        progress: StageProgress | None,
-        store: RunStore | None,
-        save_seconds: float,
+        progress: StageProgress | None = None,
+        store: RunStore | None = None,
+        save_seconds: float = SAVE_SECONDS,
+        on_notice: Callable[[str], None] | None = None,
     ) -> Iterator[Chunk]:
-        """The chunks; what the store has of them is not made again."""
-        request, placement = plan.request, plan.placement or self._placement(plan)
-        transformer = self._models.transformer(placement, counted(progress, "load"))
+        """Yields the chunks of a plan as soon as they are clean; what the store has of them is not made again.
+
+        Args:
+            plan: made by `encode`, or by `plan` for a request of captions and latents.
+            progress: told how far the work is; what it raises ends the run.
+            store: opened with the plan's `settings`; the run is kept there, and resumed if it was begun.
+            save_seconds: the longest time between two states that are saved.
+            on_notice: told, in a sentence, if memory ran out and the run changed for it; None issues a warning.
+        """
+        assert plan.captions is not None  # noqa: S101 (see `plan`)
+        transformer = self._models.transformer(plan.placement or self._placement(plan), counted(progress, "load"))
         keeper = None if store is None else Keeper(store, transformer, save_seconds)
-        done = [0, 1]  # iterations done and in all, for the heartbeat between them
+        done = [0, 1]  # iterations done and in all
 
-        def sampled(event: ProgressEvent) -> None:
+        def on_iteration(event: ProgressEvent) -> None:
             done[:] = event.iteration, event.total
-            if keeper:
-                keeper.alive()
-            if progress:
-                progress(Stage("sample", event.iteration, event.total, event))
+            report(Stage("sample", event.iteration, event.total, event))
 
-        def heartbeat(fraction: float) -> None:
-            if keeper:
-                keeper.alive()
-            if progress:
-                progress(Stage("sample", done[0] + min(fraction, 0.999), done[1]))
+        def on_progress(fraction: float) -> None:
+            report(Stage("sample", done[0] + min(fraction, 0.999), done[1]))
 
-        sampler = make_sampler(
+        def report(stage: Stage) -> None:
+            if keeper:
+                keeper.save_if_due()
+            if progress:
+                progress(stage)
+
+        sampler = start_sampler(
             transformer,
-            plan.config,
-            caption=captions,
+            plan.run,
+            plan.captions,
             special_tokens=self._special_tokens,
-            style_tokens=request.style_tokens,
-            duration_tokens=request.duration_tokens,
-            negative_tokens=request.negative_tokens,
-            seed=request.seed,
-            prefix=prefix,
+            negative_tokens=plan.request.negative_tokens,
+            seed=plan.request.seed,
+            prefix=plan.latents,
             state=keeper.state if keeper else None,
-            progress=sampled,
-            heartbeat=heartbeat,
+            on_iteration=on_iteration,
+            on_progress=on_progress,
+            on_shortage=on_notice,
         )
         done[:] = sampler.state.iteration, sampler.total
-        return self._models.alternately(keeper.chunks(sampler) if keeper else iter(sampler), sampler)
+        window = sampler.window
+        try:
+            yield from self._models.share_device(keeper.chunks(sampler) if keeper else iter(sampler))
+        finally:
+            if sampler.window < window:
+                self._models.left_with(sampler.window)
 
     @cached_property
     def _special_tokens(self) -> SpecialTokens | None:
-        return load_special_tokens(self.files)
+        return self._own_tokens or load_special_tokens(self.files)

@@ -8,14 +8,15 @@ from warnings import warn
 
 import torch
 
-from ..config import SPATIAL_DOWNSAMPLE, MagiConfig, ModelConfig, RuntimeConfig
+from ..config import SPATIAL_DOWNSAMPLE, MagiConfig, ModelConfig
 from ..errors import MagiError
 from ..media.frames import check_mode, complete_size, fit, size_for
 from ..media.video_reader import probe, read_image, read_video
 from ..planning.placement import Placement
 from ..runs.identity import UNKNOWN, config_settings
 from ..sampling.captions import Caption, caption_per_chunk, null_caption
-from ..sampling.schedule import check_steps, chunks_in
+from ..sampling.prepare import RunPlan, plan_run, with_size_of
+from ..sampling.schedule import check_steps
 from ..sampling.special_tokens import SpecialTokens
 from ..system.whole_files import file_fingerprint, tensor_digest
 
@@ -29,10 +30,12 @@ class Request:
     """What to make.
 
     Attributes:
-        prompt: for the whole video, or one a chunk (second); the last of a short list holds to the end.
+        prompt: for the whole video, or one per chunk (second); the last of a short list holds to the end.
+        captions: instead of prompts, their embeddings.
         image: first frame.
-        video: clip to go on from; only its end is looked at.
+        video: clip to continue; only its end is used.
         continue_seconds: how much of that end.
+        latents: instead of an image or video, its scaled latents, (1, 16, T, h, w): one latent frame is an image.
         seconds: length of what is made; rounded up to whole chunks. Or `frames`.
         frames: see `seconds`.
         height: in pixels; None: the model's size, in the shape of the image or video.
@@ -40,7 +43,7 @@ class Request:
         area: instead of both, a number of pixels or a name of `frames.AREAS`, in the shape of the input or else 16:9.
         fit: "crop", "pad" or "stretch", for an image or video of another shape.
         seed: any integer.
-        num_steps: denoising steps a chunk; None: the model's own.
+        num_steps: denoising steps per chunk; None: the model's own.
         window_size: chunks denoised at a time; None: the model's own. Fewer work on less at once but look back on more.
         style_tokens: see `special_tokens.STYLES`.
         duration_tokens: tell each chunk how many are to come.
@@ -48,7 +51,7 @@ class Request:
         clean_prompt: clean prompts as the model's training captions were.
     """
 
-    prompt: str | Sequence[str]
+    prompt: str | Sequence[str] = ()
     image: Media | None = None
     video: Media | None = None
     continue_seconds: float = 2.0
@@ -65,6 +68,17 @@ class Request:
     duration_tokens: bool = True
     negative_tokens: bool = False
     clean_prompt: bool = True
+    captions: Sequence[Caption] | None = None
+    latents: torch.Tensor | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """Returns the prompts as a list."""
+        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    def is_image(self, latent_frames: int) -> bool:
+        """Returns whether what the video starts from, so many latent frames, is its first frame; a clip comes before it."""
+        return self.image is not None or (self.latents is not None and latent_frames == 1)
 
 
 @dataclass(frozen=True)
@@ -73,61 +87,42 @@ class Plan:
 
     Attributes:
         request: what was asked for.
-        config: the model's, with the request's settings.
-        prefix: given frames, uint8 (T, H, W, 3), or None.
-        latents: of the given frames, where they are known already: (1, 16, Tp, h, w) scaled, or None.
-        chunks: chunks that will be generated.
-        frames: frames that will come out.
-        given: latent frames of the image or video.
+        run: what is denoised when, and in which size.
+        prefix: frames that the video starts from, uint8 (T, H, W, 3), or None; they are still to be encoded.
+        latents: of those frames, once they are known: (1, 16, Tp, h, w) scaled, or None.
+        captions: per generated chunk, (tokens, channels), once they are known.
         placement: what lies where; None: it is decided when the transformer is loaded.
     """
 
     request: Request
-    config: MagiConfig
-    prefix: torch.Tensor | None
-    latents: torch.Tensor | None
-    chunks: int
-    frames: int
-    given: int
+    run: RunPlan
+    prefix: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    captions: list[torch.Tensor] | None = None
     placement: Placement | None = None
 
     @property
+    def config(self) -> MagiConfig:
+        """Returns the model's config with the request's settings."""
+        return self.run.config
+
+    @property
+    def chunks(self) -> int:
+        """Returns the number of chunks that will be generated."""
+        return self.run.chunks
+
+    @property
+    def frames(self) -> int:
+        """Returns the number of video frames that will come out."""
+        prefix = self.run.prefix_frames
+        hidden = 0 if self.request.is_image(prefix) else prefix
+        runtime = self.config.runtime
+        return (self.run.schedule.chunks * runtime.chunk_width - hidden) * runtime.temporal_downsample_factor
+
+    @property
     def seconds(self) -> float:
-        """Length of what will come out."""
+        """Returns the length of what will come out."""
         return self.frames / self.config.runtime.fps
-
-
-@dataclass(frozen=True)
-class Length:
-    """How long a video becomes.
-
-    Attributes:
-        num_frames: as `make_sampler` takes it: frames to make after the given ones.
-        chunks: of the whole, given ones included.
-        made: of them, those that are generated.
-        frames: video frames that come out.
-    """
-
-    num_frames: int
-    chunks: int
-    made: int
-    frames: int
-
-
-def plan_length(runtime: RuntimeConfig, wanted: int, given: int, shown: bool) -> Length:
-    """What becomes of a wish for `wanted` video frames: whole chunks, the given latent frames before them.
-
-    Args:
-        runtime: the model's.
-        wanted: video frames that shall come out at least.
-        given: latent frames of an image or clip.
-        shown: they begin the video, as an image does; a clip comes before it.
-    """
-    per_latent, width = runtime.temporal_downsample_factor, runtime.chunk_width
-    latents = max(1, -(-wanted // per_latent) - given * shown)
-    chunks = chunks_in(runtime, latents * per_latent, given)
-    hidden = 0 if shown else given
-    return Length(latents * per_latent, chunks, chunks - given // width, (chunks * width - hidden) * per_latent)
 
 
 def make_plan(
@@ -147,40 +142,71 @@ def make_plan(
     config = config.with_runtime(num_steps=request.num_steps, window_size=request.window_size, seed=request.seed)
     runtime = config.runtime
     check_steps(runtime.num_steps, runtime.window_size, runtime.noise2clean_kvrange)
-    if request.image is not None and request.video is not None:
-        raise MagiError("Both an image and a video are given. Give one to start from.")
+    _check_alternatives(request)
     check_mode(request.fit)
     if request.negative_tokens and config.engine.distill:
         warn("Negative tokens steer base models; with distilled weights they change next to nothing.", stacklevel=3)
     _check_special_tokens(request, config, special)
     wanted = _wanted_frames(request, runtime.num_frames, runtime.fps)
-    if request.image is None and request.video is None:
+    if request.latents is not None:
+        latents = request.latents
+        explicit = (request.height is not None, request.width is not None)
+        with_size_of(
+            {"latents": latents}, config.with_runtime(video_size_h=request.height, video_size_w=request.width), explicit
+        )
+    elif request.image is None and request.video is None:
         latents = None
     prefix = _prefix(request, config) if latents is None else None
     if latents is not None:
-        given = latents.shape[2]
-        made = [SPATIAL_DOWNSAMPLE * n for n in latents.shape[3:]]
-        height, width = request.height or made[0], request.width or made[1]
+        prefix_frames = latents.shape[2]
+        own = [SPATIAL_DOWNSAMPLE * n for n in latents.shape[3:]]
+        height, width = request.height or own[0], request.width or own[1]
     elif prefix is not None:
-        given = -(-len(prefix) // runtime.temporal_downsample_factor)
+        prefix_frames = -(-len(prefix) // runtime.temporal_downsample_factor)
         height, width = (int(n) for n in prefix.shape[1:3])
     else:
-        given = 0
+        prefix_frames = 0
         height, width = _size(request, config, None)
-    length = plan_length(runtime, wanted, given, shown=request.image is not None)
-    config = config.with_runtime(num_frames=length.num_frames, video_size_h=height, video_size_w=width)
-    if not isinstance(request.prompt, str) and not 1 <= len(request.prompt) <= length.made:
+    # As many latent frames as are asked for at least; an image is one of them.
+    made = max(1, -(-wanted // runtime.temporal_downsample_factor) - request.is_image(prefix_frames))
+    num_frames = made * runtime.temporal_downsample_factor
+    run = plan_run(config.with_runtime(num_frames=num_frames, video_size_h=height, video_size_w=width), prefix_frames)
+    if request.captions is not None:
+        return Plan(request, run, prefix, latents, captions_of(request.captions, request, run, special))
+    if not 1 <= len(request.texts) <= run.chunks:
         raise MagiError(
-            f"There are {len(request.prompt)} prompts for {length.made} chunks of a second each. "
-            "Give one, or up to one a chunk."
+            f"There are {len(request.texts)} prompts for {run.chunks} chunks of a second each. "
+            "Give one, or up to one per chunk."
         )
-    return Plan(request, config, prefix, latents, length.made, length.frames, given)
+    return Plan(request, run, prefix, latents)
+
+
+def captions_of(
+    captions: Sequence[Caption], request: Request, run: RunPlan, special: SpecialTokens | None
+) -> list[torch.Tensor]:
+    """Returns the caption of each generated chunk, (tokens, channels), with the request's special tokens.
+
+    Raises:
+        MagiError: as `caption_per_chunk`.
+    """
+    return caption_per_chunk(
+        captions, run.chunks, run.config.model, special, request.style_tokens, request.duration_tokens
+    )
+
+
+def _check_alternatives(request: Request) -> None:
+    starts = [name for name in ("image", "video", "latents") if getattr(request, name) is not None]
+    if len(starts) > 1:
+        raise MagiError(f"Both {' and '.join(starts)} are given to start from. Give one of them.")
+    if request.captions is not None and request.texts:
+        raise MagiError("Both a prompt and captions are given. Give one of them.")
 
 
 def _check_special_tokens(request: Request, config: MagiConfig, special: SpecialTokens | None) -> None:
-    """Refuses now what the sampler would refuse after the text encoder has run and the transformer is loaded."""
+    """Refuses now what would be refused after the text encoder has run."""
     text = torch.zeros(1, config.model.caption_channels)
-    caption_per_chunk(Caption(text), 1, config.model, special, request.style_tokens, request.duration_tokens)
+    if request.captions is None:
+        caption_per_chunk(Caption(text), 1, config.model, special, request.style_tokens, request.duration_tokens)
     null_caption(text, special, request.negative_tokens)
 
 
@@ -244,8 +270,7 @@ def _check_frames(frames: torch.Tensor, what: str) -> None:
 
 def prompt_settings(request: Request, model: ModelConfig) -> dict[str, Any]:
     """What `encode_prompts` makes of a request for a model."""
-    texts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
-    return {"texts": texts, "clean": request.clean_prompt, "max_tokens": model.caption_max_length}
+    return {"texts": request.texts, "clean": request.clean_prompt, "max_tokens": model.caption_max_length}
 
 
 def request_settings(plan: Plan) -> dict[str, Any]:
@@ -253,7 +278,8 @@ def request_settings(plan: Plan) -> dict[str, Any]:
     request = plan.request
     return {
         **config_settings(plan.config),
-        "prompt": [request.prompt] if isinstance(request.prompt, str) else list(request.prompt),
+        "prompt": request.texts,
+        "captions": None if request.captions is None else tensor_digest(*(c.embeds for c in request.captions)),
         "clean_prompt": request.clean_prompt,
         "style_tokens": list(request.style_tokens),
         "duration_tokens": request.duration_tokens,
@@ -262,6 +288,7 @@ def request_settings(plan: Plan) -> dict[str, Any]:
         "image_content": _content(request.image),
         "video": _name(request.video),
         "video_content": _content(request.video),
+        "latents": None if request.latents is None else tensor_digest(request.latents),
         "continue_seconds": request.continue_seconds,
         "size_asked_for": [request.width, request.height, request.area],
         "fit": request.fit,

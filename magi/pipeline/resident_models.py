@@ -1,9 +1,7 @@
-"""A pipeline's transformer and VAE: each loaded on first use, and laid out so that both find room."""
+"""A pipeline's models where nobody else manages memory: each loaded on first use, and laid out so that both find room."""
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -12,11 +10,9 @@ from ..config import MagiConfig
 from ..errors import MagiError
 from ..model_files.load import load_transformer
 from ..model_files.locate import ModelFiles
-from ..planning.footprint import WeightSizes, weight_sizes
-from ..planning.limit import Limit
-from ..planning.placement import MemoryOptions, Placement, place
-from ..planning.shortage import Shortage, shortage_of, within_shortage
-from ..sampling.sampler import Sampler
+from ..planning.footprint import weight_sizes
+from ..planning.placement import MemoryOptions, Placement
+from ..planning.planner import Planner
 from ..sampling.state import Chunk
 from ..system.device import empty_cache, free_memory
 from ..system.host_memory import memory_beside
@@ -29,16 +25,7 @@ from ..vae.tiling import Tiling
 from ..vae.video_vae import VideoVAE, load_vae
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """A run, and what was free when it was planned."""
-
-    run: MagiConfig
-    given: int
-    free: int | None
-
-
-class LoadedModels:
+class ResidentModels:
     """Both models and the memory they share. They stay loaded for the next run."""
 
     def __init__(
@@ -59,14 +46,10 @@ class LoadedModels:
         self._dtype, self._vae_dtype = dtype, vae_dtype
         self._precision: Precision = precision
         self._attention = attention
-        self._memory, self._compiled = memory, compiled
+        self._compiled = compiled
+        self._planner = Planner(memory)
         self._transformer: Transformer | None = None
         self._placement: Placement | None = None  # how the transformer was loaded
-        self._wanted: Placement | None = None  # how it was laid out for the last run
-        self._planned: WeakKeyDictionary[Placement, _Planned] = WeakKeyDictionary()
-        self._ran: _Planned | None = None  # the run that the transformer was laid out for
-        self._shortage: Shortage | None = None
-        self._window: int | None = None  # that the last run was left with, where that is known
         self._vae: VideoVAE | None = None
         self._parks = False  # the VAE, while the transformer works
 
@@ -87,53 +70,28 @@ class LoadedModels:
         empty_cache(self._device)
         host, room = memory_beside(self._device), free_memory(self._device)
         room = None if room is None else room + self._held()
-        self._look(sizes)
+        if self._transformer is not None:
+            self._planner.learn(self._transformer, sizes)
 
-        def placed(free: int | None, companion: int) -> Placement:
-            def within(limit: Limit | None) -> Placement:
-                return place(
-                    run,
-                    sizes,
-                    free,
-                    self._memory,
-                    given,
-                    free_host=host,
-                    may_narrow=may_narrow,
-                    companion=companion,
-                    limit=limit,
-                )
-
-            found = within_shortage(within, self._shortage, host if free is None else free)
-            self._planned.pop(found, None)  # an equal one may not live as long
-            self._planned[found] = _Planned(run, given, host if room is None else room)
-            return found
+        def placed(**vae: int) -> Placement:
+            return self._planner.place(run, sizes, room, given, free_host=host, may_narrow=may_narrow, **vae)
 
         self._parks = False
         if room is None:
-            return placed(None, 0)
+            return placed()
         vae, tile = self._vae_needs()
         with suppress(MagiError):
-            roomy = placed(room - vae, tile)
-            best = ("device", self._memory.token_block or TOKEN_BLOCK, run.runtime.window_size)
+            roomy = placed(beside=vae, companion=tile)
+            best = ("device", self._planner.options.token_block or TOKEN_BLOCK, run.runtime.window_size)
             if not roomy.streaming and (roomy.cache, roomy.token_block, roomy.window) == best:
                 return roomy
         self._parks = True
-        return placed(room, vae + tile)
-
-    def _look(self, sizes: WeightSizes) -> None:
-        """Learns from how the last run has left the transformer, which gives way where memory runs out."""
-        if self._transformer is None or self._wanted is None or self._ran is None:
-            return
-        ran = self._ran
-        short = shortage_of(
-            self._transformer, self._wanted, self._window, ran.run, sizes, ran.free, self._memory, ran.given
-        )
-        self._shortage = short or self._shortage
+        return placed(companion=vae + tile)
 
     def transformer(self, placement: Placement, progress: OnProgress | None = None) -> Transformer:
         """The transformer, placed so; read anew only if other layers are to stay on the device than do, or fewer pass through."""
         loaded = self._placement
-        self._wanted, self._ran, self._window = placement, self._planned.get(placement), None
+        self._planner.begin(placement)
         if self._transformer is not None and loaded is not None:
             roomy = placement.streaming and loaded.slots > placement.slots
             there = set(self._transformer.blocks.on_device)  # not where some had to leave
@@ -165,38 +123,28 @@ class LoadedModels:
     def vae(self) -> VideoVAE:
         """The VAE; it comes back to the device by itself when it is used."""
         if self._vae is None:
-            self._vae = load_vae(self._files.vae, self._device, self._vae_dtype)
+            self._vae = load_vae(self._files.required("vae"), self._device, self._vae_dtype)
         return self._vae
 
     def left_with(self, window: int) -> None:
-        """Tells that a run had to denoise fewer chunks at a time, so many in the end."""
-        self._window = window
+        """Notes that the run had to denoise fewer chunks at a time, so many in the end."""
+        self._planner.left_with(window)
 
-    def alternately(self, chunks: Iterator[Chunk], sampler: Sampler | None = None) -> Iterator[Chunk]:
-        """The sampler's chunks. Where memory is short the VAE is off the device while they are made: each has the other's room.
-
-        Args:
-            chunks: of the run.
-            sampler: that makes them: a window that it had to make smaller is remembered.
-        """
-        window = sampler.window if sampler else 0
-        try:
-            while True:
-                if self._parks and self._vae is not None:
-                    self._vae.park()
-                chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                if self._parks:
-                    empty_cache(self._device)
-                yield chunk
-        finally:
-            if sampler and sampler.window < window:
-                self.left_with(sampler.window)
+    def share_device(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """Yields the sampler's chunks. Where memory is short the VAE is off the device while they are made: each has the other's room."""
+        while True:
+            if self._parks and self._vae is not None:
+                self._vae.park()
+            chunk = next(chunks, None)
+            if chunk is None:
+                return
+            if self._parks:
+                empty_cache(self._device)
+            yield chunk
 
     def _vae_needs(self) -> tuple[int, int]:
         """Bytes of the VAE, and of a tile on its way through it."""
-        vae = self._vae or load_vae(self._files.vae, "meta", self._vae_dtype)
+        vae = self._vae or load_vae(self._files.required("vae"), "meta", self._vae_dtype)
         scores = makes_scores(self._device, self._vae_dtype, vae.config)
         return vae.nbytes, tile_bytes(vae.config, Tiling(), self._vae_dtype, scores)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from ..config import MagiConfig
@@ -12,7 +12,6 @@ from ..sampling.schedule import smaller_windows
 from ..transformer.inputs import TOKEN_BLOCK, CacheDevice
 from .cost import Machine, iteration_flops, iteration_seconds
 from .footprint import WeightSizes, key_bytes, working_bytes
-from .limit import Limit
 
 TOKEN_BLOCKS = (TOKEN_BLOCK, 2048, 1024, 512, 256)
 _SLOTS = (3, 2)
@@ -46,6 +45,38 @@ class MemoryOptions:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The largest layout that may be chosen, where a larger one ran out of memory.
+
+    Attributes:
+        layers: that stay on the device.
+        token_block: tokens that are taken through a layer at a time.
+        cache: where keys and values are kept: "device" leaves it open, "host" does not.
+        window: chunks denoised at a time, where a smaller window may be taken.
+    """
+
+    layers: int
+    token_block: int
+    cache: CacheDevice
+    window: int
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """The run that a placement was made for.
+
+    Attributes:
+        config: its settings, with its size, length and window.
+        given: latent frames of an image or clip that come before what is made.
+        free: bytes that were free for it, on the device or, where that has no memory of its own, the host; None: unknown.
+    """
+
+    config: MagiConfig
+    given: int
+    free: int | None
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where a run's parts lie.
 
@@ -62,6 +93,7 @@ class Placement:
         working_bytes: of everything else on the device at the peak.
         host_bytes: of weights and keys in host memory; files' pages, which the system may drop, are not counted.
         slowdown: predicted time of an iteration, as a multiple of that with everything on the device.
+        run: what it was made for.
     """
 
     layers: int
@@ -76,6 +108,7 @@ class Placement:
     working_bytes: int
     host_bytes: int
     slowdown: float
+    run: PlannedRun = field(compare=False, repr=False)
 
     @property
     def streaming(self) -> bool:
@@ -121,6 +154,7 @@ def place(
     free_host: int | None = None,
     may_narrow: bool = False,
     companion: int = 0,
+    beside: int = 0,
     machine: Machine | None = None,
     limit: Limit | None = None,
 ) -> Placement:
@@ -138,6 +172,7 @@ def place(
         free_host: bytes free in host memory; None: unknown, then fetched layers come from the file.
         may_narrow: a smaller window may be taken, if nothing else helps.
         companion: bytes that another model, such as the VAE, takes on the device between two iterations.
+        beside: bytes of those that are free which another model takes all the time.
         machine: what the forecast assumes.
         limit: nothing larger is chosen, whatever `options` say.
 
@@ -146,18 +181,18 @@ def place(
     """
     options, machine = options or MemoryOptions(), machine or Machine()
     if free is None:
-        choices = _choices(config, weights, options, given, None, companion, machine, limit)
+        choices = _choices(PlannedRun(config, given, free_host), weights, options, None, companion, machine, limit)
         first = [c for c in choices if c.cache == choices[0].cache and c.slots == choices[0].slots]
         room = math.inf if free_host is None else (1 - _HOST_RESERVE) * free_host
         choice = next((c for c in first if c.working_bytes <= room), first[-1])
         return choice.place(choice.counts[0])
-    room = free if options.budget is None else options.budget
+    room = free - beside if options.budget is None else options.budget
     runtime = config.runtime
     windows = smaller_windows(runtime.num_steps, runtime.window_size) if may_narrow else []
     allowed = [w for w in (runtime.window_size, *windows) if not (may_narrow and limit and w > limit.window)]
     for window in allowed or (runtime.window_size,):
-        run = config.with_runtime(window_size=window)
-        choices = _choices(run, weights, options, given, free_host, companion, machine, limit)
+        run = PlannedRun(config.with_runtime(window_size=window), given, free)
+        choices = _choices(run, weights, options, free_host, companion, machine, limit)
         found = [placement for choice in choices for placement in _fitting(choice, room)]
         if found:
             return min(found, key=lambda p: (p.slowdown, p.device_bytes))
@@ -172,7 +207,8 @@ def smallest(
     companion: int = 0,
 ) -> Placement:
     """The placement that takes least of the device, within what `options` fix; arguments as for `place`."""
-    choices = _choices(config, weights, options or MemoryOptions(), given, None, companion, Machine())
+    run = PlannedRun(config, given, None)
+    choices = _choices(run, weights, options or MemoryOptions(), None, companion, Machine())
     return min((c.place(c.counts[-1]) for c in choices), key=lambda p: p.device_bytes)
 
 
@@ -185,7 +221,7 @@ def spread(layers: int, count: int) -> tuple[int, ...]:
 class _Choice:
     """All that is decided but for how many layers stay on the device."""
 
-    config: MagiConfig
+    run: PlannedRun
     weights: WeightSizes
     options: MemoryOptions
     cache: CacheDevice
@@ -231,12 +267,13 @@ class _Choice:
             slots=self.slots,
             token_block=self.token_block,
             cache=self.cache,
-            window=self.config.runtime.window_size,
+            window=self.run.config.runtime.window_size,
             total_weight_bytes=weights.total,
             weight_bytes=self.weight_bytes(count),
             working_bytes=self.working_bytes,
             host_bytes=sum(weights.packed[i] for i in on_host) + layers * self.key_bytes * (self.cache == "host"),
             slowdown=took / fastest,
+            run=self.run,
         )
 
     def _on_host(self, fetched: Sequence[int]) -> tuple[int, ...]:
@@ -254,16 +291,16 @@ class _Choice:
 
 
 def _choices(
-    config: MagiConfig,
+    run: PlannedRun,
     weights: WeightSizes,
     options: MemoryOptions,
-    given: int,
     free_host: int | None,
     companion: int,
     machine: Machine,
     limit: Limit | None = None,
 ) -> list[_Choice]:
     """Every combination of what is not fixed, the fastest first."""
+    config, given = run.config, run.given
     seconds = iteration_flops(config, given) / len(weights.blocks) / (machine.tflops * 1e12)
     caches: tuple[CacheDevice, ...] = get_args(CacheDevice) if options.cache == "auto" else (options.cache,)
     blocks: tuple[int, ...] = TOKEN_BLOCKS if options.token_block is None else (options.token_block,)
@@ -288,7 +325,7 @@ def _choices(
             room_on_host = None if free_host is None else round(free_host * (1 - _HOST_RESERVE))
             found += [
                 _Choice(
-                    *(config, weights, options, cache, block, slots, working),
+                    *(run, weights, options, cache, block, slots, working),
                     *(keys, room_on_host, machine, seconds, most_layers),
                 )
                 for slots in _SLOTS

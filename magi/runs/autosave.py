@@ -17,7 +17,7 @@ SAVE_SECONDS = 300.0  # between two states within a chunk
 
 
 class Keeper:
-    """Ties a sampler to an open store. Call `alive` from the sampler's progress and heartbeat, iterate over `chunks`."""
+    """Ties a sampler to an open store. Call `save_if_due` from the sampler's progress callbacks, iterate over `chunks`."""
 
     def __init__(self, store: RunStore, model: "Transformer", seconds: float = SAVE_SECONDS) -> None:
         """Has the model compute as when the store's run was saved; `seconds` is the longest time between two states.
@@ -47,7 +47,7 @@ class Keeper:
 
     @property
     def state(self) -> SamplerState | None:
-        """What `make_sampler` is to go on from."""
+        """Returns the state that the sampler is to resume from."""
         return self._store.saved.state if self._store.saved else None
 
     def chunks(self, sampler: "Sampler") -> Iterator[Chunk]:
@@ -68,7 +68,7 @@ class Keeper:
         finally:
             self._sampler = None  # which holds this through its callbacks; its keys are to go at once
 
-    def alive(self) -> None:
+    def save_if_due(self) -> None:
         """Saves where the sampler stands, if it is time to."""
         if time.monotonic() >= self._due:
             self._look()

@@ -16,7 +16,7 @@ import torch
 from ..config import SPATIAL_DOWNSAMPLE, MagiConfig
 from ..errors import MagiError
 from ..offload.kv_cache import KVCache
-from ..system.device import empty_cache, is_out_of_memory
+from ..system.device import empty_cache, retry_with_less
 from ..transformer.inputs import ChunkInput, EncodedCaption, Pass
 from ..transformer.model import Transformer
 from .guidance import NEARLY_CLEAN_MIX, PassName, combine, guidance_weights, is_nearly_clean, members
@@ -63,7 +63,7 @@ class Sampler:
         self._prefix = prefix
         self._on_iteration = on_iteration
         self._on_progress = on_progress
-        self._on_shortage = on_shortage or (lambda text: warn(text, stacklevel=4))
+        self._on_shortage = on_shortage or (lambda text: warn(text, stacklevel=5))
         self._times = [float(t) for t in time_grid(schedule.num_steps, config.engine.shortcut_mode)]
         self._captions = captions
         self._encoded: dict[int, EncodedCaption] = {}
@@ -91,20 +91,10 @@ class Sampler:
         return self.state.nbytes + (self._cache.nbytes if self._cache else 0)
 
     def __iter__(self) -> Iterator[Chunk]:
-        short = False
         while self.state.iteration < len(self._schedule):
-            try:
-                if short:  # outside the handler, whose traceback would keep the tensors of the iteration alive
-                    self._lower_memory()
-                chunk = self._next()
-                short = False
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                short = True
-            else:
-                if chunk is not None:
-                    yield chunk
+            chunk = retry_with_less(self._next, self._lower_memory)
+            if chunk is not None:
+                yield chunk
 
     @torch.inference_mode()
     def _next(self) -> Chunk | None:
@@ -115,7 +105,7 @@ class Sampler:
 
     # -- when memory runs out ------------------------------------------------------------------------------------------
 
-    def _lower_memory(self) -> None:
+    def _lower_memory(self, error: BaseException) -> None:
         """Lowers the use of memory for the next iterations. Raises MagiError once nothing is left to change."""
         device, cache_device = self._model.device, self._model.cache_device
         empty_cache(device)
@@ -125,7 +115,7 @@ class Sampler:
             raise MagiError(
                 f"{device} ran out of memory at {width}x{height}, with all that can be on the host there and a window of 1. "
                 "Try a smaller size."
-            )
+            ) from error
         if self._cache is not None and self._model.cache_device != cache_device:
             self._cache.move_to_host()
         empty_cache(device)

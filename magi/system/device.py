@@ -1,8 +1,13 @@
 """Which device to compute on, how much room it has, and telling that memory ran out."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from ..errors import MagiError
+
+T = TypeVar("T")
 
 _SAID = (
     "out of memory",
@@ -63,6 +68,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+
+
+def retry_with_less(work: Callable[[], T], shrink: Callable[[BaseException], None]) -> T:
+    """Returns what `work` does; whenever memory runs out, `shrink` has it take less and it runs again.
+
+    Args:
+        work: may be run any number of times.
+        shrink: is given the error that said so. It raises MagiError where nothing is left to give up; where it runs out of
+            memory itself, it is called again.
+    """
+    failed: BaseException | None = None
+    while True:
+        try:
+            if failed is not None:  # outside the handler, whose traceback would keep the tensors of the attempt alive
+                shrink(failed)
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = error.with_traceback(None)
 
 
 def _is_available(kind: str) -> bool:

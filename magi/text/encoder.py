@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 from warnings import warn
 
 import torch
 from torch import nn
 
 from ..errors import MagiError
-from ..system.device import empty_cache, free_memory, is_out_of_memory
+from ..system.device import empty_cache, free_memory, retry_with_less
 from ..system.progress import OnProgress
 from .embedding_cache import EmbeddingCache
 from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5, t5_is_away
@@ -28,7 +28,6 @@ from .t5_tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 MAX_TOKENS = 800
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 
-_Result = TypeVar("_Result")
 _SAMPLE_BYTES = 1 << 20
 _STREAMS = (
     "The text encoder does not fit into the memory of {}. Its weights stay on the host, and each layer's is copied over when it "
@@ -59,7 +58,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._checkpoint: T5Checkpoint | None = checkpoint
         self._model: Any = None
-        self._or_streaming(lambda: self._build(progress))
+        retry_with_less(lambda: self._build(progress), self._stream)
 
     @classmethod
     def load(
@@ -131,7 +130,7 @@ class TextEncoder:
         if len(ids) > max_tokens:
             warn(f"The prompt has {len(ids)} tokens; only the first {max_tokens} are used.", stacklevel=2)
             ids = [*ids[: max_tokens - 1], ids[-1]]
-        embeds = self._or_streaming(lambda: self._run(ids, progress))
+        embeds = retry_with_less(lambda: self._run(ids, progress), self._stream)
         if not embeds.isfinite().all():
             raise MagiError(
                 "The text encoder gave values that are not finite: its weights are damaged. Download it again."
@@ -160,23 +159,16 @@ class TextEncoder:
             hidden = self._model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state
         return hidden[0].to("cpu", torch.float32)
 
-    def _or_streaming(self, work: Callable[[], _Result]) -> _Result:
-        """The work's result; where the device runs out of memory under resident weights, once more with streaming ones."""
-        while True:
-            try:
-                return work()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.streaming:
-                    raise MagiError(
-                        f"The text encoder does not fit into the memory of {self.device}. "
-                        "Use device 'cpu', dtype bfloat16 or a float8 file."
-                    ) from error
-            # Out of the handler, whose traceback holds on to what is to be freed.
-            warn(_STREAMS.format(self.device), stacklevel=3)
-            self.streaming = True
-            self._free()
+    def _stream(self, error: BaseException) -> None:
+        """Has the weights wait on the host from now on. Raises MagiError where they do so already."""
+        if self.streaming:
+            raise MagiError(
+                f"The text encoder does not fit into the memory of {self.device}. "
+                "Use device 'cpu', dtype bfloat16 or a float8 file."
+            ) from error
+        warn(_STREAMS.format(self.device), stacklevel=4)
+        self.streaming = True
+        self._free()
 
     def __enter__(self) -> "TextEncoder":
         return self

@@ -6,7 +6,7 @@ from warnings import warn
 import torch
 
 from ..errors import MagiError
-from ..system.device import empty_cache, is_out_of_memory
+from ..system.device import empty_cache, retry_with_less
 from ..system.progress import OnProgress
 from .footprint import next_smaller
 from .tiling import PATCH_FRAMES, PATCH_SIZE, TileProgress, Tiling
@@ -74,24 +74,19 @@ class TileRun:
             chosen, self._fitting = self._fitting(self.tiling), None
             if chosen != self.tiling:
                 self._shrink(chosen)
-        while True:
-            try:
-                result = work(self.tiling)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                smaller = next_smaller(self.tiling)
-                if smaller is None:
-                    raise MagiError(
-                        f"{self._device} has too little memory even for tiles of {self.tiling.size} pixels and "
-                        f"{self.tiling.frames} frames. Close what else uses it, use {_fewer(self.tiling)}the CPU for the VAE."
-                    ) from error
-            else:
-                self._finished += 1
-                return result
-            # Outside the handler, whose traceback keeps the memory to be freed alive.
-            empty_cache(self._device)
-            self._shrink(smaller)
+        result = retry_with_less(lambda: work(self.tiling), self._take_smaller)
+        self._finished += 1
+        return result
+
+    def _take_smaller(self, error: BaseException) -> None:
+        smaller = next_smaller(self.tiling)
+        if smaller is None:
+            raise MagiError(
+                f"{self._device} has too little memory even for tiles of {self.tiling.size} pixels and "
+                f"{self.tiling.frames} frames. Close what else uses it, use {_fewer(self.tiling)}the CPU for the VAE."
+            ) from error
+        empty_cache(self._device)
+        self._shrink(smaller)
 
     def _shrink(self, tiling: Tiling) -> None:
         self.tiling = tiling

@@ -58,7 +58,7 @@ def find_model(name: str) -> Path:
 def find_vae(name: str) -> Path:
     """The VAE of a name in the menu; raises MagiError where it is not there."""
     if name == EMBEDDED:
-        return _embedded().vae
+        return _embedded().required("vae")
     if name == VAE:
         return _official(VAE, "The VAE", "diffusion_pytorch_model.safetensors and config.json", "vae")
     return _find(name, "vae")
@@ -73,7 +73,7 @@ def find_encoder(name: str) -> tuple[Path, Path | None]:
         MagiError: it is not there and was never used.
     """
     if name == EMBEDDED:
-        return _embedded().text_encoder, None
+        return _embedded().required("text_encoder"), None
     folders = (
         host.model_folders() if name == TEXT_ENCODER else [*host.model_folders(), *host.model_folders("text_encoders")]
     )

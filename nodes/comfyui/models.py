@@ -11,25 +11,14 @@ from ...magi.config import MagiConfig
 from ...magi.errors import MagiError
 from ...magi.model_files.load import load_transformer
 from ...magi.planning.footprint import weight_sizes
-from ...magi.planning.limit import Limit
-from ...magi.planning.placement import MemoryOptions, Placement, place, spread
-from ...magi.planning.shortage import Shortage, shortage_of, within_shortage
+from ...magi.planning.placement import MemoryOptions, Placement, spread
+from ...magi.planning.planner import Planner
 from ...magi.sampling.special_tokens import SpecialTokens
 from ...magi.system.host_memory import memory_beside
 from ...magi.transformer.weights import Precision
 from ...magi.vae.video_vae import load_vae
 from . import host
 from .memory import Held, Managed
-
-
-@dataclass(frozen=True)
-class _Laid:
-    """How a transformer was laid out, for which run, and what was free when that was planned."""
-
-    placement: Placement
-    run: MagiConfig
-    given: int
-    free: int | None
 
 
 class MagiTransformer(Held):
@@ -41,18 +30,14 @@ class MagiTransformer(Held):
         """Reads headers only; `config` fits the file."""
         super().__init__()
         self.path, self._config = path, config
-        self.precision, self.attention, self._options = precision, attention, options
+        self.precision, self.attention = precision, attention
         with Checkpoint(path) as checkpoint:
             self._sizes = weight_sizes(checkpoint.tensors, config.model, host.device(), precision)
-        self._run, self._given, self._may_narrow = config, 0, False
+        self._planner = Planner(options)
         self.placement: Placement | None = None  # of the run that is to come
-        self._free: int | None = None  # when it was planned
-        self._laid: _Laid | None = None  # how the content was laid out, and what for
-        self._shortage: Shortage | None = None
-        self._window: int | None = None  # that the last run was left with, where that is known
 
     def plan(self, run: MagiConfig, given: int, may_narrow: bool = False) -> Placement:
-        """What goes where in a run, if all that is evictable makes room for it.
+        """Returns what goes where in a run, if all that is evictable makes room for it.
 
         Args:
             run: with its size, length and window.
@@ -62,12 +47,9 @@ class MagiTransformer(Held):
         Raises:
             MagiError: the run cannot fit.
         """
-        self._look()
-        self._run, self._given, self._may_narrow = run, given, may_narrow
-        usable = host.usable_memory()
-        self._free = memory_beside(host.device()) if usable is None else usable
-        self.placement = self._place(usable)
-        return self.placement
+        if self.content is not None:
+            self._planner.learn(self.content, self._sizes)
+        return self._place(run, given, host.usable_memory(), may_narrow)
 
     @property
     def nbytes(self) -> int:
@@ -104,55 +86,39 @@ class MagiTransformer(Held):
         model.cache_device, model.token_block = wanted.cache, wanted.token_block
         if model is before:  # a few layers fewer than there is room for may have been left
             wanted = replace(wanted, on_device=tuple(sorted(model.blocks.on_device)))
-        self._laid, self._window = _Laid(wanted, self._run, self._given, self._free), None
+        self._planner.begin(replace(wanted, run=self._planned.run))
 
     def drop(self) -> None:
         """Also learns from how the last run has left it."""
-        self._look()
-        self._laid = None
+        if self.content is not None:
+            self._planner.learn(self.content, self._sizes)
+        self._planner.end()
         super().drop()
 
     def left_with(self, window: int) -> None:
-        """Tells that a run had to denoise fewer chunks at a time, so many in the end."""
-        self._window = window
+        """Notes that a run had to denoise fewer chunks at a time, so many in the end."""
+        self._planner.left_with(window)
 
-    def _look(self) -> None:
-        """Learns from how the last run has left the content, which gives way where memory runs out."""
-        laid = self._laid
-        if self.content is None or laid is None:
-            return
-        short = shortage_of(
-            self.content, laid.placement, self._window, laid.run, self._sizes, laid.free, self._options, laid.given
-        )
-        self._shortage = short or self._shortage
+    @property
+    def _planned(self) -> Placement:
+        """Returns the placement of the run that is to come; without one ComfyUI loads it for the model's own settings."""
+        if self.placement is None:
+            self.placement = self.plan(self._config, 0)
+        return self.placement
 
     def _for(self, room: float) -> Placement:
         """The placement with `room` bytes for weights besides what is spared for the work; the planned one where that is too little."""
-        planned = self.placement or self.plan(self._config, 0)
-        usable = host.usable_memory()
+        planned, usable = self._planned, host.usable_memory()
         if usable is None:
             return planned
         try:
-            return self._place(int(min(usable, room + planned.spare_bytes)))
+            return self._place(planned.run.config, planned.run.given, int(min(usable, room + planned.spare_bytes)))
         except MagiError:
             return planned
 
-    def _place(self, free: int | None) -> Placement:
+    def _place(self, run: MagiConfig, given: int, free: int | None, may_narrow: bool = False) -> Placement:
         beside = memory_beside(host.device())
-
-        def within(limit: Limit | None) -> Placement:
-            return place(
-                self._run,
-                self._sizes,
-                free,
-                self._options,
-                self._given,
-                free_host=beside,
-                may_narrow=self._may_narrow,
-                limit=limit,
-            )
-
-        return within_shortage(within, self._shortage, beside if free is None else free)
+        return self._planner.place(run, self._sizes, free, given, free_host=beside, may_narrow=may_narrow)
 
 
 @dataclass(frozen=True)

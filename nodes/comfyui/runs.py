@@ -1,49 +1,25 @@
-"""Runs of the sampler on disk, by which the same one, queued again after a cancel or a crash, goes on where it stopped."""
+"""Runs of the sampler on disk, by which the same one, queued again after a cancel or a crash, resumes where it stopped."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from ...magi.checkpoint.reader import Checkpoint
 from ...magi.errors import MagiError
-from ...magi.runs.identity import config_settings, run_key
+from ...magi.runs.identity import run_key
 from ...magi.runs.store import RunStore
-from ...magi.sampling.prepare import Run
-from ...magi.system.whole_files import tensor_digest
 from . import host
-from .models import Model
 
 _MOST = 5  # unfinished runs that are kept
 
 
-def open_run(
-    model: Model, run: Run, seed: int, prefix: torch.Tensor | None, negative: bool, report: Callable[[str], None]
-) -> RunStore:
-    """The store of exactly this run, begun or to be resumed; the oldest others are removed where there are too many.
+def open_run(settings: Mapping[str, Any], report: Callable[[str], None]) -> RunStore:
+    """Returns the store of exactly the run of these settings, new or to be resumed; removes the oldest others where there are too many.
 
     Args:
-        model: from the loader.
-        run: prepared.
-        seed: of its noise.
-        prefix: given latents.
-        negative: whether negative tokens are used.
+        settings: `MagiPipeline.settings` of the run's plan.
         report: told, in a sentence, what a user should know of it.
     """
-    held, special = model.transformer, model.special_tokens
-    with Checkpoint(held.path) as checkpoint:
-        fingerprint = checkpoint.fingerprint()
-    settings = {
-        **config_settings(run.config),
-        "seed": seed,
-        "model": fingerprint,
-        "precision": held.precision,
-        "attention": held.attention,
-        "captions": tensor_digest(*run.captions),
-        "negative_tokens": None if not negative or special is None else tensor_digest(special.negative()),
-        "given_latents": None if prefix is None else tensor_digest(prefix),
-    }
     folder = host.cache_folder() / "runs" / run_key(settings)[:32]
     _make_room(folder)
     store = RunStore(folder, report)
@@ -51,7 +27,7 @@ def open_run(
         store.open(settings)
     except MagiError as error:
         logging.warning(f"MAGI-1: {error}")
-        report("What was saved of this run is damaged, so it begins anew.")
+        report("What was saved of this run is damaged, so it starts over.")
         store.discard()
         store.open(settings)
     return store

@@ -69,7 +69,7 @@ def nothing_is_loaded(monkeypatch):
 
     monkeypatch.setattr(resident_models, "load_transformer", loaded)
     monkeypatch.setattr(encode.TextEncoder, "load", loaded)
-    monkeypatch.setattr(resident_models.LoadedModels, "vae", property(loaded))
+    monkeypatch.setattr(resident_models.ResidentModels, "vae", property(loaded))
 
 
 def error_of(stderr: str) -> str:

@@ -11,26 +11,27 @@ from tests.support.magi_graphs import HEIGHT, WIDTH, loaded, refused, text_to_vi
 @pytest.mark.parametrize("given", [0, 1, 3, 6, 8, 14])
 @pytest.mark.parametrize("window", [0, 1])
 def test_memory_is_planned_for_the_run_that_is_made(given, window, comfy, monkeypatch):
-    models, sampler = comfy.module("nodes.comfyui.models"), comfy.module("nodes.sampler")
-    place, prepare = models.place, sampler.prepare
-    planned, prepared = [], []
+    planner, pipeline = comfy.module("magi.planning.planner"), comfy.module("magi.pipeline.pipeline")
+    place, start = planner.place, pipeline.start_sampler
+    planned, started = [], []
 
     def placing(run, sizes, free, options, given, **others):
         planned.append(Schedule.of_run(run.runtime, given))
         return place(run, sizes, free, options, given, **others)
 
-    def preparing(*args, **options):
-        prepared.append(prepare(*args, **options))
-        return prepared[-1]
+    def starting(model, run, *args, **options):
+        started.append(run.schedule)
+        return start(model, run, *args, **options)
 
-    monkeypatch.setattr(models, "place", placing)
-    monkeypatch.setattr(sampler, "prepare", preparing)
+    monkeypatch.setattr(planner, "place", placing)
+    monkeypatch.setattr(pipeline, "start_sampler", starting)
     graph = text_to_video(comfy, window=window, steps=4)
     if given:
         samples = torch.ones(1, 16, given, HEIGHT // 8, WIDTH // 8)
         graph["start"] = {"class_type": comfy.constant("LATENT", {"samples": samples}), "inputs": {}}
     comfy.run(graph)
-    assert set(map(vars_of, planned)) == set(map(vars_of, (run.schedule for run in prepared)))
+    assert len(set(map(vars_of, planned))) == len(started) == 1
+    assert set(map(vars_of, planned)) == set(map(vars_of, started))
 
 
 def sentence(steps: int, window: int) -> str | None:

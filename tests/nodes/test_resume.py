@@ -192,7 +192,7 @@ def test_a_damaged_run_begins_anew_and_says_so(comfy, steps, whole, caplog):
     (runs(comfy)[0] / "state.safetensors").write_bytes(b"garbage")
     assert torch.equal(comfy.run(graph)["sampler"][0]["samples"], whole)
     assert steps == list(range(12))
-    assert "damaged, so it begins anew" in texts(comfy)[-1]
+    assert "damaged, so it starts over" in texts(comfy)[-1]
     assert runs(comfy) == []
 
 

@@ -9,24 +9,10 @@ from magi.offload.kv_cache import KVCache
 from magi.planning.placement import MemoryOptions
 from magi.sampling import sampler
 from magi.sampling.prepare import generate_latents
-from tests.support.lazy_engine import LazyCopyEngine, cache_with
+from tests.support.lazy_engine import LazyCopyEngine, Pins, cache_with
 
 LAYERS, SHAPE = 3, (2, 4, 6, 8)
 ITEM = 2 * 4 * 6 * 8 * 2  # bytes of a chunk's K/V in one layer
-
-
-class Pins:
-    """Stands in for `pin_memory`: records what is pinned."""
-
-    def __init__(self, refuse: bool = False):
-        self.refuse = refuse
-        self.pinned: dict[int, int] = {}
-
-    def __call__(self, data):
-        if self.refuse:
-            raise RuntimeError("no more")
-        self.pinned[data.data_ptr()] = data.nbytes
-        return lambda: self.pinned.pop(data.data_ptr())
 
 
 def cache(slots: int, **options) -> KVCache:
@@ -35,7 +21,7 @@ def cache(slots: int, **options) -> KVCache:
 
 @pytest.fixture(params=["device", "host", "moved"])
 def make(request):
-    """(slots) -> a cache on the device, on the host, or on the device until `make.move` moves it."""
+    """Returns (slots) -> a cache on the device, on the host, or on the device until `make.move` moves it."""
 
     def made(slots):
         if request.param == "device":
@@ -48,7 +34,7 @@ def make(request):
 
 @pytest.fixture
 def kv(randn):
-    """(layer, chunk) -> K/V, (2, G, S, d), the same for the same arguments."""
+    """Returns (layer, chunk) -> K/V, (2, G, S, d), the same for the same arguments."""
     return lambda layer, chunk: randn(*SHAPE, seed=f"{layer}/{chunk}").bfloat16()
 
 
@@ -192,7 +178,7 @@ def test_a_stream_may_be_closed_early(make, kv):
 
 
 def test_a_cache_falls_back_to_pageable_memory(kv):
-    kv_cache = cache(2, on_host=True, copy_engine=LazyCopyEngine(eager=True), pin=Pins(refuse=True))
+    kv_cache = cache(2, on_host=True, copy_engine=LazyCopyEngine(eager=True), pin=Pins(refuse_at=0))
     fill(kv_cache, kv, (0,))
     assert all(torch.equal(layer_kv[0], kv(layer, 0)) for layer, layer_kv in enumerate(kv_cache.stream((0,))))
 

@@ -29,7 +29,7 @@ class Driver:
 
 @pytest.fixture
 def driver(monkeypatch):
-    """(code) -> a driver whose registration returns that code."""
+    """Returns (code) -> a driver whose registration returns that code."""
 
     def make(code):
         made = Driver(code)

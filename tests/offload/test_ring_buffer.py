@@ -81,6 +81,23 @@ def test_uploads_may_be_closed_early(left_at, seed):
     assert len(found) == 3 * left_at + 3 * min(left_at, 1)
 
 
+def test_an_upload_that_blocks_does_not_block_the_compute_work():
+    """A copy from pageable memory blocks the thread that submits it."""
+    resume = threading.Event()
+
+    class Pageable(LazyCopyEngine):
+        def upload(self, *arguments):
+            assert not self.uploads or resume.wait(5), "the first slot was not returned within 5 s"
+            return super().upload(*arguments)
+
+    uploads = RingBuffer(Pageable(), 3 * UNIT, 3).start_uploads(lambda threads: (upload(n, (UNIT,)) for n in range(4)))
+    next(uploads)
+    uploads.release()
+    resume.set()
+    assert sum(1 for _ in uploads) == 3
+    uploads.close()
+
+
 def test_uploads_wait_for_work_submitted_before_the_allocation():
     copy_engine, order = LazyCopyEngine(), []
     copy_engine.compute(lambda: order.append("earlier work"))

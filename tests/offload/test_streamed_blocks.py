@@ -1,5 +1,4 @@
 import gc
-import sys
 import threading
 import time
 import warnings
@@ -18,7 +17,7 @@ from magi.transformer.float8 import FLOAT8, Fp8Weight, StoredFp8
 from magi.transformer.model import Transformer
 from magi.transformer.weights import WeightReader, tensors_in
 from tests.conftest import MemorySource
-from tests.support.lazy_engine import LazyCopyEngine
+from tests.support.lazy_engine import LazyCopyEngine, Pins
 
 CPU = torch.device("cpu")
 LAYERS = 6
@@ -30,23 +29,6 @@ PLACES = {  # on the device, on the host
     "mixed": ((1, 4), (0, 3)),
     "mixed otherwise": ((0, 5), (1, 2, 3)),
 }
-
-
-class Pins:
-    """Stands in for `pin_memory`, which needs a GPU. Refuses all calls after the first `refuse_at`."""
-
-    def __init__(self, refuse_at: int = sys.maxsize):
-        self.refuse_at = refuse_at
-        self.asked = 0
-        self.pinned: dict[int, int] = {}  # address -> bytes
-
-    def __call__(self, data):
-        self.asked += 1
-        if self.asked > self.refuse_at:
-            raise RuntimeError("no more")
-        address = data.data_ptr()
-        self.pinned[address] = data.nbytes
-        return lambda: self.pinned.pop(address)
 
 
 class CountedTensors(MemorySource):
@@ -74,7 +56,7 @@ def shape(tiny_config):
 
 @pytest.fixture(scope="module")
 def stored(shape, random_weights):
-    """fp8 -> a checkpoint's tensors, bfloat16 where they are not float8 or scales."""
+    """Returns fp8 -> a checkpoint's tensors, bfloat16 where they are not float8 or scales."""
 
     def low(name, t):
         return t.bfloat16() if t.dtype == torch.float32 and not name.endswith(("_scale", "bands")) else t
@@ -84,7 +66,7 @@ def stored(shape, random_weights):
 
 @pytest.fixture
 def reader(shape, stored):
-    """(dtype, fp8, store_fp8, device) -> a reader of six layers."""
+    """Returns (dtype, fp8, store_fp8, device) -> a reader of six layers."""
 
     def make(dtype=torch.bfloat16, fp8=False, store_fp8=False, device=CPU):
         return WeightReader(CountedTensors(stored[fp8]), shape, device, dtype, store_fp8)

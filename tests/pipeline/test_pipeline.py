@@ -20,6 +20,7 @@ from magi.model_files.locate import ModelFiles, find_files
 from magi.pipeline import pipeline, resident_models
 from magi.pipeline.pipeline import MagiPipeline, Request
 from magi.pipeline.request import make_plan
+from magi.planning import planner
 from magi.runs.store import RunStore
 from magi.sampling.schedule import Schedule
 from magi.sampling.special_tokens import SpecialTokens
@@ -89,13 +90,13 @@ def test_as_many_frames_come_out_as_were_announced(start, frames, pipe):
 @pytest.mark.parametrize("frames", [24, 48])
 def test_memory_is_planned_for_the_run_that_is_made(start, frames, files, monkeypatch):
     given = {} if start is None else {"image": PHOTO} if start == "image" else {"video": numbered(start)}
-    planned, place = [], resident_models.place
+    planned, place = [], planner.place
 
     def placing(run, sizes, free, options, given, **others):
         planned.append(Schedule.of_run(run.runtime, given))
         return place(run, sizes, free, options, given, **others)
 
-    monkeypatch.setattr(resident_models, "place", placing)
+    monkeypatch.setattr(planner, "place", placing)
     totals = set()
     plan = load(files).plan(Request(**SMALL, frames=frames, **given))
     for _ in load(files).run(plan, lambda at: totals.add(at.total) if at.name == "sample" else None):

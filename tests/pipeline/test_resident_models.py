@@ -12,7 +12,7 @@ from magi.model_files import load
 from magi.model_files.embedded import EMBEDDED_CONFIG, embedded_files
 from magi.model_files.locate import ModelFiles
 from magi.pipeline import resident_models
-from magi.pipeline.resident_models import LoadedModels
+from magi.pipeline.resident_models import ResidentModels
 from magi.planning.footprint import key_bytes, weight_sizes
 from magi.planning.placement import MemoryOptions, place, smallest
 from magi.vae.video_vae import VideoVAE
@@ -66,8 +66,8 @@ def reads(monkeypatch) -> list[str]:
 def models(files):
     """(**memory options) -> a pipeline's models."""
 
-    def make(**memory) -> LoadedModels:
-        return LoadedModels(
+    def make(**memory) -> ResidentModels:
+        return ResidentModels(
             files,
             EMBEDDED_CONFIG,
             CPU,
@@ -109,9 +109,9 @@ def chunks(done: list[str]):
         yield i
 
 
-def through(models: LoadedModels, done: list[str]) -> list[str]:
+def through(models: ResidentModels, done: list[str]) -> list[str]:
     """The life of three chunks."""
-    for chunk in models.alternately(chunks(done)):
+    for chunk in models.share_device(chunks(done)):
         done.append(f"decoded {chunk}")
     return done
 
@@ -212,7 +212,7 @@ def test_given_chunks_and_options_are_passed_on(card, models, sizes):
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def placed(models: LoadedModels, config: MagiConfig = RUN):
+def placed(models: ResidentModels, config: MagiConfig = RUN):
     return models.place(config, 0, may_narrow=True)
 
 
@@ -312,7 +312,7 @@ LARGE = RUN.with_runtime(
 def total(card, models, monkeypatch):
     """(bytes) -> models on a card, or for None in a host's memory, of that size, less what they hold themselves."""
 
-    def make(nbytes: int | None) -> LoadedModels:
+    def make(nbytes: int | None) -> ResidentModels:
         both = models()
         both.total = nbytes
         free = lambda device: None if both.total is None else both.total - both._held()  # noqa: E731
@@ -335,7 +335,7 @@ def no_larger(a: tuple, b: tuple) -> bool:
     return a[0] <= b[0] and a[1] <= b[1] and (a[2], b[2]) != ("device", "host")
 
 
-def after_shortage(both: LoadedModels, times: int, run: MagiConfig = LARGE) -> tuple:
+def after_shortage(both: ResidentModels, times: int, run: MagiConfig = LARGE) -> tuple:
     """What was planned, and what is left of it after memory ran out so many times."""
     first = placed(both, run)
     transformer = both.transformer(first)

@@ -38,7 +38,7 @@ def go(model, tiny_caption):
         keeper = Keeper(store, model, seconds)
 
         def progress(event):
-            keeper.alive()
+            keeper.save_if_due()
             if stop:
                 stop(event)
 
@@ -49,7 +49,7 @@ def go(model, tiny_caption):
             duration_tokens=False,
             state=keeper.state,
             progress=progress,
-            heartbeat=lambda _: keeper.alive(),
+            heartbeat=lambda _: keeper.save_if_due(),
         )
         return [tensor_digest(chunk.latents) for chunk in keeper.chunks(sampler)]
 

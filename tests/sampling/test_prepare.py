@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from magi.errors import MagiError
-from magi.pipeline.request import plan_length
-from magi.sampling.captions import Caption
-from magi.sampling.prepare import generate_latents, make_sampler, prepare
+from magi.pipeline.request import Request, make_plan
+from magi.sampling.captions import Caption, caption_per_chunk
+from magi.sampling.prepare import generate_latents, make_sampler
 from magi.sampling.schedule import Schedule
 from magi.sampling.special_tokens import SpecialTokens
 
@@ -127,11 +127,10 @@ def test_special_tokens_are_asked_for_only_where_they_are_used(
 
 def test_a_caption_of_no_tokens_fits_every_model(tiny_config, tiny_caption, tiny_tokens):
     for width in (1, 12, 4096):
-        run = prepare(
-            tiny_config(), caption=[Caption(torch.zeros(0, width)), tiny_caption()], special_tokens=tiny_tokens
-        )
-        assert [tuple(c.shape)[1] for c in run.captions] == [12] * 4
-        assert len(run.captions[0]) == 0
+        captions = [Caption(torch.zeros(0, width)), tiny_caption()]
+        made = caption_per_chunk(captions, 4, tiny_config().model, tiny_tokens)
+        assert [tuple(c.shape)[1] for c in made] == [12] * 4
+        assert len(made[0]) == 0
 
 
 def test_an_unknown_style(refuse):
@@ -161,15 +160,18 @@ def test_every_run_has_the_schedule_that_its_memory_is_planned_for(
     distill, window, tiny_config, tiny_model, tiny_caption, tiny_tokens, randn
 ):
     config = tiny_config(distill, window_size=window)
-    model = tiny_model(config)
-    for given in range(21):
-        prefix = randn(1, 16, given, 4, 4) if given else None
+    model, captions = tiny_model(config), [tiny_caption()]
+    for prefix_frames in range(21):
+        prefix = randn(1, 16, prefix_frames, 4, 4) if prefix_frames else None
         for seconds in (1, 1.5, 2, 3, 4):
-            for shown in (False, True):
-                length = plan_length(config.runtime, round(24 * seconds), given, shown)
-                run = config.with_runtime(num_frames=length.num_frames)
-                planned = Schedule.of_run(run.runtime, given)
-                options = {"caption": tiny_caption(), "special_tokens": tiny_tokens, "prefix": prefix}
-                assert prepare(run, **options).schedule == planned
-                assert make_sampler(model, run, **options).total == len(planned)
-                assert (planned.chunks, planned.chunks - planned.prefix_chunks) == (length.chunks, length.made)
+            request = Request(captions=captions, latents=prefix, seconds=seconds, height=32, width=32)
+            plan = make_plan(request, config, tiny_tokens)
+            planned = Schedule.of_run(plan.config.runtime, prefix_frames)
+            assert plan.run.schedule == planned
+            sampler = make_sampler(
+                model, plan.config, caption=tiny_caption(), special_tokens=tiny_tokens, prefix=prefix
+            )
+            assert sampler.total == len(planned)
+            assert (plan.chunks, len(plan.captions)) == (planned.chunks - planned.prefix_chunks,) * 2
+            hidden = 0 if prefix_frames == 1 else prefix_frames  # a single latent frame is an image
+            assert plan.frames == (6 * planned.chunks - hidden) * 4 >= 24 * seconds

@@ -339,9 +339,9 @@ def test_if_there_is_no_room_for_any_layer_that_is_the_end(copy_engine, config, 
 
     monkeypatch.setattr("magi.offload.streamed_blocks.RingBuffer", full)
     source = Full(random_weights(config().model), 1)
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(MagiError, match=r"cpu ran out of memory while the model was loaded.*Close") as caught:
         build_transformer(source, config(), device="cpu", offload=False)
-    assert caught.value is error
+    assert caught.value.__cause__ is error
 
 
 def test_other_errors_while_loading_come_out_at_once(copy_engine, config, random_weights, recwarn):

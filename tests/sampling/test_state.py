@@ -281,7 +281,7 @@ def test_what_is_kept_does_not_grow_with_the_video(
         assert kept == 4
         sizes = []
         if narrows:
-            run._lower_memory()
+            run._lower_memory(MemoryError())
         for chunk in run:
             assert len(run.state.clean) <= kept
             if chunk.index == 3:

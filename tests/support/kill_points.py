@@ -91,7 +91,7 @@ def tiny(folder: Path) -> dict:
         duration_tokens=False,
         seed=1,
         state=keeper.state,
-        progress=lambda event: (keeper.alive(), steps.append(event.iteration)),
+        progress=lambda event: (keeper.save_if_due(), steps.append(event.iteration)),
     )
     made = [tensor_digest(chunk.latents) for chunk in keeper.chunks(sampler)]
     return {"result": made, "begun": begun, "steps": len(steps), "total": sampler.total}

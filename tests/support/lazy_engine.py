@@ -1,6 +1,7 @@
 """Simulates a device that works asynchronously: a copy queue and a compute queue, whose work is executed late."""
 
 import random
+import sys
 import threading
 from collections import deque
 from typing import Any, NamedTuple
@@ -100,6 +101,23 @@ class LazyCopyEngine:
             name = self._random.choice(ready)
             self._queues[name].popleft()[1]()
             self._completed[name] += 1
+
+
+class Pins:
+    """Stands in for `pin_memory`, which needs a GPU. Refuses all calls after the first `refuse_at`."""
+
+    def __init__(self, refuse_at: int = sys.maxsize):
+        self.refuse_at = refuse_at
+        self.asked = 0
+        self.pinned: dict[int, int] = {}  # address -> bytes
+
+    def __call__(self, data):
+        self.asked += 1
+        if self.asked > self.refuse_at:
+            raise RuntimeError("no more")
+        address = data.data_ptr()
+        self.pinned[address] = data.nbytes
+        return lambda: self.pinned.pop(address)
 
 
 def cache_with(**options: Any) -> type[KVCache]:

@@ -1,0 +1,76 @@
+"""The pipeline over ComfyUI's memory manager: what `MagiPipeline` would load itself, ComfyUI loads and evicts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ...magi.config import MagiConfig
+from ...magi.model_files.locate import ModelFiles
+from ...magi.pipeline.pipeline import MagiPipeline
+from ...magi.planning.placement import Placement
+from ...magi.sampling.state import Chunk
+from ...magi.system.progress import OnProgress
+from ...magi.transformer.model import Transformer
+from ...magi.vae.tiling import Tiling
+from ...magi.vae.video_vae import VideoVAE
+from . import host, memory
+from .models import Model
+from .vae import magi_vae, working_memory
+
+_PREVIEW = Tiling(frames=4)  # of one latent frame
+
+
+class ManagedModels:
+    """A transformer, and a VAE for previews, in ComfyUI's memory, as a pipeline takes its models.
+
+    Attributes:
+        preview_vae: the VAE, while it is on the device together with the transformer; else None.
+    """
+
+    def __init__(self, model: Model, vae: Any = None) -> None:
+        """Takes what the loader nodes hand on; nothing is loaded."""
+        self._model = model
+        self._vae = None if vae is None else magi_vae(vae)
+        self.preview_vae: VideoVAE | None = None
+
+    def place(self, run: MagiConfig, given: int, may_narrow: bool) -> Placement:
+        """Returns what goes where in a run, if ComfyUI evicts what it can for it."""
+        return self._model.transformer.plan(run, given, may_narrow)
+
+    def transformer(self, placement: Placement, progress: OnProgress | None = None) -> Transformer:
+        """Returns the transformer, laid out for the placement's run; the VAE comes along where that changes nothing for it."""
+        self._model.transformer.placement = placement
+        patcher, working = self._model.patcher, placement.spare_bytes
+        if self._vae is not None:
+            usable, both = host.usable_memory(), working + working_memory(_PREVIEW)
+            if usable is None or patcher.model_size() + self._vae.patcher.model_size() + both <= usable:
+                loaded = memory.load(patcher, self._vae.patcher, working=both, progress=progress)
+                transformer, self.preview_vae = loaded
+                return transformer
+        return memory.load(patcher, working=working, progress=progress)[0]
+
+    def left_with(self, window: int) -> None:
+        """Notes that the run had to denoise fewer chunks at a time, so many in the end."""
+        self._model.transformer.left_with(window)
+
+    def share_device(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """Returns the chunks as they are: ComfyUI moves models between nodes, not within one."""
+        return chunks
+
+    @property
+    def vae(self) -> VideoVAE:
+        """Returns the VAE on the device."""
+        return magi_vae(self._vae).loaded()
+
+
+def managed_pipeline(model: Model, config: MagiConfig, models: ManagedModels) -> MagiPipeline:
+    """Returns a pipeline from captions and latents to latents, with a loader's model and settings for it."""
+    held = model.transformer
+    return MagiPipeline(
+        ModelFiles(held.path),
+        config,
+        device=host.device(),
+        precision=held.precision,
+        attention=held.attention,
+        models=models,
+        special_tokens=model.special_tokens,
+    )
