@@ -2,15 +2,17 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from ..checkpoint.mapped_file import TensorInfo
 from ..checkpoint.reader import Checkpoint
 from ..config import PRESETS, MagiConfig
+from ..errors import MagiError
 from ..model_files.identify import resolve_config
 from ..pipeline.request import Request, make_plan
 from ..planning.cost import Machine
-from ..planning.footprint import WeightSizes, key_bytes, weight_sizes
+from ..planning.footprint import WeightSizes, kv_bytes, weight_sizes
 from ..planning.placement import MemoryOptions, Placement, place
 from ..system.device import free_memory, pick_device
 from ..system.host_memory import free_host_memory
@@ -52,14 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bus",
         type=float,
-        default=machine.bus / 1e9,
+        default=machine.host_bandwidth / 1e9,
         metavar="GB/S",
         help="from host memory to the card (default: %(default)g)",
     )
     parser.add_argument(
         "--disk",
         type=float,
-        default=machine.disk / 1e9,
+        default=machine.file_bandwidth / 1e9,
         metavar="GB/S",
         help="from a file to the card (default: %(default)g)",
     )
@@ -84,6 +86,9 @@ def main(args: argparse.Namespace) -> int:
         card = f"{free / 1e9:.1f} GB" + ("" if kernels.float8 else ", without float8 units")
     ram = free_host_memory() if args.ram is None else parse_bytes(args.ram)
     streaming = {"auto": None, "on": True, "off": False}[args.offload]
+    for option in ("tflops", "bus", "disk"):
+        if not 0 < (speed := getattr(args, option)) < math.inf:
+            raise MagiError(f"--{option} is {speed:g}: no speed to forecast with. Give one above 0.")
     machine = Machine(args.tflops, args.bus * 1e9, args.disk * 1e9)
     sizes = weight_sizes(tensors, config.model, device, "fp8" if args.fp8_storage else "auto", kernels=kernels)
     found = place(
@@ -92,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
         free,
         MemoryOptions(streaming=streaming, cache=args.cache, token_block=args.token_block),
         free_host=ram,
-        may_narrow=args.window is None,
+        allow_smaller_window=args.window is None,
         machine=machine,
     )
     if args.json:
@@ -134,7 +139,7 @@ def _table(
     runtime, staying = config.runtime, len(p.on_device)
     fetched = p.layers - staying
     resident = sum(sizes.packed[i] for i in p.on_device)
-    keys = p.layers * key_bytes(config.with_runtime(window_size=p.window), 0, sizes.itemsize)
+    keys = p.layers * kv_bytes(config.with_runtime(window_size=p.window), 0, sizes.itemsize)
     in_file = fetched - len(p.on_host)
     rows = [
         ("model", f"{name}, {_gb(p.total_weight_bytes)} of weights in {p.layers} layers"),
@@ -151,7 +156,7 @@ def _table(
         ("in RAM", f"{len(p.on_host)} layers and {'the keys' if p.cache == 'host' else 'no keys'}, {_gb(p.host_bytes)}"),
         ("from the file", f"{in_file} layers" + (" at every step" if in_file else "")),
         ("keys", f"{_gb(keys)} on the {p.cache}, whatever the length of the video"),
-        ("slow-down", f"{p.slowdown - 1:.0%} over everything on the card, if it does {machine.tflops:g} TFLOP/s, its bus {machine.bus / 1e9:g} and the file {machine.disk / 1e9:g} GB/s"),
+        ("slow-down", f"{p.slowdown - 1:.0%} over everything on the card, if it does {machine.tflops:g} TFLOP/s, its bus {machine.host_bandwidth / 1e9:g} and the file {machine.file_bandwidth / 1e9:g} GB/s"),
     ]  # fmt: skip
     if p.window != runtime.window_size:
         rows.insert(2, ("", f"a window of {runtime.window_size} would not fit: the video differs from one with that"))

@@ -74,19 +74,19 @@ class ResidentModels:
             self._planner.learn(self._transformer, sizes)
 
         def placed(**vae: int) -> Placement:
-            return self._planner.place(run, sizes, room, given, free_host=host, may_narrow=may_narrow, **vae)
+            return self._planner.place(run, sizes, room, given, free_host=host, allow_smaller_window=may_narrow, **vae)
 
         self._parks = False
         if room is None:
             return placed()
         vae, tile = self._vae_needs()
         with suppress(MagiError):
-            roomy = placed(beside=vae, companion=tile)
+            roomy = placed(beside=vae, other_model_bytes=tile)
             best = ("device", self._planner.options.token_block or TOKEN_BLOCK, run.runtime.window_size)
             if not roomy.streaming and (roomy.cache, roomy.token_block, roomy.window) == best:
                 return roomy
         self._parks = True
-        return placed(companion=vae + tile)
+        return placed(other_model_bytes=vae + tile)
 
     def transformer(self, placement: Placement, progress: OnProgress | None = None) -> Transformer:
         """The transformer, placed so; read anew only if other layers are to stay on the device than do, or fewer pass through."""

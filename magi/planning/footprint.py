@@ -1,4 +1,4 @@
-"""How much memory a model and a run need: pure functions on headers and settings."""
+"""Device memory that a model and a run need, from headers and settings alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ class WeightSizes:
     """Bytes of a transformer's weights in the form they are used in.
 
     Attributes:
-        outer: of what lies outside the layers.
+        outer: of the weights outside the layers.
         blocks: of each layer.
-        packed: of each layer as one run of bytes, as it is fetched.
-        numerics: what the layers are computed in and with.
+        packed: of each layer in one buffer, as it is uploaded.
+        numerics: dtype and kernels that the layers are computed with.
     """
 
     outer: int
@@ -35,12 +35,12 @@ class WeightSizes:
 
     @property
     def itemsize(self) -> int:
-        """Of the compute dtype."""
+        """Returns the bytes per element of the compute dtype."""
         return self.numerics.dtype.itemsize
 
     @property
     def total(self) -> int:
-        """Of everything."""
+        """Returns the bytes of all weights."""
         return self.outer + sum(self.blocks)
 
 
@@ -52,18 +52,18 @@ def weight_sizes(
     dtype: torch.dtype | None = None,
     kernels: Kernels | None = None,
 ) -> WeightSizes:
-    """What a transformer takes, from its headers alone.
+    """Returns the sizes of a transformer's weights, from its headers alone.
 
     Args:
-        tensors: of a checkpoint that fits `config`.
+        tensors: headers of a checkpoint that fits `config`.
         config: the transformer's shape.
-        device: tells only in which form products need their matrices; None: the best there is.
+        device: device to plan for, asked only for its kernels; None: the best there is.
         precision: as for `load_transformer`.
         dtype: likewise.
-        kernels: of a device that is not here, instead of `device`.
+        kernels: those of a device of another machine, instead of `device`.
 
     Raises:
-        MagiError: precision or device cannot be had.
+        MagiError: the precision or the device is not available.
     """
     kernels = kernels or Kernels.of(pick_device(device))
     low, fp8 = compute_dtype(tensors, precision, dtype), has_fp8(tensors)
@@ -83,26 +83,28 @@ def _nbytes(weights: object) -> int:
 
 
 def chunk_tokens(config: MagiConfig) -> int:
-    """Tokens of a chunk of a run of this size."""
+    """Returns the tokens of a chunk at the run's size."""
     runtime, side = config.runtime, SPATIAL_DOWNSAMPLE * config.model.patch_size
     return runtime.chunk_width * (runtime.video_size_h // side) * (runtime.video_size_w // side)
 
 
-def key_bytes(config: MagiConfig, given: int = 0, itemsize: int = 2) -> int:
-    """Bytes of the keys and values of finished chunks that are kept, of one layer."""
-    cached = Schedule.of_run(config.runtime, given).cached_chunks
-    return cached * chunk_tokens(config) * _keys_a_token(config.model, itemsize)
+def kv_bytes(config: MagiConfig, prefix_frames: int = 0, itemsize: int = 2) -> int:
+    """Returns the bytes of one layer's K/V cache."""
+    cached = Schedule.of_run(config.runtime, prefix_frames).cached_chunks
+    return cached * chunk_tokens(config) * _kv_bytes_per_token(config.model, itemsize)
 
 
-def _keys_a_token(c: ModelConfig, itemsize: int) -> int:
+def _kv_bytes_per_token(c: ModelConfig, itemsize: int) -> int:
     return 2 * c.num_query_groups * c.kv_channels * itemsize
 
 
 def fullest_stage(schedule: Schedule) -> list[Iteration]:
-    """The iterations of a stage in which the window is as full as it ever is, if possible after a chunk was finished."""
-    made = schedule.chunks - schedule.prefix_chunks
+    """Returns the iterations of a stage with the fullest window, if possible one that follows a finished chunk."""
+    generated = schedule.chunks - schedule.prefix_chunks
     stage = (
-        min(schedule.window, made + schedule.window - 2) if made > schedule.window else min(schedule.window, made) - 1
+        min(schedule.window, generated + schedule.window - 2)
+        if generated > schedule.window
+        else min(schedule.window, generated) - 1
     )
     return [schedule[stage * schedule.steps_per_stage + step] for step in range(schedule.steps_per_stage)]
 
@@ -110,38 +112,39 @@ def fullest_stage(schedule: Schedule) -> list[Iteration]:
 def working_bytes(
     config: MagiConfig,
     *,
-    given: int = 0,
+    prefix_frames: int = 0,
     cache_on_device: bool = True,
     token_block: int = TOKEN_BLOCK,
     numerics: Numerics | None = None,
 ) -> int:
-    """Bytes on the device at the peak of a run, beside weights: keys and values, every chunk on its way, one token block's layer.
+    """Returns the bytes of device memory at the peak of a run, without weights.
+
+    They are the K/V cache, all chunks of all passes, and what a layer allocates for a token block.
 
     Args:
         config: the model, and the size, steps, window and frames of the run.
-        given: latent frames of an image or clip that come before what is made.
-        cache_on_device: the cache of keys and values is there; else only what of it is on its way.
-        token_block: tokens that are taken through a layer at a time.
-        numerics: what the layers are computed in and with; None: those of the released file on the best device.
+        prefix_frames: latent frames of the image or clip that the video starts from.
+        cache_on_device: whether the K/V cache is on the device; else only the ring buffer for its uploads is.
+        token_block: tokens per layer forward.
+        numerics: dtype and kernels of the layers; None: bfloat16, or float8 if the config says so, on the best device.
     """
     numerics = numerics or Numerics(fp8=config.engine.fp8_quant)
     c, runtime, e = config.model, config.runtime, numerics.dtype.itemsize
-    schedule = Schedule.of_run(runtime, given)
+    schedule = Schedule.of_run(runtime, prefix_frames)
     generated = schedule.chunks - schedule.prefix_chunks
     active = min(runtime.window_size, generated)
     refresh = int(generated > 1)  # the chunk that has just become clean
     times = [float(t) for t in time_grid(runtime.num_steps, config.engine.shortcut_mode)]
-    streams = max(chunk_count(it, schedule, times, config) for it in fullest_stage(schedule))
-    places = active + refresh + (0 if config.engine.distill else 1)
+    in_passes = max(chunk_count(it, schedule, times, config) for it in fullest_stage(schedule))
     tokens = chunk_tokens(config)
     latents = tokens * c.patch_size**2
-    keys = _keys_a_token(c, e)
-    rope = places * tokens * 2 * 3 * (c.kv_channels // 8) * 4
-    captions = (active + 1) * c.caption_max_length * (c.hidden_size * e + keys)
-    # On the host two layers' keys are on the device at a time: the one in use and the next.
-    cached = key_bytes(config, given, e) * (c.num_layers if cache_on_device else min(2, c.num_layers))
-    scratch = (active + max(schedule.cached_chunks, refresh)) * tokens * keys
-    on_their_way = streams * (tokens * c.hidden_size * e + 2 * LATENT_CHANNELS * latents * 4)
+    kv = _kv_bytes_per_token(c, e)
+    rope = (active + refresh + (0 if config.engine.distill else 1)) * tokens * 2 * 3 * (c.kv_channels // 8) * 4
+    captions = (active + 1) * c.caption_max_length * (c.hidden_size * e + kv)
+    # Of a cache on the host, the K/V of two layers are on the device: of the one in use and the next.
+    cached = kv_bytes(config, prefix_frames, e) * (c.num_layers if cache_on_device else min(2, c.num_layers))
+    scratch = (active + max(schedule.cached_chunks, refresh)) * tokens * kv
+    chunks = in_passes * (tokens * c.hidden_size * e + 2 * LATENT_CHANNELS * latents * 4)
     # In the first layer the text and the previous-chunk pass share their self-attention.
     layer = layer_bytes(c, numerics, min(token_block, tokens), passes=1 if config.engine.distill else 2)
-    return cached + scratch + captions + rope + on_their_way + layer
+    return cached + scratch + captions + rope + chunks + layer

@@ -1,4 +1,4 @@
-"""What of a run lies where: the plan that is made before anything is loaded, from headers, settings and free memory."""
+"""Places a run's weights and K/V cache before anything is loaded, from headers, settings and free memory."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,24 +11,24 @@ from ..offload.streamed_blocks import ring_bytes
 from ..sampling.schedule import smaller_windows
 from ..transformer.inputs import TOKEN_BLOCK, CacheDevice
 from .cost import Machine, iteration_flops, iteration_seconds
-from .footprint import WeightSizes, key_bytes, working_bytes
+from .footprint import WeightSizes, kv_bytes, working_bytes
 
 TOKEN_BLOCKS = (TOKEN_BLOCK, 2048, 1024, 512, 256)
 _SLOTS = (3, 2)
-_RESERVE = 0.1  # of a device's memory: what the allocator rounds up and cannot use, and kernels' workspaces
-_HOST_RESERVE = 0.25  # of free host memory, which page-locked layers leave to everything else
+_RESERVE = 0.1  # of the device memory: for the allocator's fragmentation and kernels' workspaces
+_HOST_RESERVE = 0.25  # of the free host memory, which page-locked layers leave to everything else
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What may be fixed by hand; None and "auto" leave it to `place`.
+    """Settings that may be fixed by hand; None and "auto" leave them to `place`.
 
     Attributes:
-        budget: bytes of device memory for everything; None: what is free. It is taken at its word, even if less is free.
-        streaming: True fetches every layer when its turn comes, False keeps all on the device.
-        pinned: True has all fetched layers wait in page-locked host memory, False reads them from the file each time.
-        cache: where finished chunks' keys and values are kept.
-        token_block: tokens that are taken through a layer at a time.
+        budget: bytes of device memory for everything, used even if less is free; None: what is free.
+        streaming: True uploads every layer when its turn comes, False keeps all on the device.
+        pinned: True keeps all streamed layers in page-locked host memory, False reads them from the file each time.
+        cache: where the K/V cache is kept.
+        token_block: tokens per layer forward.
     """
 
     budget: int | None = None
@@ -50,8 +50,8 @@ class Limit:
 
     Attributes:
         layers: that stay on the device.
-        token_block: tokens that are taken through a layer at a time.
-        cache: where keys and values are kept: "device" leaves it open, "host" does not.
+        token_block: tokens per layer forward.
+        cache: where the K/V cache is kept: "device" leaves it open, "host" does not.
         window: chunks denoised at a time, where a smaller window may be taken.
     """
 
@@ -67,31 +67,31 @@ class PlannedRun:
 
     Attributes:
         config: its settings, with its size, length and window.
-        given: latent frames of an image or clip that come before what is made.
+        prefix_frames: latent frames of the image or clip that the video starts from.
         free: bytes that were free for it, on the device or, where that has no memory of its own, the host; None: unknown.
     """
 
     config: MagiConfig
-    given: int
+    prefix_frames: int
     free: int | None
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a run's parts lie.
+    """Where a run's weights and K/V cache are, and what that takes.
 
     Attributes:
         layers: of the transformer.
-        on_device: layers whose weights stay on the device; the others are fetched.
-        on_host: of the others, those that wait in page-locked host memory; the rest come from the file.
-        slots: fetched layers that may be on the device at a time.
-        token_block: tokens that are taken through a layer at a time.
-        cache: where keys and values are kept.
+        on_device: layers whose weights stay on the device; the others are streamed.
+        on_host: of the others, those kept in page-locked host memory; the rest come from the file.
+        slots: streamed layers that may be on the device at a time.
+        token_block: tokens per layer forward.
+        cache: where the K/V cache is kept.
         window: chunks denoised at a time.
         total_weight_bytes: of all weights.
         weight_bytes: of weights on the device.
         working_bytes: of everything else on the device at the peak.
-        host_bytes: of weights and keys in host memory; files' pages, which the system may drop, are not counted.
+        host_bytes: of weights and K/V in host memory, without the pages of files, which the system may drop.
         slowdown: predicted time of an iteration, as a multiple of that with everything on the device.
         run: what it was made for.
     """
@@ -112,34 +112,33 @@ class Placement:
 
     @property
     def streaming(self) -> bool:
-        """Whether layers are fetched."""
+        """Tells whether layers are streamed."""
         return len(self.on_device) < self.layers
 
     @property
     def device_bytes(self) -> int:
-        """On the device at the peak."""
+        """Returns the bytes on the device at the peak."""
         return self.weight_bytes + self.working_bytes
 
     @property
     def spare_bytes(self) -> int:
-        """What must be free on the device besides the weights: the working memory, and the reserve."""
+        """Returns the bytes that must be free on the device besides the weights: the working memory and the reserve."""
         return math.ceil(self.device_bytes / (1 - _RESERVE)) - self.weight_bytes
 
     @property
     def needed_bytes(self) -> int:
-        """Free device memory that this takes, the reserve included."""
+        """Returns the free device memory that this takes, the reserve included."""
         return self.weight_bytes + self.spare_bytes
 
     def describe(self) -> str:
-        """One line for a log."""
+        """Returns one line for a log."""
         weights = f"all weights on the device ({_gb(self.weight_bytes)})"
         if self.streaming:
-            fetched = self.layers - len(self.on_device)
-            source = "memory" if len(self.on_host) == fetched else "memory and file" if self.on_host else "the file"
-            weights = f"{fetched} of {self.layers} layers stream from {source}"
-        keys = "the device" if self.cache == "device" else "the host"
+            streamed = self.layers - len(self.on_device)
+            source = "memory" if len(self.on_host) == streamed else "memory and file" if self.on_host else "the file"
+            weights = f"{streamed} of {self.layers} layers stream from {source}"
         return (
-            f"{weights}, keys on {keys}, {self.token_block} tokens at a time, about {_gb(self.device_bytes)} in all"
+            f"{weights}, K/V cache on the {self.cache}, {self.token_block} tokens at a time, about {_gb(self.device_bytes)} in all"
             + (f", {self.slowdown - 1:.0%} slower than with everything on the device" if self.slowdown > 1.005 else "")
         )
 
@@ -149,77 +148,79 @@ def place(
     weights: WeightSizes,
     free: int | None,
     options: MemoryOptions | None = None,
-    given: int = 0,
+    prefix_frames: int = 0,
     *,
     free_host: int | None = None,
-    may_narrow: bool = False,
-    companion: int = 0,
+    allow_smaller_window: bool = False,
+    other_model_bytes: int = 0,
     beside: int = 0,
     machine: Machine | None = None,
     limit: Limit | None = None,
 ) -> Placement:
-    """Where to put a model's weights and keys so that a run has room: the fastest way that fits, by a forecast.
+    """Returns the placement that fits and is the fastest by the forecast.
 
-    A tenth of the memory is left for what the allocator rounds up and kernels work in.
+    A tenth of the device memory is left to the allocator's fragmentation and to kernels' workspaces.
 
     Args:
         config: the model, and the size, steps, window and frames of the run.
-        weights: of the model, see `weight_sizes`.
-        free: bytes free on the device before anything is loaded; None where memory is the host's own: a budget means
-            nothing there, nothing is moved that `options` does not ask for, and only the token block depends on what is free.
-        options: what is fixed by hand.
-        given: latent frames of an image or clip that come before what is made.
-        free_host: bytes free in host memory; None: unknown, then fetched layers come from the file.
-        may_narrow: a smaller window may be taken, if nothing else helps.
-        companion: bytes that another model, such as the VAE, takes on the device between two iterations.
-        beside: bytes of those that are free which another model takes all the time.
-        machine: what the forecast assumes.
-        limit: nothing larger is chosen, whatever `options` say.
+        weights: sizes of the model's weights, see `weight_sizes`.
+        free: bytes free on the device before anything is loaded; None where the device works in host memory: a budget
+            means nothing there, only what `options` asks for is streamed, and only the token block depends on what is free.
+        options: settings fixed by hand.
+        prefix_frames: latent frames of the image or clip that the video starts from.
+        free_host: bytes free in host memory; None: unknown, then streamed layers come from the file.
+        allow_smaller_window: whether a smaller window may be taken if nothing else helps.
+        other_model_bytes: bytes that another model, such as the VAE, takes on the device between two iterations.
+        beside: bytes of `free` that another model takes all the time.
+        machine: speeds for the forecast.
+        limit: largest layout that may be chosen, whatever `options` says.
 
     Raises:
-        MagiError: it does not fit, whatever of what is not fixed is chosen.
+        MagiError: nothing that `options` allows fits; it names what would help.
     """
     options, machine = options or MemoryOptions(), machine or Machine()
     if free is None:
-        choices = _choices(PlannedRun(config, given, free_host), weights, options, None, companion, machine, limit)
+        choices = _choices(
+            PlannedRun(config, prefix_frames, free_host), weights, options, None, other_model_bytes, machine, limit
+        )
         first = [c for c in choices if c.cache == choices[0].cache and c.slots == choices[0].slots]
         room = math.inf if free_host is None else (1 - _HOST_RESERVE) * free_host
         choice = next((c for c in first if c.working_bytes <= room), first[-1])
         return choice.place(choice.counts[0])
     room = free - beside if options.budget is None else options.budget
     runtime = config.runtime
-    windows = smaller_windows(runtime.num_steps, runtime.window_size) if may_narrow else []
-    allowed = [w for w in (runtime.window_size, *windows) if not (may_narrow and limit and w > limit.window)]
+    windows = smaller_windows(runtime.num_steps, runtime.window_size) if allow_smaller_window else []
+    allowed = [w for w in (runtime.window_size, *windows) if not (allow_smaller_window and limit and w > limit.window)]
     for window in allowed or (runtime.window_size,):
-        run = PlannedRun(config.with_runtime(window_size=window), given, free)
-        choices = _choices(run, weights, options, free_host, companion, machine, limit)
+        run = PlannedRun(config.with_runtime(window_size=window), prefix_frames, free)
+        choices = _choices(run, weights, options, free_host, other_model_bytes, machine, limit)
         found = [placement for choice in choices for placement in _fitting(choice, room)]
         if found:
             return min(found, key=lambda p: (p.slowdown, p.device_bytes))
-    raise MagiError(_too_little(config, weights, options, given, companion, room, windows))
+    raise MagiError(_too_little(config, weights, options, prefix_frames, other_model_bytes, room, windows))
 
 
 def smallest(
     config: MagiConfig,
     weights: WeightSizes,
     options: MemoryOptions | None = None,
-    given: int = 0,
-    companion: int = 0,
+    prefix_frames: int = 0,
+    other_model_bytes: int = 0,
 ) -> Placement:
-    """The placement that takes least of the device, within what `options` fix; arguments as for `place`."""
-    run = PlannedRun(config, given, None)
-    choices = _choices(run, weights, options or MemoryOptions(), None, companion, Machine())
+    """Returns the placement that `options` allows with the least device memory; arguments as for `place`."""
+    run = PlannedRun(config, prefix_frames, None)
+    choices = _choices(run, weights, options or MemoryOptions(), None, other_model_bytes, Machine())
     return min((c.place(c.counts[-1]) for c in choices), key=lambda p: p.device_bytes)
 
 
 def spread(layers: int, count: int) -> tuple[int, ...]:
-    """`count` of so many layers, evenly: while one that stays is at work, those to come can be fetched."""
+    """Returns `count` of the layers, evenly spaced: while one that stays computes, the next ones can be uploaded."""
     return tuple(i * layers // count for i in range(count))
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """All that is decided but for how many layers stay on the device."""
+    """A placement but for how many layers stay on the device."""
 
     run: PlannedRun
     weights: WeightSizes
@@ -228,37 +229,38 @@ class _Choice:
     token_block: int
     slots: int
     working_bytes: int
-    key_bytes: int  # of a layer
+    kv_bytes: int  # of a layer's cache
     room_on_host: int | None
     machine: Machine
-    seconds: float  # of a layer's work
+    seconds: float  # of a layer forward
     most_layers: int
 
     @property
     def counts(self) -> range:
-        """How many layers may stay, from all to none."""
+        """Returns how many layers may stay, the most first."""
         layers = len(self.weights.blocks)
         most = min(self.most_layers, layers)
         least = most if self.options.streaming is False else 0
         return range(0 if self.options.streaming else most, least - 1, -1)
 
     def weight_bytes(self, count: int) -> int:
-        """On the device, if `count` layers stay."""
+        """Returns the bytes of weights on the device if `count` layers stay."""
         kept = set(spread(len(self.weights.blocks), count))
-        fetched = [size for i, size in enumerate(self.weights.packed) if i not in kept]
-        return self.weights.outer + sum(self.weights.packed[i] for i in kept) + ring_bytes(fetched, self.slots)
+        streamed = [size for i, size in enumerate(self.weights.packed) if i not in kept]
+        return self.weights.outer + sum(self.weights.packed[i] for i in kept) + ring_bytes(streamed, self.slots)
 
     def place(self, count: int) -> Placement:
-        """The placement in which `count` layers stay."""
+        """Returns the placement in which `count` layers stay."""
         weights, layers = self.weights, len(self.weights.blocks)
         on_device = spread(layers, count)
         on_host = self._on_host([i for i in range(layers) if i not in on_device])
         rates = [
-            0.0 if i in on_device else self.machine.bus if i in on_host else self.machine.disk for i in range(layers)
+            0.0 if i in on_device else self.machine.host_bandwidth if i in on_host else self.machine.file_bandwidth
+            for i in range(layers)
         ]
         copies = [size / rate if rate else 0.0 for size, rate in zip(weights.packed, rates, strict=True)]
-        keys = self.key_bytes / self.machine.bus if self.cache == "host" else 0.0
-        took = iteration_seconds(self.seconds, copies, self.slots, keys, self.token_block)
+        kv_copy = self.kv_bytes / self.machine.host_bandwidth if self.cache == "host" else 0.0
+        took = iteration_seconds(self.seconds, copies, self.slots, kv_copy, self.token_block)
         fastest = iteration_seconds(self.seconds, [0.0] * layers, 1, token_block=TOKEN_BLOCK)
         return Placement(
             layers=layers,
@@ -271,20 +273,20 @@ class _Choice:
             total_weight_bytes=weights.total,
             weight_bytes=self.weight_bytes(count),
             working_bytes=self.working_bytes,
-            host_bytes=sum(weights.packed[i] for i in on_host) + layers * self.key_bytes * (self.cache == "host"),
+            host_bytes=sum(weights.packed[i] for i in on_host) + layers * self.kv_bytes * (self.cache == "host"),
             slowdown=took / fastest,
             run=self.run,
         )
 
-    def _on_host(self, fetched: Sequence[int]) -> tuple[int, ...]:
-        """Layers that wait in host memory: all, or as many as there is room for, evenly among the others."""
+    def _on_host(self, streamed: Sequence[int]) -> tuple[int, ...]:
+        """Returns the layers that host memory keeps: all, or as many as there is room for, evenly among the others."""
         if self.weights.numerics.stored_fp8 or self.options.pinned:
-            return tuple(fetched)
+            return tuple(streamed)
         if self.options.pinned is False or self.room_on_host is None:
             return ()
-        room = self.room_on_host - len(self.weights.blocks) * self.key_bytes * (self.cache == "host")
-        for count in range(len(fetched), 0, -1):
-            found = tuple(fetched[i] for i in spread(len(fetched), count))
+        room = self.room_on_host - len(self.weights.blocks) * self.kv_bytes * (self.cache == "host")
+        for count in range(len(streamed), 0, -1):
+            found = tuple(streamed[i] for i in spread(len(streamed), count))
             if sum(self.weights.packed[i] for i in found) <= room:
                 return found
         return ()
@@ -295,13 +297,13 @@ def _choices(
     weights: WeightSizes,
     options: MemoryOptions,
     free_host: int | None,
-    companion: int,
+    other_model_bytes: int,
     machine: Machine,
     limit: Limit | None = None,
 ) -> list[_Choice]:
-    """Every combination of what is not fixed, the fastest first."""
-    config, given = run.config, run.given
-    seconds = iteration_flops(config, given) / len(weights.blocks) / (machine.tflops * 1e12)
+    """Returns every combination of what is not fixed; without streaming, the fastest first."""
+    config, prefix_frames = run.config, run.prefix_frames
+    seconds = iteration_flops(config, prefix_frames) / len(weights.blocks) / (machine.tflops * 1e12)
     caches: tuple[CacheDevice, ...] = get_args(CacheDevice) if options.cache == "auto" else (options.cache,)
     blocks: tuple[int, ...] = TOKEN_BLOCKS if options.token_block is None else (options.token_block,)
     most_layers = len(weights.blocks)
@@ -309,24 +311,24 @@ def _choices(
         caches = ("host",) if limit.cache == "host" else caches
         blocks = tuple(b for b in blocks if b <= limit.token_block) or (limit.token_block,)
         most_layers = limit.layers
-    keys = key_bytes(config, given, weights.itemsize)
+    kv = kv_bytes(config, prefix_frames, weights.itemsize)
     found = []
     for cache in caches:
         for block in blocks:
             working = working_bytes(
                 config,
-                given=given,
+                prefix_frames=prefix_frames,
                 cache_on_device=cache == "device",
                 token_block=block,
                 numerics=weights.numerics,
             )
             # Between two iterations only the cache stays.
-            working = max(working, companion + len(weights.blocks) * keys * (cache == "device"))
+            working = max(working, other_model_bytes + len(weights.blocks) * kv * (cache == "device"))
             room_on_host = None if free_host is None else round(free_host * (1 - _HOST_RESERVE))
             found += [
                 _Choice(
                     *(run, weights, options, cache, block, slots, working),
-                    *(keys, room_on_host, machine, seconds, most_layers),
+                    *(kv, room_on_host, machine, seconds, most_layers),
                 )
                 for slots in _SLOTS
             ]
@@ -334,7 +336,7 @@ def _choices(
 
 
 def _fitting(choice: _Choice, room: int) -> Iterator[Placement]:
-    """The placement with as many layers on the device as there is room for, if any."""
+    """Yields the placement with as many layers on the device as there is room for, if any."""
     for count in choice.counts:
         if math.ceil((choice.weight_bytes(count) + choice.working_bytes) / (1 - _RESERVE)) <= room:
             yield choice.place(count)
@@ -345,19 +347,21 @@ def _too_little(
     config: MagiConfig,
     weights: WeightSizes,
     options: MemoryOptions,
-    given: int,
-    companion: int,
+    prefix_frames: int,
+    other_model_bytes: int,
     room: int,
     windows: Sequence[int],
 ) -> str:
+    """Returns the message for a run that does not fit, with the remedies that would help."""
+
     def least(config: MagiConfig, **changes: Any) -> int:
-        return smallest(config, weights, replace(options, **changes), given, companion).needed_bytes
+        return smallest(config, weights, replace(options, **changes), prefix_frames, other_model_bytes).needed_bytes
 
     needed = least(config)
     remedies = {
         "a smaller size": True,
         "streaming weights": options.streaming is False,
-        "keys on the host": options.cache == "device",
+        "the K/V cache on the host": options.cache == "device",
         "a smaller token block": options.token_block is not None and least(config, token_block=None) < needed,
         **{
             f"a window of {n}": least(config.with_runtime(window_size=n)) < needed

@@ -53,11 +53,11 @@ class Planner:
         run: MagiConfig,
         weights: WeightSizes,
         free: int | None,
-        given: int,
+        prefix_frames: int,
         *,
         free_host: int | None,
-        may_narrow: bool = False,
-        companion: int = 0,
+        allow_smaller_window: bool = False,
+        other_model_bytes: int = 0,
         beside: int = 0,
     ) -> Placement:
         """Returns what goes where in a run; arguments and errors are those of `placement.place`."""
@@ -68,10 +68,10 @@ class Planner:
                 weights,
                 free,
                 self.options,
-                given,
+                prefix_frames,
                 free_host=free_host,
-                may_narrow=may_narrow,
-                companion=companion,
+                allow_smaller_window=allow_smaller_window,
+                other_model_bytes=other_model_bytes,
                 beside=beside,
                 limit=limit,
             )
@@ -121,7 +121,9 @@ def _shortage_of(
     # With the wider window it ran out: it had room for less, even where the forecast takes a narrower one for larger.
     run = begun.run
     took = min(
-        place(run.config.with_runtime(window_size=window), weights, None, options, run.given, limit=limit).device_bytes
+        place(
+            run.config.with_runtime(window_size=window), weights, None, options, run.prefix_frames, limit=limit
+        ).device_bytes
         for window in (limit.window, begun.window)
     )
     return Shortage(limit, took, run.free)

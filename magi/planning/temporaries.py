@@ -19,7 +19,7 @@ from ..transformer.weights import WeightReader
 
 @dataclass(frozen=True)
 class Numerics:
-    """What the layers are computed in and with.
+    """Dtype and kernels that the layers are computed with.
 
     Attributes:
         dtype: the compute dtype.

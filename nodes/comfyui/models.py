@@ -112,13 +112,15 @@ class MagiTransformer(Held):
         if usable is None:
             return planned
         try:
-            return self._place(planned.run.config, planned.run.given, int(min(usable, room + planned.spare_bytes)))
+            return self._place(
+                planned.run.config, planned.run.prefix_frames, int(min(usable, room + planned.spare_bytes))
+            )
         except MagiError:
             return planned
 
     def _place(self, run: MagiConfig, given: int, free: int | None, may_narrow: bool = False) -> Placement:
         beside = memory_beside(host.device())
-        return self._planner.place(run, self._sizes, free, given, free_host=beside, may_narrow=may_narrow)
+        return self._planner.place(run, self._sizes, free, given, free_host=beside, allow_smaller_window=may_narrow)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from magi.cli import main
 from magi.cli import plan as command
 from magi.config import MagiConfig
 from magi.planning.cost import Machine
-from magi.planning.footprint import key_bytes, weight_sizes
+from magi.planning.footprint import kv_bytes, weight_sizes
 from magi.planning.placement import MemoryOptions, place
 from magi.transformer.float8 import Kernels
 from magi.transformer.random_weights import RandomTensors
@@ -81,7 +81,7 @@ def test_the_table_says_what_is_placed(memory, ram, plan, quant):
     assert table["in RAM"] == f"{len(p.on_host)} layers and {keys}, {gb(p.host_bytes)}"
     from_file = fetched - len(p.on_host)
     assert table["from the file"] == f"{from_file} layers" + " at every step" * (from_file > 0)
-    assert table["keys"].startswith(f"{gb(48 * key_bytes(config))} on the {p.cache}")
+    assert table["keys"].startswith(f"{gb(48 * kv_bytes(config))} on the {p.cache}")
     assert table["slow-down"].startswith(f"{p.slowdown - 1:.0%} over")
 
 
@@ -155,7 +155,7 @@ def test_the_models_own_window_may_give_way_and_one_that_is_asked_for_may_not(pl
     assert "window of 2" in table["run"]
     assert "a window of 4 would not fit: the video differs" in text
     config = MagiConfig.preset("4.5B_base").with_runtime(video_size_h=720, video_size_w=1280, window_size=2)
-    assert table["keys"].startswith(gb(34 * key_bytes(config)))
+    assert table["keys"].startswith(gb(34 * kv_bytes(config)))
     status, text, error = plan(*run, "--window", 4)
     assert (status, text) == (1, "")
     assert "with a window of 4 needs about" in error
@@ -184,9 +184,11 @@ def test_too_little_memory_is_an_error(plan):
         (["--memory", "0GB"], "'0GB'.*5GB"),
         (["--ram", "much"], "'much'.*5GB"),
         (["--token-block", "0"], "block of 0.*at least 1"),
-        (["--tflops", "0"], "0 .tflops.*above 0"),
-        (["--bus", "-1"], "bus.*above 0"),
-        (["--disk", "nan"], "disk.*above 0"),
+        *(
+            ([option, speed], f"{option} is {speed}.*above 0")
+            for option in ("--tflops", "--bus", "--disk")
+            for speed in ("0", "-1", "nan", "inf")
+        ),
     ],
 )
 def test_what_cannot_be_is_said(arguments, message, plan):

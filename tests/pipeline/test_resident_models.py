@@ -13,7 +13,7 @@ from magi.model_files.embedded import EMBEDDED_CONFIG, embedded_files
 from magi.model_files.locate import ModelFiles
 from magi.pipeline import resident_models
 from magi.pipeline.resident_models import ResidentModels
-from magi.planning.footprint import key_bytes, weight_sizes
+from magi.planning.footprint import kv_bytes, weight_sizes
 from magi.planning.placement import MemoryOptions, place, smallest
 from magi.vae.video_vae import VideoVAE
 
@@ -124,7 +124,7 @@ GIVES_WAY = [step for i in range(3) for step in ("parked", f"made {i}", f"decode
 
 
 def test_a_card_with_room_for_both(card, models, parked, sizes, vae_and_tile):
-    roomy = place(RUN, sizes, 10**12, companion=vae_and_tile[1])
+    roomy = place(RUN, sizes, 10**12, other_model_bytes=vae_and_tile[1])
     card.free = roomy.needed_bytes + vae_and_tile[0]
     both = models()
     assert both.place(RUN, 0, may_narrow=True) == roomy
@@ -135,10 +135,10 @@ def test_a_card_with_room_for_both(card, models, parked, sizes, vae_and_tile):
 
 @pytest.mark.parametrize("run", [RUN, RUN.with_runtime(video_size_h=64, video_size_w=64)], ids=["large", "small"])
 def test_a_byte_less_and_the_vae_gives_way(run, card, models, parked, sizes, vae_and_tile):
-    card.free = place(run, sizes, 10**12, companion=vae_and_tile[1]).needed_bytes + vae_and_tile[0] - 1
+    card.free = place(run, sizes, 10**12, other_model_bytes=vae_and_tile[1]).needed_bytes + vae_and_tile[0] - 1
     both = models()
     placed = both.place(run, 0, may_narrow=True)
-    assert placed == place(run, sizes, card.free, companion=sum(vae_and_tile))
+    assert placed == place(run, sizes, card.free, other_model_bytes=sum(vae_and_tile))
     assert placed.working_bytes >= sum(vae_and_tile), "between two chunks it comes back"
     assert through(both, []) == STAYS, "there is none yet"
     assert both.vae.device_bytes > 0
@@ -149,7 +149,7 @@ def test_a_byte_less_and_the_vae_gives_way(run, card, models, parked, sizes, vae
 def test_what_was_chosen_for_the_last_run_does_not_hold_for_the_next(card, models, parked, sizes, vae_and_tile):
     both = models()
     assert both.vae.device_bytes == vae_and_tile[0]
-    little = smallest(RUN, sizes, companion=sum(vae_and_tile)).needed_bytes
+    little = smallest(RUN, sizes, other_model_bytes=sum(vae_and_tile)).needed_bytes
     for free, steps in ((little, GIVES_WAY), (10**10, STAYS), (little, GIVES_WAY), (None, STAYS)):
         card.free = free if free is None else free - both.vae.device_bytes
         both.place(RUN, 0, may_narrow=True)
@@ -166,7 +166,7 @@ def test_a_smaller_token_block_by_hand_does_not_drive_the_vae_away(card, models,
 
 
 def test_what_is_loaded_counts_as_free(card, models, sizes, vae_and_tile):
-    alone = place(RUN, sizes, 10**12, companion=vae_and_tile[1])
+    alone = place(RUN, sizes, 10**12, other_model_bytes=vae_and_tile[1])
     card.free = alone.needed_bytes + vae_and_tile[0]
     both = models()
     placed = both.place(RUN, 0, may_narrow=False)
@@ -192,7 +192,8 @@ def test_no_room_is_an_error_before_anything_is_loaded(card, models, reads):
 
 def test_a_window_that_was_asked_for_is_kept(card, models, sizes, vae_and_tile):
     two, four = (
-        smallest(RUN.with_runtime(window_size=n), sizes, companion=sum(vae_and_tile)).needed_bytes for n in (2, 4)
+        smallest(RUN.with_runtime(window_size=n), sizes, other_model_bytes=sum(vae_and_tile)).needed_bytes
+        for n in (2, 4)
     )
     card.free = (two + four) // 2
     assert models().place(RUN, 0, may_narrow=True).window == 2
@@ -204,7 +205,7 @@ def test_given_chunks_and_options_are_passed_on(card, models, sizes):
     card.free = 10**10
     short = RUN.with_runtime(num_frames=24)
     alone, after = (models().place(short, given, may_narrow=True) for given in (0, 48))
-    assert after.working_bytes - alone.working_bytes > 2 * key_bytes(short, 48)
+    assert after.working_bytes - alone.working_bytes > 2 * kv_bytes(short, 48)
     placed = models(cache="host", token_block=32, streaming=True).place(RUN, 0, may_narrow=True)
     assert (placed.cache, placed.token_block, placed.on_device) == ("host", 32, ())
 

@@ -8,7 +8,7 @@ from magi.config import MagiConfig
 from magi.model_files.load import build_transformer
 from magi.offload.kv_cache import KVCache
 from magi.offload.streamed_blocks import StreamedBlocks
-from magi.planning.footprint import key_bytes, weight_sizes, working_bytes
+from magi.planning.footprint import kv_bytes, weight_sizes, working_bytes
 from magi.planning.placement import MemoryOptions, place, smallest
 from magi.planning.temporaries import Numerics, PeakBytes
 from magi.sampling import sampler
@@ -130,10 +130,11 @@ def test_on_the_host_two_layers_of_the_cache_are_left(tiny_config, tiny_model):
         schedule = Schedule.of_run(config.runtime, given)
         kept = KVCache.for_run(tiny_model(config), schedule.cached_chunks, 4, 4).nbytes
         on, off = (
-            working_bytes(config, given=given, cache_on_device=on_device, numerics=FP32) for on_device in (True, False)
+            working_bytes(config, prefix_frames=given, cache_on_device=on_device, numerics=FP32)
+            for on_device in (True, False)
         )
-        assert on - off == 3 * key_bytes(config, given, 4)
-        assert 5 * key_bytes(config, given, 4) == kept > 0
+        assert on - off == 3 * kv_bytes(config, given, 4)
+        assert 5 * kv_bytes(config, given, 4) == kept > 0
 
 
 @pytest.mark.parametrize("window", [1, 4])
@@ -145,15 +146,15 @@ def test_the_working_memory_with_keys_on_their_way_from_the_host(window, tiny_co
     options = MemoryOptions(cache="host", token_block=32)
     # Into the next stage, as room for keys that was needed once is kept.
     counted = peak_of(tiny_model(config, memory=options), config, 8 // window + 1)
-    counted -= 4 * key_bytes(config, itemsize=4)  # the ring, which is on the host
+    counted -= 4 * kv_bytes(config, itemsize=4)  # the ring, which is on the host
     calculated = working_bytes(config, cache_on_device=False, token_block=32, numerics=FP32)
     assert 0.94 < calculated / counted < 1.06
-    assert key_bytes(config, itemsize=4) > 0.06 * counted, "a layer's keys more or less would be seen"
+    assert kv_bytes(config, itemsize=4) > 0.06 * counted, "a layer's keys more or less would be seen"
 
 
 def test_given_chunks_are_counted():
     config = MagiConfig.preset("4.5B_distill").with_runtime(num_frames=24, window_size=1)
-    alone, after_many = (working_bytes(config, given=n) for n in (0, 48))
+    alone, after_many = (working_bytes(config, prefix_frames=n) for n in (0, 48))
     assert after_many > alone, "a lone chunk has nothing to look back at"
 
 
@@ -169,13 +170,13 @@ def test_a_whole_run_after_given_latents_takes_what_was_planned(
     with torch.inference_mode(), PeakBytes() as counted:
         for _ in make_sampler(model, caption=tiny_caption(), special_tokens=tiny_tokens, prefix=prefix):
             pass
-    assert 0.75 < working_bytes(config, given=given, numerics=FP32) / counted.peak < 1.3
+    assert 0.75 < working_bytes(config, prefix_frames=given, numerics=FP32) / counted.peak < 1.3
 
 
 def test_a_picture_that_fills_a_part_of_a_chunk_takes_the_room_of_one():
     config = MagiConfig.preset("24B_base").with_runtime(num_frames=24)
     alone, two = (working_bytes(config.with_runtime(num_frames=n)) for n in (24, 48))
-    assert working_bytes(config, given=3) == two > 2 * alone
+    assert working_bytes(config, prefix_frames=3) == two > 2 * alone
 
 
 @pytest.mark.parametrize("window", [1, 4])
@@ -234,5 +235,5 @@ def test_layers_take_what_was_planned(share, precision, fp8, tiny_config, random
     )
     for _ in range(2):
         assert blocks.nbytes + sum(t.nbytes for t in tensors_in(reader.outer())) == placed.weight_bytes
-        assert blocks.host_bytes == placed.host_bytes - 6 * key_bytes(config, itemsize=4) * (placed.cache == "host")
+        assert blocks.host_bytes == placed.host_bytes - 6 * kv_bytes(config, itemsize=4) * (placed.cache == "host")
         assert len(list(blocks)) == 6

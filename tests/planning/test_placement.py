@@ -9,7 +9,7 @@ import pytest
 from magi.config import MagiConfig
 from magi.errors import MagiError
 from magi.planning.cost import Machine
-from magi.planning.footprint import key_bytes, weight_sizes, working_bytes
+from magi.planning.footprint import kv_bytes, weight_sizes, working_bytes
 from magi.planning.placement import TOKEN_BLOCKS, MemoryOptions, Placement, place, smallest, spread
 from magi.sampling.schedule import smaller_windows
 from magi.transformer.float8 import Kernels
@@ -18,7 +18,7 @@ from magi.transformer.random_weights import RandomTensors
 
 GB = 10**9
 HOST = 64 * GB
-SLOW = Machine(tflops=1000, bus=1e9, disk=0.2e9)  # a bus so slow that it shows what is fetched
+SLOW = Machine(tflops=1000, host_bandwidth=1e9, file_bandwidth=0.2e9)  # so slow that it shows what is fetched
 OPTIONS = [{}, {"streaming": False}, {"streaming": True}, {"cache": "host"}, {"cache": "device"}, {"token_block": 512}]
 
 
@@ -40,7 +40,9 @@ def placed(
     run: tuple, gigabytes: float, windows=(), machine=SLOW, free_host: int | None = HOST, **options
 ) -> Placement:
     free = round(gigabytes * GB)
-    return place(*run, free, MemoryOptions(**options), free_host=free_host, may_narrow=bool(windows), machine=machine)
+    return place(
+        *run, free, MemoryOptions(**options), free_host=free_host, allow_smaller_window=bool(windows), machine=machine
+    )
 
 
 def found(run: tuple, sizes, **options) -> list[Placement]:
@@ -165,7 +167,7 @@ def test_a_budget_is_taken_at_its_word(large):
 def test_the_hosts_own_memory_holds_everything(large):
     everything = place(*large, None)
     assert (everything.streaming, everything.cache, everything.token_block) == (False, "device", TOKEN_BLOCK)
-    assert place(*large, None, MemoryOptions(budget=1), free_host=HOST, may_narrow=True) == everything
+    assert place(*large, None, MemoryOptions(budget=1), free_host=HOST, allow_smaller_window=True) == everything
     asked = place(*large, None, MemoryOptions(streaming=True, cache="host", token_block=100))
     assert (asked.on_device, asked.on_host, asked.cache, asked.token_block) == ((), (), "host", 100)
 
@@ -208,7 +210,7 @@ def test_too_little_memory_is_told_with_what_would_do(windows, options, large):
     ("gigabytes", "options", "remedy", "change"),
     [
         (12, {"streaming": False}, "streaming weights", {"streaming": None}),
-        (6, {"streaming": True, "cache": "device"}, "keys on the host", {"cache": "auto"}),
+        (6, {"streaming": True, "cache": "device"}, "the K/V cache on the host", {"cache": "auto"}),
         (3.7, {"token_block": 4096}, "a smaller token block", {"token_block": 256}),
         (3, {}, "a window of 1", {"window_size": 1}),
         (80, {"budget": GB}, "a larger budget", {"budget": 20 * GB}),
@@ -227,11 +229,11 @@ def test_remedies_help(gigabytes, options, remedy, change, large):
 @pytest.mark.parametrize(
     ("gigabytes", "options", "remedies"),
     [
-        (1.5, {}, {"keys", "streaming", "block", "budget"}),
-        (12, {"streaming": False}, {"keys", "block", "budget"}),
+        (1.5, {}, {"K/V", "streaming", "block", "budget"}),
+        (12, {"streaming": False}, {"K/V", "block", "budget"}),
         (6, {"streaming": True, "cache": "device"}, {"streaming", "block", "budget", "a window of 1"}),
-        (80, {"budget": GB}, {"keys", "streaming", "block"}),
-        (3, {"token_block": 64}, {"keys", "streaming", "block", "budget"}),
+        (80, {"budget": GB}, {"K/V", "streaming", "block"}),
+        (3, {"token_block": 64}, {"K/V", "streaming", "block", "budget"}),
     ],
 )
 def test_what_would_not_help_is_not_proposed(gigabytes, options, remedies, large):
@@ -268,14 +270,14 @@ def test_a_smaller_window_is_the_last_resort(large):
 def test_another_models_turn_between_iterations_counts(large):
     config, _ = large
     alone = place(*large, 24 * GB)
-    assert place(*large, 24 * GB, companion=GB) == alone, "it has the room of what works in between"
-    ring = alone.layers * key_bytes(config)
-    beside = place(*large, 24 * GB, companion=5 * GB)
+    assert place(*large, 24 * GB, other_model_bytes=GB) == alone, "it has the room of what works in between"
+    ring = alone.layers * kv_bytes(config)
+    beside = place(*large, 24 * GB, other_model_bytes=5 * GB)
     assert beside.working_bytes == 5 * GB + ring
-    kept = place(*large, 24 * GB, MemoryOptions(cache="host"), companion=5 * GB)
+    kept = place(*large, 24 * GB, MemoryOptions(cache="host"), other_model_bytes=5 * GB)
     assert kept.working_bytes == 5 * GB, "the keys are elsewhere"
     with pytest.raises(MagiError, match=r"about 6\.\d GB"):
-        place(*large, 5 * GB, companion=5 * GB)
+        place(*large, 5 * GB, other_model_bytes=5 * GB)
 
 
 # -- on the host -----------------------------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ def test_another_models_turn_between_iterations_counts(large):
 def test_host_memory_is_used_up_to_what_the_rest_needs(gigabytes, cache, large):
     config, sizes = large
     p = placed(large, 8 if cache == "device" else 5, free_host=gigabytes * GB, cache=cache)
-    keys = p.layers * key_bytes(config) * (cache == "host")
+    keys = p.layers * kv_bytes(config) * (cache == "host")
     weights = sum(sizes.packed[layer] for layer in p.on_host)
     assert p.host_bytes == weights + keys
     assert p.on_host == () or p.host_bytes <= 0.75 * gigabytes * GB
@@ -339,13 +341,11 @@ def test_described_for_people(large):
         return f"about {p.device_bytes / 1e9:.1f} GB in all"
 
     resident = placed(large, 80)
-    start = (
-        f"all weights on the device ({resident.weight_bytes / 1e9:.1f} GB), keys on the device, 4096 tokens at a time"
-    )
+    start = f"all weights on the device ({resident.weight_bytes / 1e9:.1f} GB), K/V cache on the device, 4096 tokens at a time"
     assert resident.describe() == f"{start}, {total(resident)}"
     tight = placed(large, 4, token_block=512)
     layers = f"{34 - len(tight.on_device)} of 34 layers stream from memory"
-    assert tight.describe().startswith(f"{layers}, keys on the host, 512 tokens at a time, ")
+    assert tight.describe().startswith(f"{layers}, K/V cache on the host, 512 tokens at a time, ")
     slower = f"{round(100 * (tight.slowdown - 1))}% slower than with everything on the device"
     assert tight.describe().endswith(f"{total(tight)}, {slower}")
     assert "stream from memory and file" in placed(large, 5, free_host=8 * GB).describe()
