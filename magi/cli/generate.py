@@ -144,7 +144,7 @@ def add_device_arguments(parser: argparse._ArgumentGroup | argparse.ArgumentPars
 
 
 def default_cache() -> Path:
-    """Where text embeddings and the embedded model are kept."""
+    """Returns the folder of text embeddings and the embedded model: below ~/.cache on every system, like those of torch."""
     return Path.home() / ".cache" / "magi1"
 
 
