@@ -5,7 +5,7 @@ import torch
 
 from magi.checkpoint.mapped_file import DTYPES
 from magi.config import MagiConfig
-from magi.model_files.load import build_transformer
+from magi.model_files.load import load_transformer
 from magi.offload.kv_cache import KVCache
 from magi.offload.streamed_blocks import StreamedBlocks
 from magi.planning import footprint
@@ -91,7 +91,7 @@ def calculated_and_counted(name, window, height, width, token_block=4096, precis
     source = Sizes(config.model, config.engine.fp8_quant)
     sizes = weight_sizes(source.tensors, config.model, "meta", precision)
     options = MemoryOptions(token_block=token_block)
-    peak = peak_of(build_transformer(source, config, "meta", precision=precision, memory=options), config)
+    peak = peak_of(load_transformer(source, config, "meta", precision=precision, memory=options), config)
     working = working_bytes(config, token_block=token_block, fp8=sizes.fp8, widened=sizes.widened)
     return (working + sizes.converted) / peak
 
