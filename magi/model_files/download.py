@@ -9,18 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..config import PRESETS
 from ..errors import MagiError
+from ..sampling import special_tokens
 from .fetch import fetch, file_sha256, part_of
+from .locate import MODELS, TEXT_ENCODER, VAE
 
 REPOSITORY = "sand-ai/MAGI-1"
 HUB = "https://huggingface.co"
-MODELS = ("4.5B_base", "4.5B_distill", "4.5B_distill_quant", "24B_base", "24B_distill", "24B_distill_quant")
 COMPANIONS = ("vae", "t5", "special_tokens")  # what every model needs beside it
-ITEMS = (*MODELS, *COMPANIONS)
-FOLDERS = {model: f"ckpt/magi/{model}/" for model in MODELS} | {"vae": "ckpt/vae/", "t5": "ckpt/t5/"}
+ITEMS = (*PRESETS, *COMPANIONS)
+_FOLDERS = {name: MODELS / name for name in PRESETS} | {"vae": VAE, "t5": TEXT_ENCODER.parent}
+FOLDERS = {item: f"{folder.as_posix()}/" for item, folder in _FOLDERS.items()}  # in the repository and on disk
 
 SPECIAL_TOKENS_URL = "https://raw.githubusercontent.com/SandAI-org/MAGI-1/main/example/assets/special_tokens.npz"
-SPECIAL_TOKENS_SIZE = 3_343_124
 
 ASK_ABOVE = 10**9  # bytes that are fetched without a question
 
@@ -100,14 +102,13 @@ def plan_download(
     if unknown or not items:
         named = ", ".join(map(repr, unknown)) or "without a name"
         raise MagiError(f"There is no official download {named}. Choose from: {', '.join(ITEMS)}.")
-    wanted = {*items, *(COMPANIONS if not only and set(items) & set(MODELS) else ())}
+    wanted = {*items, *(COMPANIONS if not only and set(items) & set(PRESETS) else ())}
     folder = Path(folder).expanduser()
     on_hub = [item for item in FOLDERS if item in wanted]
     files = _hub_files(on_hub, folder, endpoint) if on_hub else []
     if "special_tokens" in wanted:
-        from ..sampling.special_tokens import FILE_NAME, SHA256
-
-        files.append(_planned("special_tokens", FILE_NAME, folder, SPECIAL_TOKENS_URL, SPECIAL_TOKENS_SIZE, SHA256))
+        name, size, sha256 = special_tokens.FILE_NAME, special_tokens.SIZE, special_tokens.SHA256
+        files.append(_planned("special_tokens", name, folder, SPECIAL_TOKENS_URL, size, sha256))
     return DownloadPlan(folder, tuple(files))
 
 

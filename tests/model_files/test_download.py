@@ -15,9 +15,10 @@ import pytest
 import requests
 
 from magi.cli import download as command_line
+from magi.config import PRESETS
 from magi.errors import MagiError
 from magi.model_files import download, fetch
-from magi.model_files.download import ITEMS, MODELS, DownloadProgress, plan_download, run_download, verify_files
+from magi.model_files.download import ITEMS, DownloadProgress, plan_download, run_download, verify_files
 
 WEIGHTS = "ckpt/magi/4.5B_distill/inference_weight.distill/model-00001-of-00002.safetensors"
 TOKENS = bytes(range(256)) * 30
@@ -35,7 +36,7 @@ def contents() -> dict[str, bytes]:
         "README.md": b"not asked for",
     }
     return files | {
-        f"ckpt/magi/{model}/w/model.safetensors": model.encode() for model in MODELS if model != "4.5B_distill"
+        f"ckpt/magi/{model}/w/model.safetensors": model.encode() for model in PRESETS if model != "4.5B_distill"
     }
 
 
@@ -136,7 +137,7 @@ def hub(monkeypatch):
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     monkeypatch.setattr(fetch, "WAITS", (0.01, 0.01))
     monkeypatch.setattr(download, "SPECIAL_TOKENS_URL", f"{server.endpoint}/special_tokens.npz")
-    monkeypatch.setattr(download, "SPECIAL_TOKENS_SIZE", len(TOKENS))
+    monkeypatch.setattr("magi.sampling.special_tokens.SIZE", len(TOKENS))
     monkeypatch.setattr("magi.sampling.special_tokens.SHA256", hashlib.sha256(TOKENS).hexdigest())
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     yield server
