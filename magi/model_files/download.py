@@ -1,7 +1,9 @@
-"""The official MAGI-1 files: which there are, what is missing in a folder, and fetching it. Behind `python -m magi download`.
+"""Plans and runs downloads of the official MAGI-1 files, for `python -m magi download`.
 
-Names, sizes and hashes come from the Hub through huggingface_hub. The bytes are streamed by `fetch`, since not every version of
-huggingface_hub resumes a download or lets itself be stopped. All files are public: no token is read or sent.
+Names, sizes and hashes come from the Hub through huggingface_hub. The bytes are streamed by `fetch`, because `hf_hub_download` does
+less for files of this size: since 1.18 it starts over after its process was killed (and leaves the partial file behind), no version
+compares the sha256, and while the network is silent it cannot be cancelled for a minute unless by Ctrl-C. All files are public: no
+token is read or sent.
 """
 
 import shutil
@@ -12,7 +14,7 @@ from pathlib import Path
 from ..config import PRESETS
 from ..errors import MagiError
 from ..sampling import special_tokens
-from .fetch import fetch, file_sha256, part_of
+from .fetch import OnPhase, fetch, file_sha256, part_of
 from .locate import MODELS, TEXT_ENCODER, VAE
 
 REPOSITORY = "sand-ai/MAGI-1"
@@ -29,10 +31,20 @@ ASK_ABOVE = 10**9  # bytes that are fetched without a question
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One official file. `size` in bytes, `present`: it is in place with the right size."""
+    """One official file.
+
+    Attributes:
+        item: of `ITEMS`, to which it belongs.
+        path: below the folder, with "/".
+        target: where it goes on disk.
+        url: where it is downloaded from.
+        size: bytes.
+        sha256: in hexadecimal, None where the Hub does not tell it.
+        present: it is in place with the right size.
+    """
 
     item: str
-    path: str  # below the folder, with "/"
+    path: str
     target: Path
     url: str
     size: int
@@ -42,23 +54,23 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """The files that were asked for, those in place included."""
+    """The requested files, those in place included."""
 
     folder: Path
     files: tuple[PlannedFile, ...]
 
     @property
     def missing(self) -> tuple[PlannedFile, ...]:
-        """The files to be fetched."""
+        """Returns the files to be downloaded."""
         return tuple(file for file in self.files if not file.present)
 
     @property
     def bytes_missing(self) -> int:
-        """Bytes to be fetched; what an interrupted download left counts as there."""
+        """Returns the bytes to be downloaded; those of an interrupted download count as there."""
         return sum(file.size - min(file.size, max(0, _length(part_of(file.target)))) for file in self.missing)
 
     def __str__(self) -> str:
-        """A table: item, size, how much of it is in place, folder."""
+        """Returns a table: item, size, how much of it is in place, folder."""
         rows = []
         for item in dict.fromkeys(file.item for file in self.files):
             files = [file for file in self.files if file.item == item]
@@ -71,7 +83,7 @@ class DownloadPlan:
 
 @dataclass(frozen=True)
 class DownloadProgress:
-    """Where the work stands: file `index` of `count` (from 1), its `path`, `phase` "download" or "verify", bytes `done` of `total`."""
+    """Progress of a download: file `index` of `count` (from 1), its `path`, `phase` "download" or "verify", bytes `done` of `total`."""
 
     index: int
     count: int
@@ -81,18 +93,19 @@ class DownloadProgress:
     total: int
 
 
-Progress = Callable[[DownloadProgress], None]
+OnDownload = Callable[[DownloadProgress], None]
+"""Called several times per second; what it raises ends the work."""
 
 
 def plan_download(
     items: Sequence[str], folder: str | Path, *, only: bool = False, endpoint: str | None = None
 ) -> DownloadPlan:
-    """Finds out what the items consist of and what of it is missing below `folder`. Fetches no file.
+    """Lists the items' files and which of them are missing below `folder`. Downloads no file.
 
     Args:
-        items: names from `ITEMS`. A model brings the VAE, the text encoder and the special tokens with it.
-        folder: where the official tree (ckpt/magi/..., ckpt/vae, ckpt/t5, special_tokens.npz) is or shall be.
-        only: exactly the items, nothing that goes with them.
+        items: names from `ITEMS`. A model includes the VAE, the text encoder and the special tokens.
+        folder: root of the official tree (ckpt/magi/..., ckpt/vae, ckpt/t5, special_tokens.npz); it need not exist.
+        only: exactly the items, without what a model includes.
         endpoint: a mirror of the Hub; None leaves the choice to huggingface_hub (HF_ENDPOINT, else huggingface.co).
 
     Raises:
@@ -112,16 +125,19 @@ def plan_download(
     return DownloadPlan(folder, tuple(files))
 
 
-def verify_files(plan: DownloadPlan, progress: Progress | None = None) -> DownloadPlan:
-    """The plan after hashing the files in place: those that differ from their sha256 count as missing.
+def verify_files(plan: DownloadPlan, on_progress: OnDownload | None = None) -> DownloadPlan:
+    """Hashes the files in place and returns the plan with those missing that differ from their sha256.
 
     Without this a file in place is trusted by its size: a download gives no file its name before it is verified.
+
+    Raises:
+        MagiError: a file cannot be read.
     """
     in_place = [file for file in plan.files if file.present and file.sha256]
     damaged = set()
     for index, file in enumerate(in_place, 1):
         try:
-            if file_sha256(file.target, _reporter(progress, file, index, len(in_place))) != file.sha256:
+            if file_sha256(file.target, _per_file(on_progress, file, index, len(in_place))) != file.sha256:
                 damaged.add(file.path)
         except OSError as error:
             raise MagiError(f"{str(file.target)!r} cannot be read ({error}). Delete it and run this again.") from error
@@ -132,18 +148,18 @@ def verify_files(plan: DownloadPlan, progress: Progress | None = None) -> Downlo
 
 def run_download(
     plan: DownloadPlan,
-    progress: Progress | None = None,
+    on_progress: OnDownload | None = None,
     *,
     yes: bool = False,
     ask: Callable[[str], bool] | None = None,
 ) -> None:
-    """Fetches and verifies what the plan misses. A file gets its name when it is whole; an unfinished one is taken up next time.
+    """Downloads and verifies what the plan misses. A file gets its name when it is whole; an unfinished one is resumed next time.
 
     Args:
         plan: from `plan_download` or `verify_files`.
-        progress: called several times per second; whatever it raises stops the download.
-        yes: more than 1 GB may be fetched without a question.
-        ask: is given the question otherwise, and answers it.
+        on_progress: see `OnDownload`.
+        yes: download more than 1 GB without a question.
+        ask: called with the question otherwise; returns the answer.
 
     Raises:
         MagiError: not enough room on the disk, the answer was no, or see `fetch`.
@@ -158,12 +174,12 @@ def run_download(
             f"Nothing was downloaded: {size} are fetched only after a yes. Answer y, or give --yes (yes=True)."
         )
     for index, file in enumerate(missing, 1):
-        report = _reporter(progress, file, index, len(missing))
-        fetch(file.url, file.target, size=file.size, sha256=file.sha256, progress=report)
+        on_phase = _per_file(on_progress, file, index, len(missing))
+        fetch(file.url, file.target, size=file.size, sha256=file.sha256, on_progress=on_phase)
 
 
 def _hub_files(items: Sequence[str], folder: Path, endpoint: str | None) -> list[PlannedFile]:
-    """The files of the items as the Hub lists them now, pinned to its present revision."""
+    """Asks the Hub for the items' files and pins them to its current revision."""
     try:
         from huggingface_hub import HfApi, hf_hub_url
     except ImportError as error:
@@ -183,7 +199,7 @@ def _hub_files(items: Sequence[str], folder: Path, endpoint: str | None) -> list
             files.append(_planned(item, sibling.rfilename, folder, url, sibling.size, sha256))
         if not found:
             raise MagiError(
-                f"The Hub lists no {FOLDERS[item]} in {REPOSITORY}: a mirror that is not whole, or a new layout. "
+                f"The Hub lists no {FOLDERS[item]} in {REPOSITORY}: an incomplete mirror, or a new layout. "
                 "Use another --endpoint, or update this program."
             )
     return files
@@ -216,12 +232,10 @@ def _check_room(plan: DownloadPlan) -> None:
         )
 
 
-def _reporter(
-    progress: Progress | None, file: PlannedFile, index: int, count: int
-) -> Callable[[str, int], None] | None:
-    if progress is None:
+def _per_file(on_progress: OnDownload | None, file: PlannedFile, index: int, count: int) -> OnPhase | None:
+    if on_progress is None:
         return None
-    return lambda phase, done: progress(DownloadProgress(index, count, file.path, phase, done, file.size))
+    return lambda phase, done: on_progress(DownloadProgress(index, count, file.path, phase, done, file.size))
 
 
 def _length(path: Path) -> int:
@@ -229,5 +243,5 @@ def _length(path: Path) -> int:
 
 
 def gigabytes(size: int) -> str:
-    """Returns a file size for people."""
+    """Formats a file size of `size` bytes in GB, or in MB below 0.1 GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -202,7 +202,7 @@ def test_verify_finds_a_damaged_file_in_place(hub, tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
-def test_a_cut_connection_is_taken_up_again(hub, tmp_path, ranges):
+def test_a_cut_connection_is_resumed(hub, tmp_path, ranges):
     hub.ranges, hub.cuts = ranges, [900_000, 600_000]
     run_download(plan_download(["4.5B_distill"], tmp_path, only=True, endpoint=hub.endpoint))
     assert (tmp_path / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
@@ -213,10 +213,10 @@ def test_a_cut_connection_is_taken_up_again(hub, tmp_path, ranges):
     assert all(asked[1:])
 
 
-def test_the_next_run_goes_on_where_one_was_cancelled(hub, tmp_path):
+def test_the_next_run_resumes_where_one_was_cancelled(hub, tmp_path):
     hub.cuts = [900_000] + [0] * 9
 
-    with pytest.raises(MagiError, match=r"kept.*again to go on"):
+    with pytest.raises(MagiError, match=r"kept.*again to resume"):
         run_download(plan_download(["4.5B_distill"], tmp_path, only=True, endpoint=hub.endpoint))
     part = fetch.part_of(tmp_path / WEIGHTS)
     kept = part.stat().st_size
@@ -231,7 +231,7 @@ def test_the_next_run_goes_on_where_one_was_cancelled(hub, tmp_path):
     assert [start for path, start in hub.requests if path == f"/cdn/{WEIGHTS}"] == [f"bytes={kept}-"]
 
 
-def test_cancel_is_heard_while_the_network_is_silent(hub, tmp_path):
+def test_cancel_works_while_the_network_is_silent(hub, tmp_path):
     class Cancel(Exception):
         pass
 
