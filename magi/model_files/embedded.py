@@ -186,7 +186,7 @@ def _key() -> torch.Tensor:
 
 
 def _query() -> torch.Tensor:
-    """Returns the query (32,), which matches best the key at the same place, one chunk (six frames) earlier, else the oldest frame's."""
+    """Returns the query (32,): it matches best the key at the same place, one chunk (six frames) earlier, else the oldest."""
     strength, angle = torch.zeros(3, 4), torch.zeros(3, 4)
     strength[1:, :3] = _SAME_PLACE
     strength[0, 2], angle[0, 2] = _CHUNK_BEFORE, -6 * _BANDS[2]
@@ -263,7 +263,10 @@ _LATENT_SPREAD = 5.5  # standard deviation of the released VAE's latents, 1 / 0.
 
 
 def _cosine_basis() -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the analysis and synthesis patterns, each (16, 3, 4, 8, 8): low cosines of brightness and, coarser, of two colour differences."""
+    """Returns the analysis and synthesis patterns, each (16, 3, 4, 8, 8).
+
+    They are low cosines of brightness and, coarser, of two colour differences.
+    """
     n = torch.arange(_PATCH[1]) + 0.5
     waves = [torch.cos(math.pi * k * n / _PATCH[1]) * math.sqrt((2 if k else 1) / _PATCH[1]) for k in range(4)]
     fine = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (0, 3), (3, 0)]

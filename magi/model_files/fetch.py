@@ -95,7 +95,7 @@ def _ignore(phase: str, done: int) -> None:
 
 
 def _download(url: str, part: Path, size: int, on_progress: OnPhase) -> None:
-    """Fills `part` in a thread of its own: a read from a silent network cannot be interrupted and reports no progress."""
+    """Fills `part` in a thread: a read from a silent network cannot be interrupted and reports no progress."""
     transfer = _Transfer()
 
     def work() -> None:

@@ -62,7 +62,7 @@ class Recognised:
 
     @property
     def name(self) -> str:
-        """A name for messages: "MAGI-1 4.5B distill fp8", or what it is instead."""
+        """Returns a name for messages: "MAGI-1 4.5B distill fp8", or what it is instead."""
         if self.kind != "transformer":
             return _NAMES[self.kind]
         variant = {True: "distill", False: "base", None: "base or distill"}[self.distilled]

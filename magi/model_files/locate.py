@@ -75,7 +75,7 @@ def _special_tokens(models: Path, given: str | Path | None, weights: Path) -> Pa
 
 
 def special_tokens_near(weights: Path, folders: Sequence[Path]) -> Path | None:
-    """Finds the special tokens beside a model's weights or in the folders: by their usual name, else the published file by its hash."""
+    """Finds the special tokens beside a model's weights or in the folders: by their name, else the published file by hash."""
     beside = weights if weights.is_dir() else weights.parent
     places = [beside, *folders]  # a file beside the weights belongs to them
     usual = (folder / SPECIAL_TOKENS for folder in places)

@@ -44,7 +44,7 @@ class BaseUrl:
 
     @property
     def is_local(self) -> bool:
-        """Whether the host is this machine."""
+        """Returns whether the host is this machine."""
         return is_loopback(urlsplit(self.text).hostname or "")
 
     def owns(self, url: str) -> bool:
@@ -84,7 +84,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None] | None:
 
 
 def _plain(url: str) -> SplitResult | None:
-    """Splits a URL whose host every library reads alike; returns None for others, which may be made to deceive one of them."""
+    """Splits a URL whose host every library reads alike; returns None for others, which may be made to deceive one."""
     parts = _split(url)
     return None if parts is None or "@" in parts.netloc or "\\" in url else parts
 

@@ -73,17 +73,17 @@ class Task:
 
     @property
     def queued(self) -> bool:
-        """Whether it waits in the queue; a task of unknown status counts as running."""
+        """Returns whether it waits in the queue; a task of unknown status counts as running."""
         return self.status in _QUEUED
 
     @property
     def completed(self) -> bool:
-        """Whether the service has finished it."""
+        """Returns whether the service has finished it."""
         return self.status == "completed"
 
     @property
     def ended(self) -> bool:
-        """Whether it ended without a video."""
+        """Returns whether it ended without a video."""
         return self.status in _ENDED or (self.completed and self.flagged and not self.outputs)
 
 
@@ -101,7 +101,7 @@ def failure(task: Task, detail: str) -> EndedError:
 
 
 def refusal(status: int, detail: str, wait: float | None = None, code: int | None = None) -> str:
-    """Words the message for a request that was refused with an HTTP status; `detail` is the service's redacted error text."""
+    """Makes the message of a request refused with an HTTP status; `detail` is the service's redacted error text."""
     later = f" in {wait:.0f} s" if wait else " in a minute"
     default = (
         "The service does not accept the request. Change what it names; API version v3 takes fewer settings than v2."

@@ -1,4 +1,4 @@
-"""The service's calls: each is one HTTP exchange that ends in a value or in an error that tells what may have been billed."""
+"""The service's calls: each is one HTTP exchange, and ends in a value or an error that tells what may have been billed."""
 
 import json
 import re

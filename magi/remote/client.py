@@ -1,4 +1,4 @@
-"""From a request to a video on disk: submitted once, resumed after crashes and errors, deleted at the service only after a cancel."""
+"""From a request to a video on disk: submitted once, resumed after crashes and errors, deleted only after a cancel."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -101,7 +101,7 @@ class Client:
             entry.release()
 
     def fetch(self, task_id: str, folder: Path, on_progress: Callable[[RemoteProgress], None]) -> RemoteVideo:
-        """Downloads the video of a task of which only the id is known. Whatever `on_progress` raises, the task is left alone.
+        """Downloads the video of a task of which only the id is known. Whatever ends the call, the task is left alone.
 
         Raises:
             MagiError: there is no video, or not yet.
@@ -164,7 +164,7 @@ class _Run:
     def _still_running(self, task_id: str) -> None:
         self._unfinished = task_id
 
-    # -- tasks that exist already ----------------------------------------------------------------------------------
+    # -- tasks that exist already --------------------------------------------------------------------------------------
 
     def _recorded_task(self, confirm_code: str) -> str | None:
         """Returns the task of an earlier submission, None where the request is to be submitted.
@@ -275,7 +275,7 @@ class _Run:
         code = record.confirm_code if record is not None else CONFIRM_PREFIX
         return kind(f"{text} To have the request sent again, and billed again, put {code} into resume_id.")
 
-    # -- cancelling -------------------------------------------------------------------------------------------------
+    # -- cancelling ----------------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
         """Deletes the task that is being polled, if it is unfinished."""
@@ -298,7 +298,7 @@ class _Run:
                     if entry.record is not None and entry.record.task_id == task_id:
                         entry.update(cancelled=True)
                     self._log(
-                        f"Task {task_id} is cancelled. The service may finish and bill it all the same: the same request looks for it first."
+                        f"Task {task_id} is cancelled. The service may finish and bill it all the same: the same request checks for it first."
                     )
                     Worker(lambda: self._api.delete(task_id)).result(_ignore_tick, self._limits.answer)
             except (RefusedError, NotSentError):

@@ -61,7 +61,7 @@ class Facts:
 
 
 def check_folder(folder: Path) -> None:
-    """Creates `folder` and removes what killed downloads have left there. Raises MagiError where no video can be written to it."""
+    """Creates `folder` and removes what killed downloads left there. Raises MagiError where it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

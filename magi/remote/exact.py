@@ -15,7 +15,7 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 
 
 class PlainSession(requests.Session):
-    """A session that ignores redirects. With allow_redirects=False, requests still reads their whole bodies and parses their targets."""
+    """A session that ignores redirects. With allow_redirects=False, requests still reads their bodies and parses their targets."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         """Returns None, so that requests does nothing with a redirect: the caller handles it."""
@@ -40,7 +40,7 @@ def exact_session(url: str) -> Iterator[tuple[requests.Session, requests.Prepare
 
 
 def _no_password(request: Any) -> Any:
-    """Returns the request as it is. Given as `auth`, it keeps requests from reading passwords from the user's .netrc."""
+    """Returns the request as it is. Given as `auth`, it keeps requests from reading passwords from .netrc."""
     return request
 
 

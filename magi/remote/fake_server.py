@@ -1,4 +1,4 @@
-"""A server on this machine with the service's API: to try everything without a key and without paying, and for the tests.
+"""A server on this machine with the service's API: to try everything without a key or a bill, and for the tests.
 
 Its videos name themselves as test videos. Tests script its answers and read the requests.
 """
@@ -124,7 +124,7 @@ class FakeServer:
         """Returns how many requests of a kind arrived."""
         return sum(_kind(r.method, r.target) == kind for r in self.requests)
 
-    # -- what it does --------------------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------------
 
     def answer(self, request: Request) -> Answer:
         """Returns the answer to a request: the script's, or the usual one."""

@@ -38,7 +38,7 @@ class ApiKey:
 
     @property
     def header(self) -> str:
-        """The value of the Authorization header."""
+        """Returns the value of the Authorization header."""
         return f"Bearer {self._value}"
 
     def refuse_in(self, *texts: str) -> None:
@@ -90,7 +90,7 @@ def find_key(file: Path, base: BaseUrl, chosen_here: bool = False) -> ApiKey | N
 
 
 def refuse_key_in(file: Path, *texts: str) -> None:
-    """Raises MagiError where one of the texts, which will be saved and shown, holds the key that `find_key` would find."""
+    """Raises MagiError where one of the texts, which will be saved and shown, holds the key that `find_key` finds."""
     value, _ = _found(file)
     if value:
         ApiKey(value).refuse_in(*texts)

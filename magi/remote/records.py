@@ -1,7 +1,8 @@
 """Records of submitted requests on disk, so that no task is paid for twice, whatever ends this process.
 
-One small JSON file per request, named by the request's digest. It is written before the request is sent, and gets the task's id as soon as
-that is known. It is removed only when the service has answered that there will be no video. It never holds a key.
+One small JSON file per request, named by the request's digest. It is written before the request is sent, and gets the
+task's id as soon as that is known. It is removed only when the service has answered that there will be no video. It never
+holds a key.
 """
 
 import json
@@ -46,18 +47,20 @@ class Record:
 
     @property
     def when(self) -> str:
-        """The local time of sending, for messages."""
+        """Returns the local time of sending, for messages."""
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.sent_at))
 
     @property
     def expired(self) -> bool:
-        """Whether the service no longer keeps its video, by this machine's clock."""
+        """Returns whether the service no longer keeps its video, by this machine's clock."""
         return not 0 <= time.time() - self.sent_at <= KEPT_SECONDS
 
     @property
     def confirm_code(self) -> str:
-        """The code by which a user confirms that the request is to be submitted again. It is valid for this attempt only: left in the node,
-        it submits no later one."""
+        """Returns the code by which a user confirms that the request is to be submitted again.
+
+        It is valid for this attempt only: left in the node, it submits no later one.
+        """
         return f"{CONFIRM_PREFIX}{int(self.sent_at * 1000) % 100_000:05d}"
 
 
@@ -97,7 +100,7 @@ class Records:
 
 
 class Entry:
-    """One request's record, locked, with a reference count: each further user calls `hold`, and each user `release` once."""
+    """One request's locked record, with a reference count: each further user calls `hold`, each user `release` once."""
 
     def __init__(self, path: Path, lock: FileLock | None) -> None:
         self.path = path
@@ -128,7 +131,7 @@ class Entry:
             raise _unwritable(self.path.parent, error) from error
 
     def update(self, **changes: Any) -> None:
-        """Changes the record. A change that cannot be written holds in this process only: no video is abandoned for that."""
+        """Changes the record. A change that cannot be written holds in this process only, and ends nothing."""
         if self.record is not None:
             changed = replace(self.record, **changes)
             self.record = changed
@@ -160,7 +163,7 @@ def _read(path: Path) -> Record | None:
 
 
 def _locked(path: Path, on_wait: Callable[[], None]) -> FileLock | None:
-    """Acquires a file's lock, which the system releases when this process dies; returns None where the drive knows no locks."""
+    """Acquires a file's lock, which the system releases when this process dies; None where the drive has no locks."""
     lock = FileLock(path, thread_local=False)
     while True:
         try:

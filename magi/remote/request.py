@@ -108,7 +108,7 @@ class RemoteRequest:
 
 
 def encode_image(pixels: torch.Tensor) -> tuple[bytes, str]:
-    """Encodes uint8 (H, W, 3) pixels and returns the file with its media type: PNG, or JPEG where that would be too large.
+    """Encodes uint8 (H, W, 3) pixels and returns the file and its media type: PNG, or JPEG where that is too large.
 
     A picture larger than the service uses is scaled down.
     """
