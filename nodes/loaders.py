@@ -14,6 +14,7 @@ from ..magi.planning.placement import MemoryOptions
 from ..magi.sampling.special_tokens import SpecialTokens
 from ..magi.text.t5_checkpoint import read_t5
 from ..magi.text.t5_tokenizer import find_tokenizer
+from ..magi.transformer.compiled import check_compile
 from ..magi.transformer.weights import Precision
 from ..magi.vae.video_vae import load_vae
 from .comfyui import host, menus, schema
@@ -73,6 +74,14 @@ class Magi1ModelLoader(io.ComfyNode):
                 schema.Memory.Input(
                     "memory", optional=True, tooltip="Only to override what is decided from the free memory."
                 ),
+                schema.advanced(
+                    io.Boolean.Input(
+                        "compile",
+                        default=False,
+                        optional=True,
+                        tooltip="Has torch.compile make the layers' kernels: faster after a first step that takes minutes. Needs a C++ compiler, and Triton for a graphics card. The last bits of the video differ.",
+                    )
+                ),
             ],
             outputs=[schema.Model.Output(display_name="model")],
         )
@@ -89,14 +98,22 @@ class Magi1ModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: str, precision: str, variant: str, attention: str = "auto", memory: Any = None
+        cls,
+        model: str,
+        precision: str,
+        variant: str,
+        attention: str = "auto",
+        memory: Any = None,
+        compile: bool = False,
     ) -> io.NodeOutput:
         """Reads headers."""
         path, kept = menus.find_model(model), _PRECISION[precision]
         config = check_transformer(
             path, distilled=_VARIANT[variant], device=host.device(), precision=kept, attention=attention
         )
-        held = MagiTransformer(path, config, kept, attention, memory or MemoryOptions())
+        if compile:
+            check_compile(host.device())
+        held = MagiTransformer(path, config, kept, attention, memory or MemoryOptions(), compile)
         found = menus.special_tokens_of(path)
         tokens = SpecialTokens.load(found) if found else None  # a sampler that needs them says so
         return io.NodeOutput(Model(model, config, tokens, Managed(held)))

@@ -1,4 +1,4 @@
-"""The same model as a paid service, for those without a card."""
+"""The node that has a paid service make the video, for those without a graphics card."""
 
 import logging
 import time
@@ -34,7 +34,7 @@ class Magi1Remote(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
+        """Returns the inputs and outputs."""
         return schema.schema(
             node_id="Magi1Remote",
             display_name="MAGI-1 Remote (WaveSpeed)",
@@ -80,7 +80,7 @@ class Magi1Remote(io.ComfyNode):
                 io.Boolean.Input(
                     "safety_checker",
                     default=True,
-                    tooltip="WaveSpeedAI looks for what it does not want to show, and may withhold the video.",
+                    tooltip="WaveSpeedAI checks the content, and may withhold the video.",
                 ),
                 schema.advanced(
                     io.Combo.Input(
@@ -101,7 +101,7 @@ class Magi1Remote(io.ComfyNode):
                     io.String.Input(
                         "resume_id",
                         default="",
-                        tooltip="A task's id: its video is fetched, nothing is submitted. Or, after an unclear try, the word that the message names, to submit again.",
+                        tooltip="A task's id: its video is fetched, nothing is submitted. Or, after an attempt of unknown outcome, the confirm code from its message, to submit again.",
                     )
                 ),
             ],
@@ -135,7 +135,7 @@ class Magi1Remote(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **_: Any) -> Any:
-        """Without a seed every run makes another video."""
+        """Returns a new value at every run without a seed: each makes another video."""
         return time.time_ns() if seed == -1 else None
 
     @classmethod
@@ -153,7 +153,7 @@ class Magi1Remote(io.ComfyNode):
         resume_id: str = "",
         image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        """Makes the request in a thread and waits for it."""
+        """Makes the request in a thread and waits for its video."""
         request = RemoteRequest(
             prompt,
             None if image is None else media.frames_of(image[:1])[0],
@@ -165,12 +165,12 @@ class Magi1Remote(io.ComfyNode):
             safety_checker,
         )
         media.check_room(frames, *_LARGEST[resolution], "Ask for fewer frames, or 480p.")
-        client = Client(_api(base_url, api_version, prompt, resume_id), host.cache_folder() / "remote", _say)
+        client = Client(_api(base_url, api_version, prompt, resume_id), host.cache_folder() / "remote", _log)
         progress = NodeProgress(cls.hidden.unique_id, make=0.95, frames=0.05)
         images: list[torch.Tensor] = []
 
         def work(left: Callable[[], bool]) -> RemoteVideo:
-            def at(phase: str, part: float, text: str) -> None:
+            def show(phase: str, part: float, text: str) -> None:
                 try:
                     progress.at(phase, part)
                 except host.Interrupted:
@@ -182,10 +182,10 @@ class Magi1Remote(io.ComfyNode):
                 progress.say(text)
 
             def take(path: Path, facts: Facts) -> None:
-                images.append(_frames(path, facts, lambda part: at("frames", part, f"taking the frames, {part:.0%}")))
+                images.append(_frames(path, facts, lambda part: show("frames", part, f"taking the frames, {part:.0%}")))
 
             with host.interrupt_watched() as cancelled:
-                return client.make(request, host.temp_folder(), lambda p: at("make", p.part, p.text), resume_id, take)
+                return client.make(request, host.temp_folder(), lambda p: show("make", p.part, p.text), resume_id, take)
 
         try:
             made = await in_thread(work)
@@ -199,11 +199,11 @@ class Magi1Remote(io.ComfyNode):
 
 
 class _LeftError(Exception):
-    """ComfyUI has ended the graph. The task goes on, and the same request finds it again."""
+    """ComfyUI has ended the graph. The task continues, and the same request resumes it."""
 
 
 def _api(base_url: str, version: str, *widgets: str | None) -> Api:
-    """The account. Raises MagiError where there is no key for it, or where the key stands in a widget."""
+    """Opens the account. Raises MagiError where there is no key for it, or where the key stands in a widget."""
     file = host.cache_folder() / KEY_FILE
     refuse_key_in(file, base_url, *filter(None, widgets))
     base = BaseUrl(base_url)
@@ -211,11 +211,11 @@ def _api(base_url: str, version: str, *widgets: str | None) -> Api:
 
 
 def _frames(path: Path, facts: Facts, progress: Callable[[float], None]) -> torch.Tensor:
-    """A video as an IMAGE batch."""
+    """Reads a video as an IMAGE batch."""
     remedy = f"The video itself is {str(path)!r}. Make room, and run it again: nothing is billed for that."
     media.check_room(facts.frames, facts.height, facts.width, remedy)
     return media.images_of(read_video(path, facts.fps, progress=lambda done, _: progress(done / facts.frames)))
 
 
-def _say(sentence: str) -> None:
+def _log(sentence: str) -> None:
     logging.info(f"MAGI-1 Remote: {sentence}")

@@ -13,7 +13,7 @@ import torch
 from magi.checkpoint.mapped_file import TensorInfo
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi.model_files.embedded import embedded_files
-from magi.model_files.load import build_transformer
+from magi.model_files.load import load_transformer
 from magi.remote.fake_server import FakeServer
 from magi.sampling.captions import Caption
 from magi.sampling.special_tokens import SpecialTokens
@@ -149,11 +149,11 @@ def tiny_config() -> Callable[..., MagiConfig]:
 
 @pytest.fixture(scope="session")
 def tiny_model(random_weights) -> Callable[..., Transformer]:
-    """(MagiConfig, fp8=False, **build_transformer's) -> a model of random float32 weights on the CPU."""
+    """(MagiConfig, fp8=False, **load_transformer's) -> a model of random float32 weights on the CPU."""
 
     def make(config: MagiConfig, fp8: bool = False, **options) -> Transformer:
         options = {"device": "cpu", "dtype": torch.float32} | options
-        return build_transformer(MemorySource(random_weights(config.model, fp8)), config, **options)
+        return load_transformer(MemorySource(random_weights(config.model, fp8)), config, **options)
 
     return make
 

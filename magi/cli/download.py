@@ -1,4 +1,4 @@
-"""`download`: the official files: sizes first, then a question, then a resumable download with checksums."""
+"""`python -m magi download`: the official files: sizes first, then a question, then a resumable download with checksums."""
 
 import argparse
 from pathlib import PurePosixPath
@@ -8,7 +8,7 @@ from ..model_files.download import HUB, ITEMS, DownloadProgress, plan_download, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `python -m magi download` understands."""
+    """Adds the arguments of `python -m magi download`."""
     parser.add_argument("items", nargs="*", metavar="ITEM", help=f"what to fetch: {', '.join(ITEMS)}")
     parser.add_argument("--folder", default="models", help="where the files go (default: %(default)s)")
     parser.add_argument(
@@ -51,7 +51,7 @@ def _ask(question: str) -> bool:
 
 
 class _Bar:
-    """A tqdm bar for each file and phase."""
+    """Shows a tqdm bar for each file and phase."""
 
     def __init__(self) -> None:
         self.key: tuple[str, str] | None = None
@@ -74,6 +74,6 @@ class _Bar:
         self.close()
 
     def close(self) -> None:
-        """Leaves the last bar as it stands."""
+        """Closes the current bar, which stays on the terminal as it stands."""
         if self.bar is not None:
             self.bar.close()

@@ -18,7 +18,7 @@ from ..checkpoint.reader import Checkpoint
 from ..config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig
 from ..errors import MagiError
 from ..media.frames import check_size
-from ..model_files.load import build_transformer
+from ..model_files.load import load_transformer
 from ..planning.cost import forward_flops, input_tokens
 from ..planning.footprint import weight_sizes
 from ..planning.placement import MemoryOptions, place
@@ -160,7 +160,7 @@ def run_bench(
         free_host=memory_beside(device),
     )
     started = time.perf_counter()
-    model = build_transformer(
+    model = load_transformer(
         source, settings.config, device, settings.dtype, progress=load_progress, placement=placement
     )
     load_seconds = time.perf_counter() - started

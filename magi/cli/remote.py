@@ -1,4 +1,4 @@
-"""`python -m magi remote`: the same model as a paid service, or a server that pretends to be it."""
+"""`python -m magi remote`: MAGI-1 24B as a paid service, or a fake server of that service."""
 
 import argparse
 import getpass
@@ -16,7 +16,7 @@ from ..remote.address import DEFAULT, BaseUrl
 from ..remote.api import VERSIONS, Api
 from ..remote.client import Client
 from ..remote.key import VARIABLE, find_key, refuse_key_in, save_key
-from ..remote.progress import Progress
+from ..remote.progress import RemoteProgress
 from ..remote.request import ASPECTS, FPS, FRAMES, RESOLUTIONS, RemoteRequest
 from ..system.whole_files import put_in_place
 from .generate import default_cache
@@ -26,7 +26,7 @@ _FORMAT = "{percentage:3.0f}%|{bar:20}| {desc}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `remote` understands."""
+    """Adds the arguments of `python -m magi remote`."""
     parser.epilog = (
         f"The API key is taken from the environment variable {VARIABLE}, else from the file that --save-key writes. "
         "A command that is repeated resumes its task; nothing is submitted twice."
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--aspect", choices=ASPECTS, default="auto", help="auto is the picture's (default: %(default)s)"
     )
     content.add_argument("--seed", type=int, default=0, help="-1: another video every time (default: %(default)s)")
-    content.add_argument("--no-safety-checker", action="store_true", help="do not have the service look at the video")
+    content.add_argument(
+        "--no-safety-checker", action="store_true", help="switch off the service's check of the content"
+    )
     out = parser.add_argument_group("output")
     out.add_argument("--out", default="remote.mp4", type=Path, help="the file to write (default: %(default)s)")
     out.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume-id",
         metavar="ID",
         default="",
-        help="fetch the video of this task, also without --prompt; or, after an unclear try, the word that the message names, to submit again",
+        help="fetch the video of this task, also without --prompt; or, after an attempt of unknown outcome, the confirm code from its message, to submit again",
     )
     service.add_argument("--api-version", choices=VERSIONS, default="v2", help="(default: %(default)s)")
     service.add_argument("--base-url", default=DEFAULT, help="(default: %(default)s)")
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         default=default_cache(),
         type=Path,
-        help="folder for the key and notes of tasks (default: %(default)s)",
+        help="folder for the key and the records of tasks (default: %(default)s)",
     )
     service.add_argument(
         "--key-file", type=Path, help="where the API key is, or goes (default: wavespeed_api_key.txt below --cache)"
@@ -73,7 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs `remote`."""
+    """Runs `python -m magi remote` and returns its exit status.
+
+    Raises:
+        MagiError: there is no video; see `Client.make`.
+    """
     key_file = args.key_file or args.cache / "wavespeed_api_key.txt"
     if args.fake_server:
         return _serve(args.port)
@@ -92,20 +98,20 @@ def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
     with tqdm(total=1, bar_format=_FORMAT, file=sys.stderr) as bar:
 
-        def say(sentence: str) -> None:
-            # Not by way of the bar: Ctrl-C may find it with its lock taken, and what is said then comes from another thread.
+        def log(sentence: str) -> None:
+            # Not through tqdm.write: Ctrl-C may come while the bar's lock is taken, and another thread logs then.
             print(f"\r{sentence:<{_WIDTH}}", file=sys.stderr, flush=True)
 
-        def report(at: Progress) -> None:
+        def on_progress(at: RemoteProgress) -> None:
             bar.n = at.part
             bar.set_description_str(at.text)
 
-        client = Client(Api(base, args.api_version, key), args.cache / "remote", say)
+        client = Client(Api(base, args.api_version, key), args.cache / "remote", log)
         if request is None:
-            made = client.fetch(args.resume_id, out.parent, report)
+            made = client.fetch(args.resume_id, out.parent, on_progress)
             _rename(made.path, out)
         else:
-            made = client.make(request, out.parent, report, args.resume_id, lambda path, _: _rename(path, out))
+            made = client.make(request, out.parent, on_progress, args.resume_id, lambda path, _: _rename(path, out))
     print(f"wrote {out} ({made.facts}, {time.monotonic() - started:.0f} s), task {made.task_id}", file=sys.stderr)
     return 0
 
@@ -133,7 +139,7 @@ def _request(args: argparse.Namespace) -> RemoteRequest:
 
 
 def _image(given: str | None) -> torch.Tensor | str | None:
-    """The picture's pixels, or its address."""
+    """Returns the picture's pixels, or its URL where it is one."""
     if given is None or "://" in given:
         return given
     return read_image(given)[0]

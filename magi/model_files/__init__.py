@@ -1,1 +1,1 @@
-"""Released files: which they are, where they lie, loading and downloading them."""
+"""Released files: identifying, finding, loading and downloading them."""

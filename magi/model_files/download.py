@@ -1,7 +1,9 @@
-"""The official MAGI-1 files: which there are, what is missing in a folder, and fetching it. Behind `python -m magi download`.
+"""Plans and runs downloads of the official MAGI-1 files, for `python -m magi download`.
 
-Names, sizes and hashes come from the Hub through huggingface_hub. The bytes are streamed by `fetch`, since not every version of
-huggingface_hub resumes a download or lets itself be stopped. All files are public: no token is read or sent.
+Names, sizes and hashes come from the Hub through huggingface_hub. The bytes are streamed by `fetch`, because `hf_hub_download`
+does less for files of this size: since 1.18 it starts over after its process was killed (and leaves the partial file behind),
+it does not compare the sha256, and while the network is silent only Ctrl-C ends it within a minute. Tried with 0.25, 0.36, 1.0
+and 2.4. All files are public: no token is read or sent.
 """
 
 import shutil
@@ -9,28 +11,40 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..config import PRESETS
 from ..errors import MagiError
-from .fetch import fetch, file_sha256, part_of
+from ..sampling import special_tokens
+from .fetch import OnPhase, fetch, file_sha256, part_of
+from .locate import MODELS, TEXT_ENCODER, VAE
 
 REPOSITORY = "sand-ai/MAGI-1"
 HUB = "https://huggingface.co"
-MODELS = ("4.5B_base", "4.5B_distill", "4.5B_distill_quant", "24B_base", "24B_distill", "24B_distill_quant")
 COMPANIONS = ("vae", "t5", "special_tokens")  # what every model needs beside it
-ITEMS = (*MODELS, *COMPANIONS)
-FOLDERS = {model: f"ckpt/magi/{model}/" for model in MODELS} | {"vae": "ckpt/vae/", "t5": "ckpt/t5/"}
+ITEMS = (*PRESETS, *COMPANIONS)
+_FOLDERS = {name: MODELS / name for name in PRESETS} | {"vae": VAE, "t5": TEXT_ENCODER.parent}
+FOLDERS = {item: f"{folder.as_posix()}/" for item, folder in _FOLDERS.items()}  # in the repository and on disk
 
 SPECIAL_TOKENS_URL = "https://raw.githubusercontent.com/SandAI-org/MAGI-1/main/example/assets/special_tokens.npz"
-SPECIAL_TOKENS_SIZE = 3_343_124
 
 ASK_ABOVE = 10**9  # bytes that are fetched without a question
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One official file. `size` in bytes, `present`: it is in place with the right size."""
+    """One official file.
+
+    Attributes:
+        item: of `ITEMS`, to which it belongs.
+        path: below the folder, with "/".
+        target: where it goes on disk.
+        url: where it is downloaded from.
+        size: bytes.
+        sha256: in hexadecimal, None where the Hub does not tell it.
+        present: it is in place with the right size.
+    """
 
     item: str
-    path: str  # below the folder, with "/"
+    path: str
     target: Path
     url: str
     size: int
@@ -40,23 +54,23 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class DownloadPlan:
-    """The files that were asked for, those in place included."""
+    """The requested files, those in place included."""
 
     folder: Path
     files: tuple[PlannedFile, ...]
 
     @property
     def missing(self) -> tuple[PlannedFile, ...]:
-        """The files to be fetched."""
+        """Returns the files to be downloaded."""
         return tuple(file for file in self.files if not file.present)
 
     @property
     def bytes_missing(self) -> int:
-        """Bytes to be fetched; what an interrupted download left counts as there."""
+        """Returns the bytes to be downloaded; those of an interrupted download count as there."""
         return sum(file.size - min(file.size, max(0, _length(part_of(file.target)))) for file in self.missing)
 
     def __str__(self) -> str:
-        """A table: item, size, how much of it is in place, folder."""
+        """Returns a table: item, size, how much of it is in place, folder."""
         rows = []
         for item in dict.fromkeys(file.item for file in self.files):
             files = [file for file in self.files if file.item == item]
@@ -69,7 +83,16 @@ class DownloadPlan:
 
 @dataclass(frozen=True)
 class DownloadProgress:
-    """Where the work stands: file `index` of `count` (from 1), its `path`, `phase` "download" or "verify", bytes `done` of `total`."""
+    """Progress of a download.
+
+    Attributes:
+        index: of the file, from 1.
+        count: of files.
+        path: of the file below the folder.
+        phase: "download" or "verify".
+        done: bytes of the file so far.
+        total: bytes of the file.
+    """
 
     index: int
     count: int
@@ -79,18 +102,19 @@ class DownloadProgress:
     total: int
 
 
-Progress = Callable[[DownloadProgress], None]
+OnDownload = Callable[[DownloadProgress], None]
+"""Called several times per second; what it raises ends the work."""
 
 
 def plan_download(
     items: Sequence[str], folder: str | Path, *, only: bool = False, endpoint: str | None = None
 ) -> DownloadPlan:
-    """Finds out what the items consist of and what of it is missing below `folder`. Fetches no file.
+    """Lists the items' files and which of them are missing below `folder`. Downloads no file.
 
     Args:
-        items: names from `ITEMS`. A model brings the VAE, the text encoder and the special tokens with it.
-        folder: where the official tree (ckpt/magi/..., ckpt/vae, ckpt/t5, special_tokens.npz) is or shall be.
-        only: exactly the items, nothing that goes with them.
+        items: names from `ITEMS`. A model includes the VAE, the text encoder and the special tokens.
+        folder: root of the official tree (ckpt/magi/..., ckpt/vae, ckpt/t5, special_tokens.npz); it need not exist.
+        only: exactly the items, without what a model includes.
         endpoint: a mirror of the Hub; None leaves the choice to huggingface_hub (HF_ENDPOINT, else huggingface.co).
 
     Raises:
@@ -100,27 +124,29 @@ def plan_download(
     if unknown or not items:
         named = ", ".join(map(repr, unknown)) or "without a name"
         raise MagiError(f"There is no official download {named}. Choose from: {', '.join(ITEMS)}.")
-    wanted = {*items, *(COMPANIONS if not only and set(items) & set(MODELS) else ())}
+    wanted = {*items, *(COMPANIONS if not only and set(items) & set(PRESETS) else ())}
     folder = Path(folder).expanduser()
     on_hub = [item for item in FOLDERS if item in wanted]
     files = _hub_files(on_hub, folder, endpoint) if on_hub else []
     if "special_tokens" in wanted:
-        from ..sampling.special_tokens import FILE_NAME, SHA256
-
-        files.append(_planned("special_tokens", FILE_NAME, folder, SPECIAL_TOKENS_URL, SPECIAL_TOKENS_SIZE, SHA256))
+        name, size, sha256 = special_tokens.FILE_NAME, special_tokens.SIZE, special_tokens.SHA256
+        files.append(_planned("special_tokens", name, folder, SPECIAL_TOKENS_URL, size, sha256))
     return DownloadPlan(folder, tuple(files))
 
 
-def verify_files(plan: DownloadPlan, progress: Progress | None = None) -> DownloadPlan:
-    """The plan after hashing the files in place: those that differ from their sha256 count as missing.
+def verify_files(plan: DownloadPlan, on_progress: OnDownload | None = None) -> DownloadPlan:
+    """Hashes the files in place and returns the plan with those missing that differ from their sha256.
 
     Without this a file in place is trusted by its size: a download gives no file its name before it is verified.
+
+    Raises:
+        MagiError: a file cannot be read.
     """
     in_place = [file for file in plan.files if file.present and file.sha256]
     damaged = set()
     for index, file in enumerate(in_place, 1):
         try:
-            if file_sha256(file.target, _reporter(progress, file, index, len(in_place))) != file.sha256:
+            if file_sha256(file.target, _per_file(on_progress, file, index, len(in_place))) != file.sha256:
                 damaged.add(file.path)
         except OSError as error:
             raise MagiError(f"{str(file.target)!r} cannot be read ({error}). Delete it and run this again.") from error
@@ -131,18 +157,18 @@ def verify_files(plan: DownloadPlan, progress: Progress | None = None) -> Downlo
 
 def run_download(
     plan: DownloadPlan,
-    progress: Progress | None = None,
+    on_progress: OnDownload | None = None,
     *,
     yes: bool = False,
     ask: Callable[[str], bool] | None = None,
 ) -> None:
-    """Fetches and verifies what the plan misses. A file gets its name when it is whole; an unfinished one is taken up next time.
+    """Downloads and verifies what the plan misses. A file gets its name when it is whole; an unfinished one is resumed.
 
     Args:
         plan: from `plan_download` or `verify_files`.
-        progress: called several times per second; whatever it raises stops the download.
-        yes: more than 1 GB may be fetched without a question.
-        ask: is given the question otherwise, and answers it.
+        on_progress: see `OnDownload`.
+        yes: download more than 1 GB without a question.
+        ask: called with the question otherwise; returns the answer.
 
     Raises:
         MagiError: not enough room on the disk, the answer was no, or see `fetch`.
@@ -157,12 +183,12 @@ def run_download(
             f"Nothing was downloaded: {size} are fetched only after a yes. Answer y, or give --yes (yes=True)."
         )
     for index, file in enumerate(missing, 1):
-        report = _reporter(progress, file, index, len(missing))
-        fetch(file.url, file.target, size=file.size, sha256=file.sha256, progress=report)
+        on_phase = _per_file(on_progress, file, index, len(missing))
+        fetch(file.url, file.target, size=file.size, sha256=file.sha256, on_progress=on_phase)
 
 
 def _hub_files(items: Sequence[str], folder: Path, endpoint: str | None) -> list[PlannedFile]:
-    """The files of the items as the Hub lists them now, pinned to its present revision."""
+    """Asks the Hub for the items' files and pins them to its current revision."""
     try:
         from huggingface_hub import HfApi, hf_hub_url
     except ImportError as error:
@@ -182,7 +208,7 @@ def _hub_files(items: Sequence[str], folder: Path, endpoint: str | None) -> list
             files.append(_planned(item, sibling.rfilename, folder, url, sibling.size, sha256))
         if not found:
             raise MagiError(
-                f"The Hub lists no {FOLDERS[item]} in {REPOSITORY}: a mirror that is not whole, or a new layout. "
+                f"The Hub lists no {FOLDERS[item]} in {REPOSITORY}: an incomplete mirror, or a new layout. "
                 "Use another --endpoint, or update this program."
             )
     return files
@@ -215,12 +241,10 @@ def _check_room(plan: DownloadPlan) -> None:
         )
 
 
-def _reporter(
-    progress: Progress | None, file: PlannedFile, index: int, count: int
-) -> Callable[[str, int], None] | None:
-    if progress is None:
+def _per_file(on_progress: OnDownload | None, file: PlannedFile, index: int, count: int) -> OnPhase | None:
+    if on_progress is None:
         return None
-    return lambda phase, done: progress(DownloadProgress(index, count, file.path, phase, done, file.size))
+    return lambda phase, done: on_progress(DownloadProgress(index, count, file.path, phase, done, file.size))
 
 
 def _length(path: Path) -> int:
@@ -228,5 +252,5 @@ def _length(path: Path) -> int:
 
 
 def gigabytes(size: int) -> str:
-    """Returns a file size for people."""
+    """Formats a file size of `size` bytes in GB, or in MB below 0.1 GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,10 +1,10 @@
-"""The embedded demo model: everything MAGI-1 needs, small and made on the spot, so that all runs with nothing downloaded.
+"""Generates the embedded demo model: everything MAGI-1 needs, in small, so that all runs with nothing downloaded.
 
-The files have the official layout and go through the very code the real ones go through. Nothing in them is trained. The
-text encoder holds seeded random numbers. The VAE is a plain cosine transform written as a ViT, so that pictures survive it
-recognisably. The transformer is set up by hand so that a chunk repeats the one before it, tinted a little by the prompt: a
-picture stays, a video's last second goes on and slowly comes to rest. That looks right only if positions, attention, cache,
-given frames and guidance all are, but it says nothing of what MAGI-1 can do.
+The files have the official layout and are read by the same code as the released ones. Nothing in them is trained. The text
+encoder holds seeded random numbers. The VAE is a cosine transform written as a ViT, so that pictures stay recognisable. The
+transformer's weights are constructed so that a chunk repeats the one before it, tinted a little by the prompt: a picture stays,
+a video's last second continues and slowly comes to rest. That looks right only if positions, attention, K/V cache, prefix and
+guidance all are, but it tells nothing of what MAGI-1 can do.
 """
 
 import hashlib
@@ -49,17 +49,17 @@ EMBEDDED_CONFIG = MagiConfig(
 
 
 def embedded_files(folder: str | Path) -> ModelFiles:
-    """The embedded model's files below `folder`, written there (7 MB, a second) unless they already are.
+    """Returns the embedded model's files below `folder`, written there (7 MB, a second) unless they already are.
 
     Raises:
         MagiError: the folder cannot be written, or is full.
     """
-    # Named after the recipe, which is this file: where that has changed, the model is made anew.
+    # Named after this file's hash: when the file changes, the model is generated again.
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     home = Path(folder) / f"magi1-embedded-{recipe}"
     files = ModelFiles(home / "transformer", home / "vae", home / "text_encoder", home / SPECIAL_TOKENS_FILE)
     if not _is_whole(home):
-        # Made aside and moved into place whole, so that an interrupted or concurrent start leaves nothing half-made.
+        # Written beside its place and then renamed, so that an interrupted or concurrent start leaves nothing incomplete.
         made = home.with_name(f"{home.name}.{uuid.uuid4().hex}.part")
         try:
             _write(made)
@@ -74,7 +74,7 @@ def embedded_files(folder: str | Path) -> ModelFiles:
 
 
 def _is_whole(home: Path) -> bool:
-    """Whether everything is there; a clean-up tool may have taken a part."""
+    """Returns whether all files are there; a clean-up tool may have removed some."""
     weights = (home / part for part in ("transformer/model", "vae/diffusion_pytorch_model", "text_encoder/model"))
     return (home / SPECIAL_TOKENS_FILE).is_file() and all(w.with_suffix(".safetensors").is_file() for w in weights)
 
@@ -120,8 +120,9 @@ _SAME_PLACE, _CHUNK_BEFORE = 8.0, 400.0  # how sharply attention picks the place
 
 
 def _transformer_weights() -> dict[str, torch.Tensor]:
-    """Layer 0 adds the steadying constant, layer 1 fetches the frame to repeat, the output is the way from here to there.
+    """Constructs the transformer's weights.
 
+    Layer 0 adds the steadying constant, layer 1 attends to the frame to repeat, the output is the velocity from here to there.
     The hidden state's 256 features: 64 for a patch of latents, 64 for the patch to repeat, 64 for minus both (so that the
     mean stays zero), 64 of plus and minus the constant.
     """
@@ -180,12 +181,12 @@ def _layer(index: int) -> str:
 
 
 def _key() -> torch.Tensor:
-    """Twelve rotation pairs (time, height, width by four bands) that all start at angle zero."""
+    """Returns the key (32,): twelve rotation pairs (time, height, width by four bands) that all start at angle zero."""
     return torch.cat([torch.ones(12), torch.zeros(20)])
 
 
 def _query() -> torch.Tensor:
-    """Agrees best with the key at the same place, one chunk (six frames) earlier; failing that, with the oldest frame."""
+    """Returns the query (32,): it matches best the key at the same place, one chunk (six frames) earlier, else the oldest."""
     strength, angle = torch.zeros(3, 4), torch.zeros(3, 4)
     strength[1:, :3] = _SAME_PLACE
     strength[0, 2], angle[0, 2] = _CHUNK_BEFORE, -6 * _BANDS[2]
@@ -262,7 +263,10 @@ _LATENT_SPREAD = 5.5  # standard deviation of the released VAE's latents, 1 / 0.
 
 
 def _cosine_basis() -> tuple[torch.Tensor, torch.Tensor]:
-    """(16, 3, 4, 8, 8) analysis and synthesis patterns: low cosines of brightness and, coarser, of two colour differences."""
+    """Returns the analysis and synthesis patterns, each (16, 3, 4, 8, 8).
+
+    They are low cosines of brightness and, coarser, of two colour differences.
+    """
     n = torch.arange(_PATCH[1]) + 0.5
     waves = [torch.cos(math.pi * k * n / _PATCH[1]) * math.sqrt((2 if k else 1) / _PATCH[1]) for k in range(4)]
     fine = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2), (2, 1), (0, 3), (3, 0)]
@@ -319,7 +323,7 @@ def _vae_weights() -> dict[str, torch.Tensor]:
 
 
 def _silent_block(prefix: str, width: int) -> Mapping[str, torch.Tensor]:
-    """A transformer block that adds nothing: its last layers are zero."""
+    """Returns the weights of a transformer block that adds nothing: its last layers are zero."""
     shapes = {"attn.qkv": 3 * width, "attn.proj": width, "mlp.fc1": width, "mlp.fc2": width}
     weights = {f"{prefix}{name}.weight": torch.zeros(out, width) for name, out in shapes.items()}
     weights |= {f"{prefix}{name}.bias": torch.zeros(out) for name, out in shapes.items()}

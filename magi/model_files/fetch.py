@@ -12,21 +12,21 @@ from ..errors import MagiError
 from ..system.threads import Worker
 from ..system.whole_files import put_in_place
 
-# progress(phase, done): phase "download" or "verify", bytes of the file so far. Whatever it raises stops the work.
-Progress = Callable[[str, int], None]
+OnPhase = Callable[[str, int], None]
+"""Called with (phase, done): "download" or "verify", and the bytes of the file so far. What it raises ends the work."""
 
-BLOCK = 1 << 18  # bytes between two looks at whether to stop
+BLOCK = 1 << 18  # bytes between two checks for a stop
 TIMEOUTS = (15.0, 30.0)  # seconds to connect, and of silence
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new attempt; from the first again once bytes have come
 
 
 def part_of(target: Path) -> Path:
-    """Where the unfinished download of `target` is kept."""
+    """Returns the path at which the unfinished download of `target` is kept."""
     return target.with_name(target.name + ".part")
 
 
-def file_sha256(path: Path, progress: Progress | None = None) -> str:
-    """The sha256 of a file's bytes in hexadecimal, read in blocks.
+def file_sha256(path: Path, on_progress: OnPhase | None = None) -> str:
+    """Reads a file in blocks and returns its sha256 in hexadecimal.
 
     Raises:
         OSError: the file cannot be read.
@@ -36,8 +36,8 @@ def file_sha256(path: Path, progress: Progress | None = None) -> str:
         while block := file.read(4 * BLOCK):
             digest.update(block)
             done += len(block)
-            if progress:
-                progress("verify", done)
+            if on_progress:
+                on_progress("verify", done)
     return digest.hexdigest()
 
 
@@ -47,19 +47,20 @@ def fetch(
     *,
     size: int,
     sha256: str | None = None,
-    progress: Progress | None = None,
+    on_progress: OnPhase | None = None,
 ) -> None:
-    """Downloads `url` to `target`, by way of `target.part`, which is kept when anything stops the download and taken up next time.
+    """Downloads `url` to `target.part`, verifies it and renames it to `target`.
 
-    A lost connection is tried again, with a growing pause as long as no more bytes come. `progress` is called in the caller's thread,
-    about ten times per second, however silent the network is.
+    The `.part` file is kept when anything stops the download, and the next call resumes it. A lost connection is retried, with a
+    growing pause as long as no more bytes come. `on_progress` is called in the caller's thread, about ten times per second, however
+    silent the network is.
 
     Args:
-        url: http(s) address.
-        target: the finished file; its folder is made; an older file of that name is replaced.
+        url: http(s) URL.
+        target: the finished file; its folder is created; an older file of that name is replaced.
         size: its length in bytes.
         sha256: in hexadecimal, None where it is not known; a file that differs is deleted.
-        progress: see `Progress`.
+        on_progress: see `OnPhase`.
 
     Raises:
         MagiError: the server refuses or is out of reach, the disk is full or not writable, or size or sha256 differ.
@@ -67,8 +68,8 @@ def fetch(
     part = part_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, part, size, progress or _silent)
-        if sha256 and (found := file_sha256(part, progress)) != sha256:
+        _download(url, part, size, on_progress or _ignore)
+        if sha256 and (found := file_sha256(part, on_progress)) != sha256:
             part.unlink()
             raise MagiError(
                 f"The download of {target.name} is damaged (sha256 {found} instead of {sha256}) and was deleted. Run this again; "
@@ -83,18 +84,18 @@ def fetch(
 
 @dataclass
 class _Transfer:
-    """What the downloading thread and the watching one tell each other."""
+    """State shared by the thread that downloads and the one that waits for it."""
 
     done: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
 
 
-def _silent(phase: str, done: int) -> None:
+def _ignore(phase: str, done: int) -> None:
     pass
 
 
-def _download(url: str, part: Path, size: int, progress: Progress) -> None:
-    """Fills `part` in a thread of its own, since a read from a silent network can be neither interrupted nor reported on."""
+def _download(url: str, part: Path, size: int, on_progress: OnPhase) -> None:
+    """Fills `part` in a thread: a read from a silent network cannot be interrupted and reports no progress."""
     transfer = _Transfer()
 
     def work() -> None:
@@ -103,16 +104,16 @@ def _download(url: str, part: Path, size: int, progress: Progress) -> None:
 
     worker = Worker(work)
     try:
-        worker.result(lambda: progress("download", transfer.done))
+        worker.result(lambda: on_progress("download", transfer.done))
     finally:
         transfer.stop.set()
-        worker.wait(1.0)  # after this it writes nothing more, even where it still waits for the network
+        worker.wait(1.0)  # from here on it writes nothing, even where it still waits for the network
 
 
 def _attempts(url: str, file: BinaryIO, size: int, transfer: _Transfer) -> None:
     import requests
 
-    if file.tell() > size:  # left over from another version of the file
+    if file.tell() > size:  # of another version of the file
         _restart(file)
     transfer.done = file.tell()
     failures = 0
@@ -127,15 +128,15 @@ def _attempts(url: str, file: BinaryIO, size: int, transfer: _Transfer) -> None:
         failures = 0 if file.tell() > before else failures
         if failures == len(WAITS):
             raise MagiError(
-                f"{url} could not be downloaded: {reason}. What has come is kept: check the network (a proxy goes in HTTPS_PROXY; HF_ENDPOINT "
-                f"names a mirror of huggingface.co) and run this again to go on. {_by_hand(file)}"
+                f"{url} could not be downloaded: {reason}. What has arrived is kept: check the network (a proxy goes in HTTPS_PROXY; "
+                f"HF_ENDPOINT names a mirror of huggingface.co) and run this again to resume. {_by_hand(file)}"
             )
         transfer.stop.wait(WAITS[failures])
         failures += 1
 
 
 def _receive(url: str, file: BinaryIO, size: int, transfer: _Transfer) -> None:
-    """One request: appends what the server sends after the bytes that `file` has."""
+    """Sends one request for the bytes that `file` lacks, and appends what the server sends."""
     import requests
 
     start = transfer.done = file.tell()
@@ -154,7 +155,7 @@ def _receive(url: str, file: BinaryIO, size: int, transfer: _Transfer) -> None:
             if transfer.stop.is_set():
                 return
             file.write(block)
-            file.flush()  # so that a thread given up in a silent network has nothing left to write later
+            file.flush()  # so that an abandoned thread has nothing buffered to write later
             transfer.done = file.tell()
             if transfer.done > size:
                 _restart(file)
@@ -170,7 +171,7 @@ def _check_status(url: str, status: int, start: int, file: BinaryIO) -> None:
         raise MagiError(
             f"{url} answers {status}: the file was moved or closed to the public. Update this program. {_by_hand(file)}"
         )
-    # 416 to a request for the rest: what is there is not the start of this file.
+    # 416 to a range request: the bytes on disk are not the start of this file.
     if not (status in (200, 206) or (status == 416 and start)):
         raise requests.HTTPError(f"the server answers {status}")
 

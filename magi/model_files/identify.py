@@ -1,7 +1,7 @@
-"""What a weight file is, told from its tensors' names, shapes and types; nothing of it is loaded.
+"""Identifies a weight file by its tensors' names, shapes and dtypes, without loading them.
 
-Only "distilled or not" cannot be seen in the tensors. It is taken from a config beside the file, the file's metadata or the
-official names, and asked for where none of them says.
+Only "distilled or base" does not show in the tensors. It is taken from a config beside the file, the file's metadata or the
+official names; where none of them tells, the user has to choose.
 """
 
 import json
@@ -28,7 +28,7 @@ _NAMES = {
 }
 _LAYER = re.compile(r"videodit_blocks\.layers\.(\d+)\.")
 _ATTENTION = "videodit_blocks.layers.0.self_attention."
-# What of a ModelConfig does not show in the tensors
+# Fields of ModelConfig that do not show in the tensors
 _UNSEEN = (
     "layernorm_epsilon",
     "apply_layernorm_1p",
@@ -42,14 +42,14 @@ _UNSEEN = (
 
 @dataclass(frozen=True)
 class Recognised:
-    """What a file was found to be.
+    """What a weight file was identified as.
 
     Attributes:
-        kind: of file.
+        kind: the kind of file.
         model: sizes of a transformer, None for anything else.
         fp8: it holds official fp8 layers.
-        distilled: True or False where something says so, else None.
-        evidence: what says so.
+        distilled: None where nothing tells.
+        evidence: what tells it.
         preset: name of the released model with these sizes ("4.5B", "24B"), None for another size.
     """
 
@@ -62,7 +62,7 @@ class Recognised:
 
     @property
     def name(self) -> str:
-        """For people: "MAGI-1 4.5B distill fp8" or what it is instead."""
+        """Returns a name for messages: "MAGI-1 4.5B distill fp8", or what it is instead."""
         if self.kind != "transformer":
             return _NAMES[self.kind]
         variant = {True: "distill", False: "base", None: "base or distill"}[self.distilled]
@@ -70,13 +70,13 @@ class Recognised:
 
 
 def recognise(path: str | Path) -> Recognised:
-    """What the file or folder holds. Raises MagiError only where it cannot be read as safetensors at all."""
+    """Identifies a file or folder. Raises MagiError only where it cannot be read as safetensors at all."""
     with Checkpoint(path) as checkpoint:
         return recognise_tensors(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
 
 
 def recognise_tensors(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], path: Path) -> Recognised:
-    """As `recognise`, from a header. `path` serves only for its names and the configs beside it."""
+    """Identifies a file by its header. `path` is used only for its names and the configs beside it."""
     kind = _kind(tensors)
     if kind != "transformer":
         return Recognised(kind)
@@ -88,12 +88,12 @@ def recognise_tensors(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, 
 
 
 def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled: bool | None = None) -> MagiConfig:
-    """The config to load a transformer with: the given one if it fits the file, else one made from the file.
+    """Returns the config to load a transformer with: `config` if it fits the file, else one derived from the file.
 
-    `distilled` is the variant somebody chose, for files that do not tell it.
+    `distilled` is the user's choice of variant, for files that do not tell it.
 
     Raises:
-        MagiError: the file is no MAGI-1 transformer, base and distilled are mixed up, or nothing says which it is.
+        MagiError: the file is no MAGI-1 transformer, base and distilled are mixed up, or nothing tells which it is.
     """
     if config is not None and distilled is not None and config.engine.distill != distilled:
         chosen, settings = ("distill", "base") if distilled else ("base", "distill")
@@ -152,7 +152,7 @@ def _kind(tensors: Mapping[str, TensorInfo]) -> Kind:
 
 
 def _model_config(tensors: Mapping[str, TensorInfo]) -> ModelConfig | None:
-    """The sizes, read off the shapes; None where the tensors needed for that are missing."""
+    """Derives the sizes from the shapes; returns None where the tensors needed for that are missing."""
     try:
         hidden, channels, t_patch, patch, _ = tensors["x_embedder.weight"].shape
         head = tensors[_ATTENTION + "q_layernorm.weight"].shape[0]
@@ -167,7 +167,7 @@ def _model_config(tensors: Mapping[str, TensorInfo]) -> ModelConfig | None:
             num_attention_heads=hidden // head,
             num_query_groups=tensors[_ATTENTION + "linear_qkv.k.weight"].shape[-2] // head,
             kv_channels=head,
-            x_rescale_factor=0.1 if duplicated else 1,  # the released models go by this rule
+            x_rescale_factor=0.1 if duplicated else 1,  # holds for the released models
             half_channel_vae=duplicated,
             patch_size=patch,
             t_patch_size=t_patch,
@@ -183,7 +183,7 @@ def _model_config(tensors: Mapping[str, TensorInfo]) -> ModelConfig | None:
 
 
 def _configs_beside(path: Path, model: ModelConfig) -> list[tuple[Path, MagiConfig]]:
-    """Configs of a transformer of these sizes, in the folder of the weights or else in the one above."""
+    """Finds configs of a transformer of these sizes, in the folder of the weights or else in its parent."""
     path = path.absolute()
     for folder in (path, path.parent) if path.is_dir() else (path.parent, path.parent.parent):
         found = []
@@ -192,8 +192,8 @@ def _configs_beside(path: Path, model: ModelConfig) -> list[tuple[Path, MagiConf
                 data = json.loads(file.read_text(encoding="utf-8"))
                 config = MagiConfig.from_dict(data) if "model_config" in data else None
             except (OSError, ValueError, TypeError):
-                continue  # some other json: it says nothing about this model
-            except MagiError as error:  # perhaps another model's: whether it is this one's cannot be told
+                continue  # some other JSON file
+            except MagiError as error:  # perhaps of another model
                 warnings.warn(f"The config {str(file)!r} is left out. {error}", stacklevel=2)
                 continue
             if config is not None and _same_sizes(config.model, model):
@@ -208,7 +208,7 @@ def _same_sizes(config: ModelConfig, model: ModelConfig) -> bool:
 
 
 def _distilled(metadata: Mapping[str, str], path: Path, model: ModelConfig | None) -> tuple[bool | None, str]:
-    path = path.absolute()  # for the names of the folders around it
+    path = path.absolute()  # for the names of its parents
     configs = _configs_beside(path, model) if model else []
     if len({config.engine.distill for _, config in configs}) == 1:
         file, config = configs[0]

@@ -24,7 +24,7 @@ from .identify import resolve_config
 
 
 def load_transformer(
-    path: str | Path,
+    path: str | Path | TensorSource,
     config: MagiConfig | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -37,10 +37,10 @@ def load_transformer(
     placement: Placement | None = None,
     compiled: bool = False,
 ) -> Transformer:
-    """A transformer from an official folder or a single file.
+    """Loads a transformer from an official folder or a single file.
 
     Args:
-        path: safetensors file, or a folder with one, or with shards and their index.
+        path: safetensors file, or a folder with one, or with shards and their index; or named tensors that are known to fit `config`.
         config: official config; None tells it from the file.
         device: where it computes; None takes the best there is.
         dtype: compute dtype of what is not float32 or float8 by policy; None: bfloat16, but float32 for a float32 file.
@@ -58,66 +58,15 @@ def load_transformer(
         MagiError: the file is unreadable or something else, its tensors do not fit the config, base and distilled are
             mixed up, or what is asked for cannot be had.
     """
-    checkpoint = Checkpoint(path)
-    config = resolve_config(checkpoint, config)
-    check_tensors(checkpoint, config.model, repr(str(checkpoint.path)))
-    return build_transformer(
-        checkpoint,
-        config,
-        device,
-        dtype,
-        offload,
-        progress,
-        precision=precision,
-        attention=attention,
-        memory=memory,
-        placement=placement,
-        compiled=compiled,
-    )
-
-
-def check_transformer(
-    path: str | Path,
-    config: MagiConfig | None = None,
-    distilled: bool | None = None,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    precision: str = "auto",
-    attention: str = "auto",
-) -> MagiConfig:
-    """All that loading a transformer would refuse, told from its headers; returns the config to load it with.
-
-    Arguments are those of `load_transformer`; `distilled` is the variant, where nothing in the file tells it.
-
-    Raises:
-        MagiError: the file is damaged or something else, base and distilled are mixed up, or it cannot be computed so.
-    """
-    with Checkpoint(path) as checkpoint:
-        config = resolve_config(checkpoint, config, distilled)
-        check_tensors(checkpoint, config.model, repr(str(path)))
-        if has_fp8(checkpoint.tensors) or precision == "fp8":
-            require_float8()
-        low = compute_dtype(checkpoint.tensors, precision, dtype)
-    check_attention(attention, pick_device(device), low, *config.model.heads)
-    return config
-
-
-def build_transformer(
-    source: TensorSource,
-    config: MagiConfig,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    offload: bool | None = None,
-    progress: OnProgress | None = None,
-    *,
-    precision: Precision = "auto",
-    attention: str = "auto",
-    memory: MemoryOptions | None = None,
-    placement: Placement | None = None,
-    compiled: bool = False,
-) -> Transformer:
-    """A transformer from named tensors that are known to fit `config`; arguments as for `load_transformer`."""
+    source: TensorSource
+    if isinstance(path, str | Path):
+        source = checkpoint = Checkpoint(path)
+        config = resolve_config(checkpoint, config)
+        check_tensors(checkpoint, config.model, repr(str(checkpoint.path)))
+    elif config is not None:
+        source = path
+    else:
+        raise TypeError("Named tensors need a config: nothing else tells what they are.")
     where = pick_device(device)
     low = compute_dtype(source.tensors, precision, dtype)
     store_fp8 = precision == "fp8" and not has_fp8(source.tensors)
@@ -157,8 +106,35 @@ def build_transformer(
     return retry_with_less(build, keep_fewer)
 
 
+def check_transformer(
+    path: str | Path,
+    config: MagiConfig | None = None,
+    distilled: bool | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    precision: str = "auto",
+    attention: str = "auto",
+) -> MagiConfig:
+    """Checks, by headers alone, all that loading a transformer would refuse; returns the config to load it with.
+
+    Arguments are those of `load_transformer`; `distilled` is the variant, where nothing in the file tells it.
+
+    Raises:
+        MagiError: the file is damaged or something else, base and distilled are mixed up, or it cannot be computed so.
+    """
+    with Checkpoint(path) as checkpoint:
+        config = resolve_config(checkpoint, config, distilled)
+        check_tensors(checkpoint, config.model, repr(str(path)))
+        if has_fp8(checkpoint.tensors) or precision == "fp8":
+            require_float8()
+        low = compute_dtype(checkpoint.tensors, precision, dtype)
+    check_attention(attention, pick_device(device), low, *config.model.heads)
+    return config
+
+
 def _placement(config: MagiConfig, sizes: WeightSizes, device: torch.device, options: MemoryOptions) -> Placement:
-    """By the memory that is free now; what takes least of it where the config's own size does not fit: another one may be meant."""
+    """Returns the placement by the memory that is free now; what takes least of it where the config's own size does not fit: another one may be meant."""
     try:
         return place(config, sizes, free_memory(device), options, free_host=memory_beside(device))
     except MagiError:

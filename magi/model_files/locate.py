@@ -1,4 +1,4 @@
-"""Which files make up a model, and where they are expected: the tree that `python -m magi download` makes."""
+"""Finds the files that make up a model, by default in the tree that `python -m magi download` creates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from ..errors import MagiError
 from ..sampling.special_tokens import FILE_NAME as SPECIAL_TOKENS
 from ..sampling.special_tokens import SpecialTokens, find_special_tokens
 
+# The official tree, the same in the Hub's repository and on disk.
 MODELS = Path("ckpt/magi")
 VAE = Path("ckpt/vae")
 TEXT_ENCODER = Path("ckpt/t5/t5-v1_1-xxl")
@@ -51,7 +52,7 @@ def find_files(
     special_tokens: str | Path | None = None,
     tokenizer: str | Path | None = None,
 ) -> ModelFiles:
-    """The files to use: those given, the rest where the official tree below `models` has them.
+    """Returns the files to use: those given, the rest from the official tree below `models`.
 
     Args:
         models: folder that holds `ckpt/` and special_tokens.npz.
@@ -62,14 +63,14 @@ def find_files(
         tokenizer: path, or None.
 
     Raises:
-        MagiError: a part other than the text encoder is not there; it says where it should be and how to fetch it.
+        MagiError: a part other than the text encoder is missing; it tells where it belongs and how to download it.
     """
     models = Path(models).expanduser()
     weights = find_transformer(models, transformer)
     return ModelFiles(
         transformer=weights,
         vae=_part(models, vae, VAE, "VAE", "vae"),
-        # Not looked for: for prompts in the cache it need not be there, and encoding others says that it is not.
+        # Not checked: prompts in the cache do not need it, and encoding another one raises where it is missing.
         text_encoder=Path(text_encoder).expanduser() if text_encoder else models / TEXT_ENCODER,
         special_tokens=_special_tokens(models, special_tokens, weights),
         tokenizer=Path(tokenizer) if tokenizer else None,
@@ -77,30 +78,30 @@ def find_files(
 
 
 def _special_tokens(models: Path, given: str | Path | None, weights: Path) -> Path | None:
-    """The file given or in its place, else the published one wherever it lies near; a run that needs it asks for it."""
+    """Returns the given file, else the one near the weights; None without one, since only some runs need it."""
     if given:
         return _existing(Path(given).expanduser(), "special-token file", models, "special_tokens")
     return special_tokens_near(weights, [models])
 
 
 def special_tokens_near(weights: Path, folders: Sequence[Path]) -> Path | None:
-    """The special tokens beside a model's weights or in the folders: by their usual name, else the published file by its hash."""
+    """Finds the special tokens beside a model's weights or in the folders: by their name, else the published file by hash."""
     beside = weights if weights.is_dir() else weights.parent
-    places = [beside, *folders]  # what lies with the model belongs to it
+    places = [beside, *folders]  # a file beside the weights belongs to them
     usual = (folder / SPECIAL_TOKENS for folder in places)
     return next((file for file in usual if file.is_file()), None) or find_special_tokens(places)
 
 
 def load_special_tokens(files: ModelFiles) -> SpecialTokens | None:
-    """The model's special tokens, None where it has no file of them."""
+    """Loads the model's special tokens; returns None where it has no file of them."""
     return SpecialTokens.load(files.special_tokens) if files.special_tokens else None
 
 
 def find_transformer(models: Path, name: str) -> Path:
-    """The folder of a released model's weights below `models`, or the path that `name` is.
+    """Returns the folder of a released model's weights below `models`, or `name` as a path.
 
     Raises:
-        MagiError: it is not there.
+        MagiError: the weights are not there.
     """
     if name not in PRESETS:
         path = Path(name).expanduser()
@@ -114,7 +115,7 @@ def find_transformer(models: Path, name: str) -> Path:
 
 
 def released_weights(models: Path, name: str) -> Path | None:
-    """The folder of a released model's weights below `models`, None where it is not there."""
+    """Returns the folder of a released model's weights below `models`, None where it is not there."""
     return next((f for f in sorted((models / MODELS / name).glob("inference_weight*")) if f.is_dir()), None)
 
 

@@ -1,1 +1,1 @@
-"""MAGI-1 24B as a paid service of WaveSpeedAI: a client that submits once, and loses neither keys nor videos."""
+"""Client for MAGI-1 24B at the paid service WaveSpeedAI: submits a request once, leaks no key and loses no video."""

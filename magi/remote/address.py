@@ -1,4 +1,4 @@
-"""Addresses: which may be used, and what of them may be shown."""
+"""URLs: which may be requested, and what of them may be shown."""
 
 import ipaddress
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ _PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True)
 class BaseUrl:
-    """What stands before /api/... in every address of the service; its text is `str(base)`.
+    """What precedes /api/... in every URL of the service; its text is `str(base)`.
 
     Raises:
-        MagiError: the text is no address that a key may be sent to.
+        MagiError: the text is no URL that a key may be sent to.
     """
 
     text: str
@@ -44,24 +44,24 @@ class BaseUrl:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is this machine."""
+        """Returns whether the host is this machine."""
         return is_loopback(urlsplit(self.text).hostname or "")
 
     def owns(self, url: str) -> bool:
-        """Whether `url` has the same scheme, host and port: the only place that gets the key."""
+        """Returns whether `url` has the same scheme, host and port: only such a URL gets the key."""
         return _origin(url) is not None and _origin(url) == _origin(self.text)
 
 
 def is_allowed(url: str) -> bool:
-    """Whether something may be fetched from `url`: by https, or from this machine."""
+    """Returns whether `url` may be requested: by https, or from this machine."""
     parts = _plain(url)
     if parts is None or not parts.hostname:
         return False
     return parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname))
 
 
-def shown(url: str) -> str:
-    """An address for a message: without its parameters, which may be a signature that opens it."""
+def redact_url(url: str) -> str:
+    """Returns a URL for a message: without user, password and query, which may be a signature that opens it."""
     parts = _split(url)
     return (
         "an unreadable address" if parts is None else f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -69,7 +69,7 @@ def shown(url: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine."""
+    """Returns whether a host is this machine."""
     if host == "localhost":
         return True
     try:
@@ -84,16 +84,16 @@ def _origin(url: str) -> tuple[str, str | None, int | None] | None:
 
 
 def _plain(url: str) -> SplitResult | None:
-    """The parts of an address whose host is the same for every library; None for others, which may be made to deceive one of them."""
+    """Splits a URL whose host every library reads alike; returns None for others, which may be made to deceive one."""
     parts = _split(url)
     return None if parts is None or "@" in parts.netloc or "\\" in url else parts
 
 
 def _split(url: str) -> SplitResult | None:
     try:
-        url.encode()  # which halves of characters cannot be
+        url.encode()  # fails for lone surrogates
         parts = urlsplit(url)
-        _ = parts.port  # which may be no number
+        _ = parts.port  # raises where it is no number
     except ValueError:
         return None
     return parts

@@ -1,4 +1,4 @@
-"""What the service's answers mean, and what is said of them."""
+"""Interprets the service's answers and words the errors that follow from them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -35,16 +35,16 @@ _REFUND = "Failed tasks are refunded by the service, usually within hours."
 
 @dataclass(frozen=True)
 class Task:
-    """What the service says of a task.
+    """A task's state as the service reports it.
 
     Attributes:
         id: of the task.
         status: in lower case; "" where there is none.
-        outputs: the addresses among its outputs from which something may be fetched.
+        outputs: those of its URLs that may be requested.
         refused_outputs: whether there are others.
         flagged: whether the safety checker found something.
         code: of its failure, None where it has none.
-        error: its own words, not yet fit to be shown.
+        error: the service's error text, not redacted yet.
     """
 
     id: str
@@ -57,7 +57,7 @@ class Task:
 
     @classmethod
     def of(cls, id: str, data: dict[str, Any]) -> "Task":
-        """From the answer's `data`; whatever is of a wrong type counts as not said."""
+        """Reads an answer's `data`; a value of a wrong type counts as missing."""
         status, outputs, flags = data.get("status"), data.get("outputs"), data.get("has_nsfw_contents")
         given = outputs if isinstance(outputs, list) else [outputs] if isinstance(outputs, str) else []
         fit = tuple(url for url in given if isinstance(url, str) and is_allowed(url))
@@ -73,22 +73,22 @@ class Task:
 
     @property
     def queued(self) -> bool:
-        """Whether it waits for its turn; an unknown status is taken for work."""
+        """Returns whether it waits in the queue; a task of unknown status counts as running."""
         return self.status in _QUEUED
 
     @property
     def completed(self) -> bool:
-        """Whether the service is done with it."""
+        """Returns whether the service has finished it."""
         return self.status == "completed"
 
     @property
     def ended(self) -> bool:
-        """Whether it ended without a video."""
+        """Returns whether it ended without a video."""
         return self.status in _ENDED or (self.completed and self.flagged and not self.outputs)
 
 
-def failure(task: Task, said: str) -> EndedError:
-    """The error of a task that ended without a video; `said` is its own words, fit to be shown."""
+def failure(task: Task, detail: str) -> EndedError:
+    """Makes the error of a task that ended without a video; `detail` is the service's redacted error text."""
     if task.completed or (task.flagged and task.status == "failed"):
         reason = "The service's safety checker withheld the video. Change the prompt or the picture; the checker can be switched off in the node."
     elif task.status in ("cancelled", "canceled", "deleted"):
@@ -97,47 +97,38 @@ def failure(task: Task, said: str) -> EndedError:
         reason = f"{_FAILURES[5004]} {_REFUND}"
     else:
         reason = f"{_FAILURES.get(task.code or 0, _FAILURES[1403])} {_REFUND}"
-    return EndedError(f"{reason} (Task {task.id}, {task.status}{_told(task.code, said)})")
+    return EndedError(f"{reason} (Task {task.id}, {task.status}{_details(task.code, detail)})")
 
 
-def refusal(status: int, said: str, wait: float | None = None, code: int | None = None) -> str:
-    """What it means that a request was answered so."""
+def refusal(status: int, detail: str, wait: float | None = None, code: int | None = None) -> str:
+    """Makes the message of a request refused with an HTTP status; `detail` is the service's redacted error text."""
     later = f" in {wait:.0f} s" if wait else " in a minute"
     default = (
         "The service does not accept the request. Change what it names; API version v3 takes fewer settings than v2."
     )
     reason = _FAILURES.get(code or 0) or _REFUSALS.get(status, default).format(wait=later)
-    return f"{reason} (HTTP {status}{_told(code, said)})"
+    return f"{reason} (HTTP {status}{_details(code, detail)})"
 
 
 def text_of(value: object) -> str:
-    """The words in an answer's field, whatever it is."""
+    """Extracts the text of an answer's field, whatever its type."""
     while isinstance(value, dict):
         value = value.get("message") or value.get("detail") or next(iter(value.values()), "")
     return "" if value is None else str(value)
 
 
-def words(answer: dict[str, Any] | None) -> tuple[str, int | None]:
-    """(what an answer says went wrong, not yet fit to be shown; its detailed code)"""
+def error_of(answer: dict[str, Any] | None) -> tuple[str, int | None]:
+    """Returns (an answer's error text, not redacted yet; its detailed code, None where it has none)."""
     if answer is None:
         return "", None
     data = answer.get("data")
     inner = data if isinstance(data, dict) else {}
-    said = next(
-        (
-            t
-            for t in map(
-                text_of, (inner.get("error"), answer.get("error"), answer.get("message"), answer.get("detail"))
-            )
-            if t
-        ),
-        "",
-    )
-    return said, _number(inner.get("code"))
+    fields = (inner.get("error"), answer.get("error"), answer.get("message"), answer.get("detail"))
+    return next(filter(None, map(text_of, fields)), ""), _number(inner.get("code"))
 
 
-def _told(code: int | None, said: str) -> str:
-    return f"{f', code {code}' if code else ''}{f': {said}' if said else ''}"
+def _details(code: int | None, text: str) -> str:
+    return f"{f', code {code}' if code else ''}{f': {text}' if text else ''}"
 
 
 def _number(value: object) -> int | None:

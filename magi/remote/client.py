@@ -1,4 +1,4 @@
-"""From a request to a video on this disk: submitted once, followed through crashes and cancels, given up only if nobody wants it."""
+"""From a request to a video on disk: submitted once, resumed after crashes and errors, deleted only after a cancel."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,24 +16,24 @@ from .api import Api, NotSentError, is_id
 from .download import Facts, check_folder, fetch
 from .errors import Cancelled, EndedError, GoneError, RefusedError, RemoteError, TemporaryError, UnclearError
 from .polling import Limits
-from .progress import Progress, Watch
-from .records import WORD, Entry, Records
+from .progress import RemoteProgress, Watch
+from .records import CONFIRM_PREFIX, Entry, Records
 from .request import RemoteRequest, encode_image
 
-_CONNECTS = 3  # tries to reach the service with a request
+_CONNECTS = 3  # attempts to reach the service with a request
 _CANCEL_SECONDS = 1.5  # that a cancel waits for the service's answer
 
 
 @dataclass(frozen=True)
 class RemoteVideo:
-    """A video that has arrived.
+    """A downloaded video.
 
     Attributes:
         path: the file.
         task_id: its task at the service.
-        url: where it lies there, for about 7 days.
+        url: of the video there, for about 7 days.
         facts: what is in it.
-        notes: what a user should know of it, in sentences.
+        notes: for the user, in sentences.
     """
 
     path: Path
@@ -44,53 +44,53 @@ class RemoteVideo:
 
 
 class Client:
-    """Makes videos by the service. Every call blocks: run it in a thread where that matters."""
+    """Has the service make videos. Every call blocks: run it in a thread where that matters."""
 
-    def __init__(self, api: Api, records: Path, say: Callable[[str], None], limits: Limits | None = None) -> None:
-        """Nothing is sent or written yet.
+    def __init__(self, api: Api, records: Path, log: Callable[[str], None], limits: Limits | None = None) -> None:
+        """Sends and writes nothing yet.
 
         Args:
             api: the account.
-            records: folder in which tasks are noted, so that none is paid for twice.
-            say: is told, in a sentence, what belongs into a log: first of all the task's id.
-            limits: how patient to be.
+            records: folder of the tasks' records, so that none is paid for twice.
+            log: called with sentences for a log, such as the task's id.
+            limits: intervals, timeouts and numbers of retries.
         """
-        self.api, self.records, self._say = api, Records(records), say
+        self.api, self.records, self._log = api, Records(records), log
         self.limits = limits or Limits()
 
-    def say(self, sentence: str) -> None:
-        """Into the log. A log that is gone, such as a pipe that was closed, costs nobody a task."""
+    def log(self, sentence: str) -> None:
+        """Logs a sentence. A log that fails, such as a closed pipe, does not end a task."""
         with suppress(Exception):
-            self._say(sentence)
+            self._log(sentence)
 
     def make(
         self,
         request: RemoteRequest,
         folder: Path,
-        progress: Callable[[Progress], None],
+        on_progress: Callable[[RemoteProgress], None],
         resume_id: str = "",
         take: Callable[[Path, Facts], None] = lambda path, facts: None,
     ) -> RemoteVideo:
-        """The video of a request: of its own task if it has one already, else of a new one.
+        """Returns the video of a request: of the task that it already has, else of a new one.
 
         Args:
             request: what to make.
             folder: where the file goes.
-            progress: called in this thread about ten times per second. If it raises `Cancelled`, an unfinished task is deleted, as far
-                as the service does that. If it raises anything else, the task goes on, and the same request finds it again.
-            resume_id: a task's id: its video is fetched and nothing is submitted. Or the word that an error has named: the request is
-                submitted although it is not known what became of an earlier try.
-            take: called with the file before it counts as delivered. If it raises, the same request fetches the video again.
+            on_progress: called in this thread about ten times per second. If it raises `Cancelled`, an unfinished task is deleted, as
+                far as the service does that. If it raises anything else, the task continues, and the same request resumes it.
+            resume_id: a task's id: its video is downloaded and nothing is submitted. Or the confirm code that an error has named: the
+                request is submitted although the outcome of an earlier attempt is unknown.
+            take: called with the file before it counts as delivered. If it raises, the same request downloads the video again.
 
         Raises:
-            MagiError: there is no video. The message says whether there may be one later, and how to get it.
+            MagiError: there is no video. The message tells whether there may be one later, and how to get it.
         """
         resume_id = resume_id.strip()
         if resume_id:
             _check_id(resume_id)
         check_folder(folder)
-        watch = Watch(progress)
-        entry = self.records.open(request.digest(str(self.api.base), self.api.version), watch.alive)
+        watch = Watch(on_progress)
+        entry = self.records.open(request.digest(str(self.api.base), self.api.version), watch.update)
         run = _Run(self, entry, request, watch)
         try:
             return run.video(folder, resume_id, take)
@@ -100,19 +100,19 @@ class Client:
         finally:
             entry.release()
 
-    def fetch(self, task_id: str, folder: Path, progress: Callable[[Progress], None]) -> RemoteVideo:
-        """The video of a task of which only the id is known. Whatever `progress` raises, the task is left alone.
+    def fetch(self, task_id: str, folder: Path, on_progress: Callable[[RemoteProgress], None]) -> RemoteVideo:
+        """Downloads the video of a task of which only the id is known. Whatever ends the call, the task is left alone.
 
         Raises:
             MagiError: there is no video, or not yet.
         """
         _check_id(task_id)
         check_folder(folder)
-        watch = Watch(progress)
+        watch = Watch(on_progress)
         watch.phase("wait", f"asking for task {task_id}")
         task = polling.follow(self.api, task_id, self.limits, watch, lambda _: None)
         path, url, facts = fetch(self.api, task_id, task.outputs, folder, self.limits, watch)
-        return RemoteVideo(path, task_id, url, facts, _marks(task))
+        return RemoteVideo(path, task_id, url, facts, _flag_notes(task))
 
 
 def _check_id(text: str) -> None:
@@ -123,7 +123,7 @@ def _check_id(text: str) -> None:
         )
 
 
-def _marks(task: Task) -> tuple[str, ...]:
+def _flag_notes(task: Task) -> tuple[str, ...]:
     return ("The service's safety checker has flagged this video.",) if task.flagged else ()
 
 
@@ -131,15 +131,15 @@ class _Run:
     """One call of `make`."""
 
     def __init__(self, client: Client, entry: Entry, request: RemoteRequest, watch: Watch) -> None:
-        self._api, self._limits, self._say = client.api, client.limits, client.say
+        self._api, self._limits, self._log = client.api, client.limits, client.log
         self._entry, self._request, self._watch = entry, request, watch
-        self._unfinished: str | None = None  # the task that a cancel gives up: none that is completed, and paid for
+        self._unfinished: str | None = None  # the task that a cancel deletes: never a completed one, which is paid for
 
     def video(self, folder: Path, resume_id: str, take: Callable[[Path, Facts], None]) -> RemoteVideo:
-        is_word = resume_id.startswith(WORD)
-        task_id = resume_id if resume_id and not is_word else self._known(resume_id)
+        is_code = resume_id.startswith(CONFIRM_PREFIX)
+        task_id = resume_id if resume_id and not is_code else self._recorded_task(resume_id)
         if task_id is None:
-            task_id = self._unfinished = self._new()
+            task_id = self._unfinished = self._new_task()
         record = self._entry.record
         own = record is not None and record.task_id == task_id
         self._watch.phase("wait", f"asking for task {task_id}")
@@ -154,85 +154,88 @@ class _Run:
         self._unfinished = None
         path, url, facts = fetch(self._api, task_id, task.outputs, folder, self._limits, self._watch)
         take(path, facts)
-        if own or (record is not None and record.task_id is None):  # the user has found out what became of that try
+        if own or (record is not None and record.task_id is None):  # the user has looked up the outcome of that attempt
             self._entry.update(task_id=task_id, delivered=True)
-        notes = (*facts.differences(self._request), *_marks(task))
+        notes = (*facts.differences(self._request), *_flag_notes(task))
         for note in notes:
-            self._say(f"{note} (Task {task_id})")
+            self._log(f"{note} (Task {task_id})")
         return RemoteVideo(path, task_id, url, facts, (*self._request.notes(), *notes))
 
     def _still_running(self, task_id: str) -> None:
         self._unfinished = task_id
 
-    # -- tasks that there are already ----------------------------------------------------------------------------------
+    # -- tasks that exist already --------------------------------------------------------------------------------------
 
-    def _known(self, word: str) -> str | None:
-        """The task that this request became before, if it is to be resumed. `word`: what the user wrote to have it sent again."""
+    def _recorded_task(self, confirm_code: str) -> str | None:
+        """Returns the task of an earlier submission, None where the request is to be submitted.
+
+        `confirm_code` is the user's, to have it submitted again; "" without one.
+        """
         record = self._entry.record
         if record is None:
             return None
         if record.delivered and (record.expired or self._request.seed is None):  # gone, or another video is wanted
             return None
         if record.task_id is None:
-            if word != record.word:
-                raise self._unclear(f"what came of it, on {record.when}, is not known")
+            if confirm_code != record.confirm_code:
+                raise self._unclear(f"its outcome, on {record.when}, is not known")
             self._entry.clear()
             return None
-        insists = word == record.word
-        if (record.cancelled or record.expired or insists) and not self._lives(record.task_id, insists):
+        confirmed = confirm_code == record.confirm_code
+        if (record.cancelled or record.expired or confirmed) and not self._is_live(record.task_id, confirmed):
             self._entry.clear()
             return None
-        self._say(f"Resuming task {record.task_id} of {record.when}: nothing is submitted again.")
+        self._log(f"Resuming task {record.task_id} of {record.when}: nothing is submitted again.")
         self._entry.update(cancelled=False)
         return record.task_id
 
-    def _lives(self, task_id: str, insists: bool) -> bool:
-        """Whether a task that nobody waits for any more goes on, or has ended well, all the same: then it is paid for.
+    def _is_live(self, task_id: str, confirmed: bool) -> bool:
+        """Returns whether an abandoned task still runs, or is completed: then it is paid for.
 
-        Where the service refuses to say, the user may have insisted on a new one.
+        Where the service refuses to answer, a confirm code of the user's decides that it is not.
         """
-        self._watch.phase("check", f"asking what became of task {task_id}")
+        self._watch.phase("check", f"asking how task {task_id} stands")
         try:
-            return not polling.look(self._api, task_id, replace(self._limits, unknown=0), self._watch).ended
+            return not polling.poll(self._api, task_id, replace(self._limits, unknown=0), self._watch).ended
         except GoneError:
             return False
         except RemoteError as error:
-            if insists and isinstance(error, RefusedError):
+            if confirmed and isinstance(error, RefusedError):
                 return False
             text = f"The service could not be asked about task {task_id}, which nobody waits for any more: {error}"
             raise self._advised(text.rstrip(".") + ".", RemoteError) from None
 
     # -- a new task ----------------------------------------------------------------------------------------------------
 
-    def _new(self) -> str:
-        """Submits: the only place that spends money."""
+    def _new_task(self) -> str:
+        """Submits the request and returns the task's id: the only place that spends money."""
         request, entry = self._request, self._entry
         for note in request.notes():
-            self._say(note)
+            self._log(note)
         image = self._upload(request.image) if isinstance(request.image, torch.Tensor) else request.image
         self._watch.phase("submit", "submitting")
         entry.begin(str(self._api.base), self._api.version, request.settings())
         stop = Event()
         worker = Worker(lambda: self._submit(request.body(image), stop))
         try:
-            return worker.result(self._watch.alive)
+            return worker.result(self._watch.update)
         except (RefusedError, NotSentError):
             entry.clear()
             raise
         except UnclearError as error:
             raise self._unclear(str(error)) from None
-        except BaseException as error:  # a cancel, while nobody knows whether the request has arrived
+        except BaseException as error:  # a cancel, while it is unknown whether the request has arrived
             stop.set()
-            self._leave(worker.outcome, delete=isinstance(error, Cancelled | KeyboardInterrupt))
+            self._detach(worker.outcome, delete=isinstance(error, Cancelled | KeyboardInterrupt))
             raise
 
     def _upload(self, image: torch.Tensor) -> str:
         self._watch.phase("upload", "uploading the picture")
-        data, kind = Worker(lambda: encode_image(image)).result(self._watch.alive)
+        data, kind = Worker(lambda: encode_image(image)).result(self._watch.update)
         failures = 0
         while True:
             try:
-                return Worker(lambda: self._api.upload(data, kind)).result(self._watch.alive)
+                return Worker(lambda: self._api.upload(data, kind)).result(self._watch.update)
             except TemporaryError as error:
                 failures += 1
                 if failures > self._limits.retries or isinstance(error, GoneError):
@@ -242,10 +245,10 @@ class _Run:
                     raise RemoteError(
                         f"The picture could not be uploaded: {error}. Nothing was submitted. {remedy}"
                     ) from None
-                pause(self._limits.before_retry(failures, error.wait), self._watch.alive)
+                pause(self._limits.before_retry(failures, error.wait), self._watch.update)
 
     def _submit(self, body: dict, stop: Event) -> str:
-        """In a thread of its own: sends the request and notes the task, also when nobody waits for it any more."""
+        """Sends the request and records the task, in a thread of its own: also after the caller has stopped waiting."""
         failures = 0
         while True:
             try:
@@ -256,7 +259,7 @@ class _Run:
                 if failures == _CONNECTS or stop.wait(self._limits.before_retry(failures, None)):
                     raise
         self._entry.update(task_id=task_id)
-        self._say(f"Task {task_id} was submitted to {self._api.base}.")
+        self._log(f"Task {task_id} was submitted to {self._api.base}.")
         return task_id
 
     def _unclear(self, reason: str) -> RemoteError:
@@ -267,41 +270,44 @@ class _Run:
         )
 
     def _advised(self, text: str, kind: type[RemoteError]) -> RemoteError:
-        """An error that tells how to have the request sent again all the same."""
+        """Makes an error that tells how to have the request submitted again."""
         record = self._entry.record
-        word = record.word if record is not None else WORD
-        return kind(f"{text} To have the request sent again, and billed again, put {word} into resume_id.")
+        code = record.confirm_code if record is not None else CONFIRM_PREFIX
+        return kind(f"{text} To have the request sent again, and billed again, put {code} into resume_id.")
 
-    # -- the end of it -------------------------------------------------------------------------------------------------
+    # -- cancelling ----------------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Gives up the task that is followed, if it runs."""
+        """Deletes the task that is being polled, if it is unfinished."""
         if task_id := self._unfinished:
-            self._leave(lambda: task_id, delete=True)
+            self._detach(lambda: task_id, delete=True)
 
-    def _leave(self, task: Callable[[], str], delete: bool) -> None:
-        """Keeps the request to itself until its task is known, and has that deleted. The caller waits a moment only."""
+    def _detach(self, task: Callable[[], str], delete: bool) -> None:
+        """Waits for the task's id in a thread and has the task deleted if `delete`; the record stays locked meanwhile.
+
+        The caller waits for `_CANCEL_SECONDS` at most.
+        """
         entry = self._entry
 
         def work() -> None:
             try:
                 task_id = task()
                 if delete and self._is_completed(task_id):
-                    self._say(f"Task {task_id} was completed before the cancel, and is kept: the same run fetches it.")
+                    self._log(f"Task {task_id} was completed before the cancel, and is kept: the same run fetches it.")
                 elif delete:
                     if entry.record is not None and entry.record.task_id == task_id:
                         entry.update(cancelled=True)
-                    self._say(
-                        f"Task {task_id} is cancelled. The service may finish and bill it all the same: the same request looks for it first."
+                    self._log(
+                        f"Task {task_id} is cancelled. The service may finish and bill it all the same: the same request checks for it first."
                     )
-                    Worker(lambda: self._api.delete(task_id)).result(_nobody, self._limits.answer)
+                    Worker(lambda: self._api.delete(task_id)).result(_ignore_tick, self._limits.answer)
             except (RefusedError, NotSentError):
                 entry.clear()
             finally:
                 entry.release()
 
         def quiet() -> None:
-            with suppress(Exception):  # it was worth a try; the record says the rest
+            with suppress(Exception):  # nobody is left to tell; the record keeps what is known
                 work()
 
         entry.hold()
@@ -310,11 +316,11 @@ class _Run:
         thread.join(_CANCEL_SECONDS)
 
     def _is_completed(self, task_id: str) -> bool:
-        """Whether a task has become a video since the last look: then it is paid for."""
+        """Returns whether a task was completed since the last poll: then it is paid for."""
         with suppress(RemoteError, TimeoutError):
-            return Worker(lambda: self._api.result(task_id)).result(_nobody, self._limits.answer).completed
+            return Worker(lambda: self._api.result(task_id)).result(_ignore_tick, self._limits.answer).completed
         return False
 
 
-def _nobody() -> None:
-    """Waits, too, but cannot cancel."""
+def _ignore_tick() -> None:
+    """Does nothing: this wait cannot be cancelled."""

@@ -1,4 +1,4 @@
-"""Brings a finished video here: streamed, bounded, and under its name only when it is one."""
+"""Downloads a finished video: streamed, limited in size, and renamed to its final name only when it is whole."""
 
 import tempfile
 import time
@@ -14,10 +14,10 @@ from ..errors import MagiError
 from ..media.video_decoder import VideoFile, open_clip
 from ..system.threads import Worker, pause
 from ..system.whole_files import put_in_place
-from .address import shown
+from .address import redact_url
 from .api import Api
 from .errors import GoneError, RemoteError, TemporaryError
-from .polling import Limits, look
+from .polling import Limits, poll
 from .progress import Watch
 from .request import RemoteRequest
 from .transport import Lost, retry_after
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     import requests
 
 _BLOCK = 1 << 16
-_LEFT_SECONDS = 3600.0  # without a byte, after which nobody writes to a file any more
+_LEFT_SECONDS = 3600.0  # without a byte, after which no process writes to a file any more
 _PIXELS = {"480p": 480, "720p": 720}  # of the shorter side
-_NEAR = 0.1  # by which a size may differ from its name; encoders round
+_NEAR = 0.1  # relative tolerance of sizes; encoders round
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is in a video file, by decoding all of it."""
+    """Length and size of a video file, found by decoding all of it."""
 
     frames: int
     fps: float
@@ -44,7 +44,7 @@ class Facts:
         return f"{self.frames} frames, {self.fps:g} per second, {self.width}x{self.height}"
 
     def differences(self, asked: RemoteRequest) -> list[str]:
-        """What is not as it was asked for, in sentences."""
+        """Lists what differs from the request, in sentences."""
         found = []
         if self.frames != asked.num_frames:
             found.append(f"The video has {self.frames} frames instead of {asked.num_frames}.")
@@ -61,7 +61,7 @@ class Facts:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises MagiError unless a video can be written to `folder`, which is made."""
+    """Creates `folder` and removes what killed downloads left there. Raises MagiError where it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -77,12 +77,12 @@ def check_folder(folder: Path) -> None:
 def fetch(
     api: Api, task_id: str, outputs: tuple[str, ...], folder: Path, limits: Limits, watch: Watch
 ) -> tuple[Path, str, Facts]:
-    """Downloads a task's video into `folder`: (the file, its address, what is in it).
+    """Downloads a task's video into `folder` and returns (the file, its URL, its facts).
 
-    An address that has run out is asked for once more.
+    If its URL has expired, the task is asked for a new one, once.
 
     Raises:
-        RemoteError: it cannot be had; the task is still there.
+        RemoteError: the download failed; the task is still there.
     """
     kept = f"The video is kept by the service for about 7 days as task {task_id}: run it again, and it is fetched without a new task."
     url, asked_again, failures = outputs[0], False, 0
@@ -95,7 +95,7 @@ def fetch(
                 return path, url, inspect(path, watch)
             except MagiError as error:
                 _remove(path)
-                raise RemoteError(f"What lies at {shown(url)} is no whole video ({error}) {kept}") from None
+                raise RemoteError(f"What lies at {redact_url(url)} is no whole video ({error}) {kept}") from None
             except BaseException:
                 _remove(path)
                 raise
@@ -106,7 +106,7 @@ def fetch(
                 ) from None
             asked_again = True
             try:
-                task = look(api, task_id, limits, watch)
+                task = poll(api, task_id, limits, watch)
             except RemoteError as trouble:
                 raise RemoteError(f"The video could not be downloaded: {error}; and {trouble}. {kept}") from None
             url = next(iter(task.outputs), url)
@@ -114,11 +114,11 @@ def fetch(
             failures += 1
             if failures > limits.retries:
                 raise RemoteError(f"The video could not be downloaded: {error}. {kept}") from None
-            pause(limits.before_retry(failures, error.wait), watch.alive)
+            pause(limits.before_retry(failures, error.wait), watch.update)
 
 
 def _download(api: Api, task_id: str, url: str, folder: Path, limits: Limits, watch: Watch) -> Path:
-    """One try. Raises GoneError for an address that has run out, TemporaryError for what may pass."""
+    """Downloads once. Raises GoneError for an expired URL, TemporaryError for what may be retried."""
     whole = folder / f"magi1_{task_id}_{uuid.uuid4().hex[:8]}.mp4"
     part = whole.with_suffix(".mp4.part")
     done, stop = [0.0], Event()
@@ -130,11 +130,11 @@ def _download(api: Api, task_id: str, url: str, folder: Path, limits: Limits, wa
         except OSError as error:
             raise _unwritable(folder, error) from error
         finally:
-            if stop.is_set():  # nobody waits for it any more
+            if stop.is_set():  # the caller no longer waits
                 _remove(part)
 
     try:
-        Worker(work).result(lambda: watch.alive(done[0] or None))
+        Worker(work).result(lambda: watch.update(done[0] or None))
         _rename(part, whole)
     except Lost as lost:
         raise TemporaryError(str(lost)) from None
@@ -145,7 +145,7 @@ def _download(api: Api, task_id: str, url: str, folder: Path, limits: Limits, wa
 
 
 def _receive(api: Api, url: str, file: BinaryIO, limits: Limits, stop: Event, done: list[float]) -> None:
-    """Writes what lies at `url`. Whatever of OSError comes out of here is the disk's."""
+    """Streams `url` into `file`. An OSError from here is the disk's."""
     with api.transport.opened(url) as response:
         length = _check_answer(response, url, limits)
         for block in response.iter_content(_BLOCK):
@@ -164,17 +164,17 @@ def _receive(api: Api, url: str, file: BinaryIO, limits: Limits, stop: Event, do
 
 
 def _check_answer(response: "requests.Response", url: str, limits: Limits) -> int:
-    """The number of bytes that will come, 0 where it is not said."""
+    """Checks status, type and length of the answer; returns the length in bytes, 0 where it is unknown."""
     status, headers = response.status_code, response.headers
     kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if status in (401, 403, 404, 410):
-        raise GoneError(f"{shown(url)} answers {status}")
+        raise GoneError(f"{redact_url(url)} answers {status}")
     if status != 200:
-        raise TemporaryError(f"{shown(url)} answers {status}", retry_after(headers.get("Retry-After")))
+        raise TemporaryError(f"{redact_url(url)} answers {status}", retry_after(headers.get("Retry-After")))
     if kind.startswith("text/") or kind == "application/json":
-        raise GoneError(f"{shown(url)} gives {kind} instead of a video")
-    told = headers.get("Content-Length", "")
-    length = int(told) if told.isdecimal() and "Content-Encoding" not in headers else 0
+        raise GoneError(f"{redact_url(url)} gives {kind} instead of a video")
+    announced = headers.get("Content-Length", "")
+    length = int(announced) if announced.isdecimal() and "Content-Encoding" not in headers else 0
     if length > limits.video:
         raise _too_large(url, limits)
     return length
@@ -182,23 +182,23 @@ def _check_answer(response: "requests.Response", url: str, limits: Limits) -> in
 
 def _too_large(url: str, limits: Limits) -> RemoteError:
     return RemoteError(
-        f"What lies at {shown(url)} is larger than {limits.video:,} bytes, which no video of this model is."
+        f"What lies at {redact_url(url)} is larger than {limits.video:,} bytes, which no video of this model is."
     )
 
 
 def inspect(path: Path, watch: Watch) -> Facts:
-    """Decodes a whole video.
+    """Decodes a whole video and returns its facts.
 
     Raises:
-        MagiError: it is none, or damaged.
+        MagiError: it is no video, or damaged.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of colours, which nobody looks at here
+        warnings.simplefilter("ignore")  # of colours, which do not matter here
         clip = open_clip(path)
         count = 0
         for _ in clip.frames():
             count += 1
-            watch.alive(count / clip.frame_count if clip.frame_count else None)
+            watch.update(count / clip.frame_count if clip.frame_count else None)
     if clip.errors or not isinstance(clip, VideoFile) or (clip.frame_count or count) > count + 1:
         raise MagiError(f"it is damaged: {count} of {clip.frame_count} frames can be read.")
     return Facts(count, float(clip.fps or 0), clip.width, clip.height)
@@ -207,12 +207,12 @@ def inspect(path: Path, watch: Watch) -> Facts:
 def _rename(part: Path, whole: Path) -> None:
     try:
         put_in_place(part, whole)
-    except OSError as error:  # Windows: somebody, such as a virus scanner, has it open
+    except OSError as error:  # Windows: another program, such as a virus scanner, has it open
         raise _unwritable(whole.parent, error) from error
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # Windows: a thread that was left behind still has it open, and removes it
+    with suppress(OSError):  # Windows: an abandoned thread still has it open, and removes it
         path.unlink(missing_ok=True)
 
 

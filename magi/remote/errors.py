@@ -1,18 +1,18 @@
-"""What can go wrong between here and the service, told apart by what may have been paid for."""
+"""Errors of the service and the way to it, told apart by what may have been billed."""
 
 from ..errors import MagiError
 
 
 class RemoteError(MagiError):
-    """The service was asked and there is no video (yet)."""
+    """There is no video, or not yet."""
 
 
 class RefusedError(RemoteError):
-    """The service refused: no task was made, nothing is billed."""
+    """The service refused: no task was created, nothing is billed."""
 
 
 class UnclearError(RemoteError):
-    """The request was sent and what came of it is not known: a task may have been made."""
+    """The request was sent with unknown outcome: a task may have been created."""
 
 
 class EndedError(RemoteError):
@@ -20,7 +20,7 @@ class EndedError(RemoteError):
 
 
 class TemporaryError(RemoteError):
-    """What failed may be tried again; `wait` is how many seconds the service asks to wait before that."""
+    """What failed may be retried; `wait` is how many seconds the service asks to wait before that."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -28,8 +28,8 @@ class TemporaryError(RemoteError):
 
 
 class GoneError(TemporaryError):
-    """The service does not know what was asked for, or no longer."""
+    """The service does not know the task or file, or no longer."""
 
 
 class Cancelled(Exception):  # noqa: N818 (not an error)
-    """Raised by a caller's progress callback: the user wants no video any more, so the task is to be deleted."""
+    """Raised by a caller's progress callback when the user cancels: the task is to be deleted."""

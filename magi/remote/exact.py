@@ -1,4 +1,9 @@
-"""A GET of exactly the bytes of an address. Signed addresses hold for one spelling; requests and urllib3 both tidy spellings up."""
+"""Sends a GET request whose URL is spelled byte for byte as given.
+
+A signed URL is valid in one spelling only, and requests and urllib3 both normalise percent-encodings. `urllib.request` keeps the
+spelling too, but it would give downloads another network configuration than the paid request, which requests sends: it has no proxies
+over TLS or SOCKS, one timeout for connecting and reading, no certifi bundle or REQUESTS_CA_BUNDLE, and decodes no gzip.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,16 +15,19 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 
 
 class PlainSession(requests.Session):
-    """Leaves redirects alone. Asked not to follow them, requests still reads all of their bodies and parses their targets."""
+    """A session that ignores redirects. With allow_redirects=False, requests still reads their bodies and parses their targets."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """None: whoever sends looks himself."""
+        """Returns None, so that requests does nothing with a redirect: the caller handles it."""
         return None
 
 
 @contextmanager
 def exact_session(url: str) -> Iterator[tuple[requests.Session, requests.PreparedRequest]]:
-    """A session and a GET request for `url` in it. What no request can hold, as spaces, is quoted all the same."""
+    """Yields a session and a prepared GET request for `url`, to be sent in it.
+
+    Characters that no request line can hold, such as spaces, are percent-encoded all the same.
+    """
     if not url.isascii() or not url.isprintable() or " " in url:
         url = requests.utils.requote_uri(url)
     with PlainSession() as session:
@@ -32,12 +40,12 @@ def exact_session(url: str) -> Iterator[tuple[requests.Session, requests.Prepare
 
 
 def _no_password(request: Any) -> Any:
-    """As `auth`: keeps requests from looking into the user's .netrc."""
+    """Returns the request as it is. Given as `auth`, it keeps requests from reading passwords from .netrc."""
     return request
 
 
 class _Adapter(HTTPAdapter):
-    """Sends one address as it is spelled, directly or by a proxy."""
+    """Sends one URL as it is spelled, directly or through a proxy."""
 
     def __init__(self, url: str) -> None:
         self._pools = _pools(url)
@@ -54,14 +62,14 @@ class _Adapter(HTTPAdapter):
 
 
 def _pools(url: str) -> dict[str, Any]:
-    """urllib3's connection pools, with connections that ask for `url`."""
+    """Returns urllib3's connection pools by scheme, with connections that always request `url`."""
     rest = url.partition("://")[2]
     path = rest[min((rest.index(mark) for mark in "/?" if mark in rest), default=len(rest)) :]
     path = path if path.startswith("/") else f"/{path}"
 
     def pool(base: Any) -> Any:
         def putrequest(self: Any, method: str, target: str, *args: Any, **options: Any) -> None:
-            # By a plain proxy the whole address is asked for, else what comes after the host.
+            # An HTTP proxy gets the whole URL, a server what comes after the host.
             connection.putrequest(self, method, path if target.startswith("/") else url, *args, **options)
 
         connection = base.ConnectionCls

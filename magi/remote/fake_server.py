@@ -1,6 +1,6 @@
-"""A server on this machine that speaks as the service does: to try everything without a key and without paying, and for the tests.
+"""A server on this machine with the service's API: to try everything without a key or a bill, and for the tests.
 
-It makes videos that say what they are. Tests script its answers and read what it was asked.
+Its videos name themselves as test videos. Tests script its answers and read the requests.
 """
 
 import json
@@ -21,13 +21,13 @@ from .request import ASPECTS, FPS, FRAMES, MODEL, RESOLUTIONS
 
 _V3_FIELDS = {"prompt", "image", "seed"}
 _MOST_UPLOAD = 20 << 20
-# Escapes in small letters, and ones that need none: whoever tidies an address up is refused.
+# Percent-encodings in lower case, and of characters that need none: a client that normalises them is refused.
 _SIGNATURE = "sig=a%2fb~c%2d%c3%a9&e=1"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it came."""
+    """One request as it arrived."""
 
     method: str
     target: str
@@ -59,7 +59,7 @@ class Answer:
 
 @dataclass
 class FakeTask:
-    """A task and the statuses that it still goes through, one a look."""
+    """A task and the statuses that it still goes through, one per poll."""
 
     id: str
     body: dict[str, Any]
@@ -69,24 +69,24 @@ class FakeTask:
 
 
 def result(data: Any, code: int = 200, message: str = "success") -> dict[str, Any]:
-    """The service's envelope."""
+    """Wraps `data` as the service does."""
     return {"code": code, "message": message, "data": data}
 
 
 class FakeServer:
-    """Runs from `start` (or within a with-block) to `stop`.
+    """A server that runs from `start` (or within a with-block) to `stop`.
 
     Attributes:
         url: its base URL.
         key: the only key that is accepted; None: any, or none.
         statuses: those that a new task goes through.
-        script: answers by kind of request ("submit", "poll", "upload", "download", "delete"), each given once in the place of the
-            usual one. A submitted task is made all the same, if it is answered with a status below 400 or not at all. A function
+        script: answers by kind of request ("submit", "poll", "upload", "download", "delete"), each sent once instead of the usual
+            one. A submitted task is created all the same, if it is answered with a status below 400 or not at all. A function
             is called with the usual answer.
-        requests: all that came.
-        tasks: all that were made.
+        requests: all that arrived.
+        tasks: all that were created.
         uploads: names and bytes.
-        videos: those made so far, by what they were made from; servers may share them.
+        videos: those made so far, by their parameters; servers may share them.
         v3: "ignores" or "rejects" the fields that its page does not list.
     """
 
@@ -110,7 +110,7 @@ class FakeServer:
         return self
 
     def stop(self) -> None:
-        """Ends it."""
+        """Stops serving and closes the port."""
         self._http.shutdown()
         self._http.server_close()
 
@@ -121,13 +121,13 @@ class FakeServer:
         self.stop()
 
     def count(self, kind: str) -> int:
-        """How many requests of a kind came."""
+        """Returns how many requests of a kind arrived."""
         return sum(_kind(r.method, r.target) == kind for r in self.requests)
 
-    # -- what it does --------------------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------------
 
     def answer(self, request: Request) -> Answer:
-        """The answer to a request: the script's, or the usual one."""
+        """Returns the answer to a request: the script's, or the usual one."""
         kind = _kind(request.method, request.target)
         with self._mutex:
             self.requests.append(request)
@@ -177,7 +177,7 @@ class FakeServer:
                 return Answer(404, result(None, 404, "task not found"))
             status = task.statuses.popleft() if task.statuses else "completed"
             if not task.statuses and status not in ("created", "processing"):
-                task.statuses.append(status)  # it stays so
+                task.statuses.append(status)  # the final one
         return Answer(content=result(self._data(task, status)))
 
     def _data(self, task: FakeTask, status: str) -> dict[str, Any]:
@@ -205,8 +205,8 @@ class FakeServer:
         data = files[0].get_payload(decode=True)
         name = f"{uuid.uuid4().hex}-{files[0].get_filename()}"
         self.uploads[name] = bytes(data)
-        told = {"type": "image", "download_url": f"{self.url}/media/{name}", "filename": name, "size": len(data)}
-        return Answer(content=result(told))
+        media = {"type": "image", "download_url": f"{self.url}/media/{name}", "filename": name, "size": len(data)}
+        return Answer(content=result(media))
 
     def _delete(self, task_id: str) -> Answer:
         with self._mutex:
@@ -225,23 +225,23 @@ class FakeServer:
         return Answer(content=task.video(), headers={"Content-Type": "video/mp4"})
 
     def video_of(self, body: dict[str, Any]) -> Callable[[], bytes]:
-        """The task's video, made when it is first asked for; equal tasks share it."""
+        """Returns a function that returns the task's video, made at its first call; equal tasks share it."""
         name = str(body.get("image", "")).rpartition("/")[2]
         image = self.uploads.get(name)
         shape = {k: body.get(k) for k in ("num_frames", "frames_per_second", "resolution", "aspect_ratio")}
-        told = json.dumps([shape, name])
+        key = json.dumps([shape, name])
 
         def video() -> bytes:
             with self._mutex:
-                if told not in self.videos:
-                    self.videos[told] = make_video(image=image, **{k: v for k, v in shape.items() if v is not None})
-                return self.videos[told]
+                if key not in self.videos:
+                    self.videos[key] = make_video(image=image, **{k: v for k, v in shape.items() if v is not None})
+                return self.videos[key]
 
         return video
 
 
 def _fault(body: Any) -> str:
-    """What is wrong with a submitted body, "" if nothing."""
+    """Returns what is wrong with a submitted body, "" if nothing."""
     if not isinstance(body, dict) or not isinstance(body.get("prompt"), str) or not body["prompt"].strip():
         return "prompt is required"
     ranges = {"num_frames": FRAMES, "frames_per_second": FPS, "seed": (-1, 9_999_999_999)}
@@ -274,7 +274,7 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
             length = int(self.headers.get("Content-Length") or 0)
             headers = {name.lower(): value for name, value in self.headers.items()}
             answer = server.answer(Request(self.command, self.path, headers, self.rfile.read(length)))
-            with suppress(OSError):  # nobody waits for it any more
+            with suppress(OSError):  # the client is gone
                 self._send(answer)
 
         do_GET = do_POST = do_DELETE = do_PUT = _do  # noqa: N815 (the base class's names)
@@ -297,6 +297,6 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 time.sleep(answer.pause)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Says nothing: headers and signed addresses are nobody's business."""
+            """Logs nothing: headers and signed URLs are secrets."""
 
     return Handler

@@ -1,4 +1,4 @@
-"""The fake server's videos: the picture, or a pattern, in slow motion, with the words that tell them from MAGI-1's."""
+"""The fake server's videos: the picture, or a pattern, in slow motion, with a text that tells them from MAGI-1's."""
 
 import tempfile
 from io import BytesIO
@@ -24,7 +24,7 @@ def make_video(
     aspect_ratio: str = "auto",
     image: bytes | None = None,
 ) -> bytes:
-    """An MP4 as the service would be asked for."""
+    """Encodes a video with the service's parameters and returns the MP4's bytes; `image` is an image file's content."""
     picture = Image.open(BytesIO(image)).convert("RGB") if image else None
     width, height = _size(resolution, aspect_ratio, picture)
     base = ImageOps.fit(picture, (width, height)) if picture else _pattern(width, height)

@@ -1,4 +1,4 @@
-"""The API key: where it is found, and that it is seen nowhere."""
+"""The API key: finding it, and keeping it out of everything that is shown or saved."""
 
 import codecs
 import os
@@ -12,16 +12,16 @@ from .address import DEFAULT, BaseUrl
 VARIABLE = "WAVESPEED_API_KEY"
 ADDRESS_VARIABLE = "WAVESPEED_BASE_URL"
 PAGE = "https://wavespeed.ai/accesskey"
-_SHORTEST = 8  # less is no key, and hiding it would spoil ordinary texts
+_SHORTEST = 8  # less is no key, and redacting it would spoil ordinary texts
 
 
 class ApiKey:
-    """A key that shows in no repr, cannot be pickled, and takes itself out of texts that come from elsewhere."""
+    """A key that shows in no repr, cannot be pickled, and redacts itself from texts."""
 
     __slots__ = ("_value",)
 
     def __init__(self, value: str) -> None:
-        """Raises MagiError where `value` cannot be a key; the message does not show it."""
+        """Checks `value`. Raises MagiError where it cannot be a key; the message does not show it."""
         value = value.strip()
         if len(value) < _SHORTEST or not value.isascii() or not value.isprintable() or " " in value:
             raise MagiError(
@@ -38,7 +38,7 @@ class ApiKey:
 
     @property
     def header(self) -> str:
-        """The value of the Authorization header."""
+        """Returns the value of the Authorization header."""
         return f"Bearer {self._value}"
 
     def refuse_in(self, *texts: str) -> None:
@@ -49,21 +49,21 @@ class ApiKey:
                 f"{VARIABLE} or its file alone."
             )
 
-    def hide(self, text: str) -> str:
-        """The text without the key."""
+    def redact(self, text: str) -> str:
+        """Returns the text with the key replaced by ***."""
         return text.replace(self._value, "***")
 
 
 def find_key(file: Path, base: BaseUrl, chosen_here: bool = False) -> ApiKey | None:
-    """The key from the environment, else from `file`; None where it is not needed.
+    """Finds the key in the environment, else in `file`; returns None where it is not needed.
 
     A base URL comes with a workflow, and a workflow from anybody. So the key goes to another address than WaveSpeed's only where its owner has
-    said so: by WAVESPEED_BASE_URL, or in the file's second line. A server on this machine gets it too, and needs none.
+    allowed that one: by WAVESPEED_BASE_URL, or in the file's second line. A server on this machine gets it too, and needs none.
 
     Args:
         file: the key in its first line; it need not exist.
-        base: where the key is to go.
-        chosen_here: whether the key's owner has given `base` himself, as on a command line.
+        base: where the key is to be sent.
+        chosen_here: whether the user has given `base` directly, as on a command line.
 
     Raises:
         MagiError: there is no key, it is damaged, or not meant for `base`.
@@ -90,7 +90,7 @@ def find_key(file: Path, base: BaseUrl, chosen_here: bool = False) -> ApiKey | N
 
 
 def refuse_key_in(file: Path, *texts: str) -> None:
-    """Raises MagiError where one of the texts, which will be saved and shown, holds the key that `find_key` would find."""
+    """Raises MagiError where one of the texts, which will be saved and shown, holds the key that `find_key` finds."""
     value, _ = _found(file)
     if value:
         ApiKey(value).refuse_in(*texts)
@@ -118,7 +118,7 @@ def _in_environment() -> bool:
 
 
 def _found(file: Path) -> tuple[str, str]:
-    """The key and the other address that it may go to, each "" where there is none."""
+    """Returns the key and the other address that it may be sent to, each "" where there is none."""
     if _in_environment():
         return os.environ[VARIABLE].strip(), os.environ.get(ADDRESS_VARIABLE, "")
     lines = [*_lines(file), "", ""]

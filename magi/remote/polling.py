@@ -1,4 +1,4 @@
-"""Waits for a task, patiently and without hurry."""
+"""Polls a task until it ends."""
 
 import time
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from .progress import Watch
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds, bytes and numbers of tries. Tests make them smaller.
+    """Seconds, bytes and numbers of retries. Tests make them smaller.
 
     Attributes:
-        poll_first: between the first two looks at a task.
-        poll_most: between any two.
-        answer: seconds that a whole answer may take, however slowly it drips.
-        retries: of what may be tried again.
-        unknown: retries where the service does not know a task: it may have just been made.
+        poll_first: seconds between the first two polls of a task.
+        poll_most: seconds between any two.
+        answer: seconds that a whole answer may take, however slowly it arrives.
+        retries: of what may be retried.
+        unknown: retries where the service does not know a task, which may have been created just now.
         retry_first: seconds before the first retry; each later one waits twice as long.
         retry_most: seconds before any retry that the service does not set.
         running: seconds that a task may run, not counting those in the queue.
@@ -40,55 +40,57 @@ class Limits:
     video: int = 1 << 30
 
     def before_retry(self, failures: int, asked: float | None) -> float:
-        """Seconds to wait after so many failures in a row."""
+        """Returns the seconds to wait after so many failures in a row; `asked`: those that the service asks for."""
         return max(min(self.retry_first * 2 ** (failures - 1), self.retry_most), asked or 0.0)
 
     def next_poll(self, interval: float) -> float:
-        """The interval after `interval`."""
+        """Returns the interval that follows `interval`."""
         return min(interval * 1.3, self.poll_most)
 
 
-def look(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
-    """How a task stands. Passing troubles are waited out.
+def poll(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
+    """Asks for a task's state, with retries.
 
     Raises:
         RefusedError: the key is not accepted.
         GoneError: the service does not know the task.
-        TemporaryError: the troubles do not pass.
+        TemporaryError: every retry failed.
     """
     failures = 0
     while True:
         try:
-            task = Worker(lambda: api.result(task_id)).result(watch.alive, limits.answer)
-            # Completed without a video: it may not be written down yet.
+            task = Worker(lambda: api.result(task_id)).result(watch.update, limits.answer)
+            # A completed task without a video: the service may not list it yet.
             if not task.completed or task.outputs or task.ended:
                 return task
             what = "an address from which nothing may be fetched" if task.refused_outputs else "no video"
             error = TemporaryError(f"it says that the task is completed, and gives {what}")
-        except TemporaryError as found:
-            error = found
+        except TemporaryError as temporary:
+            error = temporary
         except TimeoutError:
             error = TemporaryError(f"no whole answer within {limits.answer:g} s")
         failures += 1
         if failures > (limits.unknown if isinstance(error, GoneError) else limits.retries):
             raise error
-        pause(limits.before_retry(failures, error.wait), watch.alive)
+        pause(limits.before_retry(failures, error.wait), watch.update)
 
 
-def follow(api: Api, task_id: str, limits: Limits, watch: Watch, running: Callable[[str], None]) -> Task:
-    """The completed task. `running` is told its id whenever it is not.
+def follow(api: Api, task_id: str, limits: Limits, watch: Watch, on_running: Callable[[str], None]) -> Task:
+    """Polls a task until it is completed, and returns it.
+
+    `on_running` is called with its id at every poll that finds it unfinished.
 
     Raises:
-        EndedError: it has ended without a video.
+        EndedError: it ended without a video.
         GoneError: the service does not know it.
-        RemoteError: it runs far too long, or cannot be asked for any more; it may still end well.
+        RemoteError: it takes far too long, or the service is out of reach; it may still be completed.
     """
     kept = f"Task {task_id} is not lost: run it again and it is resumed, without a new one (or look at {TASKS_PAGE})."
     spent = {True: 0.0, False: 0.0}  # seconds in the queue; running
-    interval, last, said = limits.poll_first, time.monotonic(), None
+    interval, last, status = limits.poll_first, time.monotonic(), None
     while True:
         try:
-            task = look(api, task_id, limits, watch)
+            task = poll(api, task_id, limits, watch)
         except GoneError as error:
             raise GoneError(
                 f"The service does not know task {task_id}, or no longer: {error}. Check the id and the account."
@@ -98,10 +100,10 @@ def follow(api: Api, task_id: str, limits: Limits, watch: Watch, running: Callab
         except RemoteError as error:
             raise RemoteError(f"{error} {kept}") from None
         if task.ended:
-            raise failure(task, api.transport.hide(task.error))
+            raise failure(task, api.transport.redact(task.error))
         if task.completed:
             return task
-        running(task_id)
+        on_running(task_id)
         now = time.monotonic()
         spent[task.queued] += now - last
         last = now
@@ -110,11 +112,11 @@ def follow(api: Api, task_id: str, limits: Limits, watch: Watch, running: Callab
                 raise RemoteError(
                     f"The task has {'waited in the queue' if queued else 'run'} for {most / 60:.0f} minutes. {kept}"
                 )
-        if task.status != said:
-            said, interval = task.status, limits.poll_first
+        if task.status != status:
+            status, interval = task.status, limits.poll_first
             name = (
-                "waiting in the service's queue" if task.queued else f"the service is at work ({said or 'no status'})"
+                "waiting in the service's queue" if task.queued else f"the service is at work ({status or 'no status'})"
             )
             watch.phase("wait", f"{name}, task {task_id}")
-        pause(interval, watch.alive)
+        pause(interval, watch.update)
         interval = limits.next_poll(interval)

@@ -1,7 +1,8 @@
-"""Tasks on disk: what was asked and which task it became, so that nothing is paid for twice, whatever ends this process.
+"""Records of submitted requests on disk, so that no task is paid for twice, whatever ends this process.
 
-One small JSON file a request, named by the request's digest. It is there before the request is sent, and gets the task's id at once when that is known.
-It is removed only when the service has said that there is no video to be had. It never holds a key.
+One small JSON file per request, named by the request's digest. It is written before the request is sent, and gets the
+task's id as soon as that is known. It is removed only when the service has answered that there will be no video. It never
+holds a key.
 """
 
 import json
@@ -18,22 +19,22 @@ from filelock import FileLock, Timeout
 from ..errors import MagiError
 from ..system.whole_files import write_whole
 
-WORD = "new-"  # begins what a user writes to have a request sent again
+CONFIRM_PREFIX = "new-"  # of the code by which a user confirms that a request is to be submitted again
 KEPT_SECONDS = 7 * 24 * 3600.0  # as long as the service keeps videos
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a request that was sent, or was about to be.
+    """State of a request that was sent, or was about to be.
 
     Attributes:
         sent_at: seconds since 1970.
-        base_url: where to.
-        api_version: in which form.
+        base_url: the service.
+        api_version: "v2" or "v3".
         settings: the request, for people to read.
-        task_id: None: it was sent, and no answer has come.
-        cancelled: the user wanted no video any more.
-        delivered: the video has been handed over.
+        task_id: None where no answer has come.
+        cancelled: the user has cancelled it.
+        delivered: the caller has the video.
     """
 
     sent_at: float
@@ -46,30 +47,33 @@ class Record:
 
     @property
     def when(self) -> str:
-        """Local time, for messages."""
+        """Returns the local time of sending, for messages."""
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.sent_at))
 
     @property
     def expired(self) -> bool:
-        """Whether the service keeps its video no longer, by this machine's clock."""
+        """Returns whether the service no longer keeps its video, by this machine's clock."""
         return not 0 <= time.time() - self.sent_at <= KEPT_SECONDS
 
     @property
-    def word(self) -> str:
-        """What a user writes to have the request sent again all the same. It holds for this try only: left where it is, it does nothing to a later one."""
-        return f"{WORD}{int(self.sent_at * 1000) % 100_000:05d}"
+    def confirm_code(self) -> str:
+        """Returns the code by which a user confirms that the request is to be submitted again.
+
+        It is valid for this attempt only: left in the node, it submits no later one.
+        """
+        return f"{CONFIRM_PREFIX}{int(self.sent_at * 1000) % 100_000:05d}"
 
 
 class Records:
-    """The folder of records. Nothing is touched before `open`."""
+    """The folder of records. Nothing is read or written before `open`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def open(self, digest: str, waiting: Callable[[], None]) -> "Entry":
-        """The place of one request, for this process alone until it is released.
+    def open(self, digest: str, on_wait: Callable[[], None]) -> "Entry":
+        """Locks and reads the record of one request, for this process alone until it is released.
 
-        `waiting` is called about ten times per second while another run of the same request has it; it may raise.
+        `on_wait` is called about ten times per second while another run of the same request holds the lock; it may raise.
 
         Raises:
             MagiError: the folder cannot be written, so that nothing may be sent.
@@ -78,7 +82,7 @@ class Records:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._tidy_up()
-            lock = _locked(path.with_suffix(".lock"), waiting)
+            lock = _locked(path.with_suffix(".lock"), on_wait)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
         try:
@@ -96,7 +100,7 @@ class Records:
 
 
 class Entry:
-    """One request's record, locked. Whoever uses it calls `hold` once more, and `release` once for each hold."""
+    """One request's locked record, with a reference count: each further user calls `hold`, each user `release` once."""
 
     def __init__(self, path: Path, lock: FileLock | None) -> None:
         self.path = path
@@ -104,22 +108,22 @@ class Entry:
         self._lock, self._holders, self._mutex = lock, 1, Lock()
 
     def hold(self) -> None:
-        """Another user: a thread that goes on alone."""
+        """Adds a user, such as a thread that outlives its caller."""
         with self._mutex:
             self._holders += 1
 
     def release(self) -> None:
-        """One user less; the last one frees the request for other runs."""
+        """Removes a user; the last one unlocks the record for other runs."""
         with self._mutex:
             self._holders -= 1
             if self._holders == 0 and self._lock is not None:
                 self._lock.release()
 
     def begin(self, base_url: str, api_version: str, settings: dict[str, Any]) -> None:
-        """Notes that the request is about to be sent.
+        """Records that the request is about to be sent.
 
         Raises:
-            MagiError: it cannot be noted, so it may not be sent.
+            MagiError: it cannot be recorded, so it must not be sent.
         """
         try:
             self._write(Record(time.time(), base_url, api_version, settings))
@@ -127,7 +131,7 @@ class Entry:
             raise _unwritable(self.path.parent, error) from error
 
     def update(self, **changes: Any) -> None:
-        """Changes the record. What cannot be written is only known to this process then: a video is not given up for that."""
+        """Changes the record. A change that cannot be written holds in this process only, and ends nothing."""
         if self.record is not None:
             changed = replace(self.record, **changes)
             self.record = changed
@@ -135,7 +139,7 @@ class Entry:
                 self._write(changed)
 
     def clear(self) -> None:
-        """Removes the record: the same request may be sent again."""
+        """Removes the record: the same request may be submitted again."""
         self.record = None
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
@@ -146,7 +150,7 @@ class Entry:
 
 
 def _read(path: Path) -> Record | None:
-    """The record in a file. Raises MagiError where it is damaged: what it knew may have been paid for."""
+    """Reads a record, None without a file. Raises MagiError where it is damaged: its task may have been paid for."""
     try:
         return Record(**json.loads(path.read_bytes()))
     except FileNotFoundError:
@@ -158,14 +162,14 @@ def _read(path: Path) -> Record | None:
         ) from error
 
 
-def _locked(path: Path, waiting: Callable[[], None]) -> FileLock | None:
-    """The lock of a file, which the system takes back when this process dies; None where the drive knows no locks."""
+def _locked(path: Path, on_wait: Callable[[], None]) -> FileLock | None:
+    """Acquires a file's lock, which the system releases when this process dies; None where the drive has no locks."""
     lock = FileLock(path, thread_local=False)
     while True:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            waiting()
+            on_wait()
             time.sleep(0.1)
         except NotImplementedError:
             return None

@@ -1,4 +1,4 @@
-"""What is asked of the service: its limits, checks and JSON."""
+"""A request to the service: its limits, checks and JSON."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import torch
 
 from ..errors import MagiError
 from ..system.whole_files import tensor_digest
-from .address import is_allowed, shown
+from .address import is_allowed, redact_url
 
 MODEL = "wavespeed-ai/magi-1-24b"
 FRAMES = (96, 192)
@@ -20,23 +20,23 @@ RESOLUTIONS = ("480p", "720p")
 ASPECTS = ("auto", "16:9", "9:16", "1:1")
 
 _LEAST_SIDE = 32  # pixels; as the local models
-_MOST_SIDE = 2048  # pixels; more is thrown away by the service, which makes at most 1280x720 of it
+_MOST_SIDE = 2048  # pixels; the service makes at most 1280x720 of it
 _MOST_BYTES = 10 << 20  # half of what the service takes
 
 
 @dataclass(frozen=True, eq=False)
 class RemoteRequest:
-    """One video. Made only with values that the service documents.
+    """The request for one video, checked against the values that the service documents.
 
     Attributes:
         prompt: what to show.
-        image: the picture it begins with, uint8 (H, W, 3), or its public address.
+        image: the picture it begins with, uint8 (H, W, 3), or its public URL.
         num_frames: 96 to 192.
         fps: frames per second, 5 to 30.
         resolution: "480p" or "720p".
         aspect_ratio: "auto" is the picture's.
-        seed: 0 to 2147483647; None: the service draws one.
-        safety_checker: whether the service looks for what it must not show.
+        seed: 0 to 2147483647; None: the service picks one.
+        safety_checker: whether the service checks the content.
 
     Raises:
         MagiError: a value is out of range.
@@ -70,20 +70,20 @@ class RemoteRequest:
         if isinstance(self.image, str):
             if not is_allowed(self.image):
                 raise MagiError(
-                    f"The picture's address {shown(self.image)!r} is not one that the service can open. It begins with https://."
+                    f"The picture's address {redact_url(self.image)!r} is not one that the service can open. It begins with https://."
                 )
         elif self.image is not None and min(self.image.shape[:2]) < _LEAST_SIDE:
             height, width = self.image.shape[:2]
             raise MagiError(f"The picture is {width}x{height}; give one of at least {_LEAST_SIDE}x{_LEAST_SIDE}.")
 
     def notes(self) -> list[str]:
-        """What a user may not expect."""
+        """Returns notes for the user, in sentences."""
         if self.image is not None or self.aspect_ratio != "auto":
             return []
         return ["The aspect ratio is auto, but there is no picture to take it from: the service chooses."]
 
     def body(self, image_url: str | None) -> dict[str, Any]:
-        """The JSON that is submitted; `image_url` is where the picture was uploaded to."""
+        """Returns the JSON object to submit; `image_url` is the uploaded picture's URL."""
         body = {
             "prompt": self.prompt,
             "num_frames": self.num_frames,
@@ -96,21 +96,21 @@ class RemoteRequest:
         return body | {name: value for name, value in optional.items() if value is not None}
 
     def settings(self) -> dict[str, Any]:
-        """All of it but pixels, for people to read."""
+        """Returns all of it but pixels, for people to read."""
         rest = {name: value for name, value in vars(self).items() if name != "image"}
         return rest | {"image": self.image if isinstance(self.image, str) or self.image is None else "a picture"}
 
     def digest(self, base: str, version: str) -> str:
-        """The same for the same request, sent to the same place: 32 hexadecimal digits."""
+        """Returns 32 hexadecimal digits, the same for the same request to the same service and API version."""
         image = tensor_digest(self.image) if isinstance(self.image, torch.Tensor) else self.image
-        told = json.dumps([MODEL, base, version, self.settings(), image], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:32]
+        text = json.dumps([MODEL, base, version, self.settings(), image], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def encode_image(pixels: torch.Tensor) -> tuple[bytes, str]:
-    """uint8 (H, W, 3) as a file that the service takes, and its media type: PNG, or JPEG where that would be too large.
+    """Encodes uint8 (H, W, 3) pixels and returns the file and its media type: PNG, or JPEG where that is too large.
 
-    Pixels that the service would throw away anyway are not sent.
+    A picture larger than the service uses is scaled down.
     """
     from PIL import Image
 

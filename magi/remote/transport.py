@@ -1,4 +1,4 @@
-"""HTTP: one request is sent once, to exactly the address that was given, and the key goes to its owner only."""
+"""HTTP: each request is sent once, to exactly the given URL, and the key goes to the service only."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from .address import BaseUrl, is_allowed, shown
+from .address import BaseUrl, is_allowed, redact_url
 from .errors import TemporaryError
 from .key import ApiKey
 
@@ -25,20 +25,20 @@ _LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
 
 
 class Lost(Exception):  # noqa: N818 (whether it is an error is for the caller to say)
-    """No answer came, or not all of it; the text says why."""
+    """No answer came, or not all of it; the text tells why."""
 
 
 class SentOnce(BytesIO):
-    """A request's body that knows whether any of it was sent: without it no server can have acted."""
+    """A request's body that knows whether any of it was sent: unsent, no server can have acted on it."""
 
-    def __init__(self, data: bytes, unwanted: Callable[[], bool]) -> None:
-        """Where `unwanted` says so just before, nothing is sent."""
+    def __init__(self, data: bytes, is_cancelled: Callable[[], bool]) -> None:
+        """`is_cancelled` is called just before sending; where it returns True, nothing is sent."""
         super().__init__(data)
         self.sent = False
-        self._unwanted = unwanted
+        self._unwanted = is_cancelled
 
     def read(self, size: int | None = -1) -> bytes:
-        """What is sent next."""
+        """Returns the bytes to send next. Raises OSError where it is cancelled before the first of them."""
         if not self.sent and self._unwanted():
             raise OSError("it is cancelled")
         self.sent = True
@@ -47,14 +47,14 @@ class SentOnce(BytesIO):
 
 @dataclass(frozen=True)
 class Reply:
-    """A server's answer: its status, its bytes, and how many seconds it asks to wait."""
+    """A server's answer: its HTTP status, its bytes, and how many seconds it asks to wait."""
 
     status: int
     content: bytes
     wait: float | None = None
 
     def json(self) -> dict[str, Any] | None:
-        """The object that it is in JSON, or None."""
+        """Parses the content as a JSON object; returns None where it is none."""
         try:
             found = json.loads(self.content)
         except (ValueError, RecursionError):
@@ -70,7 +70,7 @@ class Transport:
         self._base, self._key, self._timeouts = base, key, timeouts
 
     def send(self, method: str, url: str, **content: Any) -> Reply:
-        """One request to the service, sent once; redirects are not followed.
+        """Sends one request to the service, once; follows no redirect.
 
         Raises:
             Lost
@@ -78,34 +78,32 @@ class Transport:
         from .exact import PlainSession
 
         try:
-            # A new connection: one that was kept may be dead, and then nobody knows what has arrived.
+            # A new connection: a kept-alive one may be dead, and then it is unknown what has arrived.
             with PlainSession() as session:
                 session.trust_env = not self._base.is_local  # no proxy reaches this machine
                 options: dict[str, Any] = {"allow_redirects": False, "stream": True, "timeout": self._timeouts}
                 response = session.request(method, url, auth=self._authorise, **options, **content)
                 return _reply(response)
-        except (
-            Exception
-        ) as error:  # of any kind: settings that requests stumbles over are no reason to think that something was sent
+        except Exception as error:  # of any kind: a proxy setting that requests cannot read, for example, sends nothing
             raise Lost(self._reason(error)) from None  # requests' errors hold the request, and it the key
 
     def get(self, url: str) -> Reply:
-        """What lies at an address of the service.
+        """Sends a GET request to the service and returns the whole answer.
 
         Raises:
             Lost
-            TemporaryError: it redirects to where nothing may be fetched from.
+            TemporaryError: it redirects to a URL that may not be requested.
         """
         with self.opened(url) as response:
             return _reply(response)
 
     @contextmanager
     def opened(self, url: str) -> "Iterator[requests.Response]":
-        """The answer to a GET of exactly these bytes, as a stream. Redirects are followed.
+        """Sends a GET request for exactly this URL, follows redirects and yields the answer as a stream.
 
         Raises:
             Lost: also from within the with-block, where the connection breaks.
-            TemporaryError: it redirects in circles, or to where nothing may be fetched from.
+            TemporaryError: it redirects in circles, or to a URL that may not be requested.
         """
         import requests
         from urllib3.exceptions import HTTPError
@@ -126,25 +124,27 @@ class Transport:
                         return
                 url = _joined(url, target)
                 if not is_allowed(url):
-                    raise TemporaryError(f"The server redirects to {shown(url)}, from where nothing may be fetched.")
+                    raise TemporaryError(
+                        f"The server redirects to {redact_url(url)}, from where nothing may be fetched."
+                    )
         except (requests.RequestException, HTTPError, OSError) as error:
             raise Lost(self._reason(error)) from None
-        raise TemporaryError(f"The server redirects in circles, at last to {shown(url)}.")
+        raise TemporaryError(f"The server redirects in circles, at last to {redact_url(url)}.")
 
     def _authorise(self, request: Any) -> Any:
-        """As requests' `auth`, which also keeps it from looking for passwords in the user's .netrc."""
+        """Adds the key to a request to the service. As requests' `auth` it also keeps the user's .netrc unread."""
         if self._key is not None and self._base.owns(request.url):
             request.headers["Authorization"] = self._key.header
         return request
 
-    def hide(self, text: str) -> str:
-        """A text from elsewhere, fit to be shown: without the key, without control characters, not too long."""
+    def redact(self, text: str) -> str:
+        """Returns a server's text for a message: without the key and control characters, 500 characters at most."""
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        text = self._key.hide(text) if self._key is not None else text
+        text = self._key.redact(text) if self._key is not None else text
         return text[:500]
 
     def _reason(self, error: BaseException) -> str:
-        """The innermost cause in a few words."""
+        """Words the innermost cause of an error."""
         import requests
 
         if isinstance(error, requests.ConnectTimeout):
@@ -156,15 +156,15 @@ class Transport:
             _is_error(deeper)
         ):
             inner = deeper
-        told = _PASSWORD.sub("//", str(inner))
-        text = self.hide(told.rpartition(">: ")[2] or told) or type(inner).__name__
+        message = _PASSWORD.sub("//", str(inner))
+        text = self.redact(message.rpartition(">: ")[2] or message) or type(inner).__name__
         return "the proxy: " + text if isinstance(error, requests.exceptions.ProxyError) else text
 
 
 def _joined(url: str, target: str) -> str:
     try:
         return urljoin(url, target)
-    except ValueError:  # no address
+    except ValueError:  # no URL
         return target
 
 
@@ -182,7 +182,7 @@ def _reply(response: "requests.Response") -> Reply:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks to wait, at most two minutes; None where it does not say."""
+    """Parses a Retry-After header and returns its seconds, two minutes at most; None without a readable one."""
     if not value:
         return None
     try:

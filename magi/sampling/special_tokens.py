@@ -14,6 +14,7 @@ import torch
 from ..errors import MagiError
 
 FILE_NAME = "special_tokens.npz"
+SIZE = 3_343_124  # bytes
 SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b5cd6be5a7"
 _OFFICIAL_WIDTH = 4096
 _HOW = f"Use the official {FILE_NAME} (`python -m magi download special_tokens` fetches it, 3 MB)."
@@ -116,4 +117,4 @@ def check_styles(styles: Iterable[str]) -> None:
 
 def is_official(path: Path) -> bool:
     """Tells whether this is the published file, by its size first and then by its hash."""
-    return path.stat().st_size == 3_343_124 and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
+    return path.stat().st_size == SIZE and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256

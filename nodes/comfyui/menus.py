@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...magi.config import PRESETS
 from ...magi.errors import MagiError
 from ...magi.model_files import locate
 from ...magi.model_files.download import HUB, REPOSITORY, SPECIAL_TOKENS_URL
@@ -17,8 +18,9 @@ from ...magi.text.t5_tokenizer import find_tokenizer
 from . import host
 
 EMBEDDED = "embedded demo model"
-# In the order of the menu: the best to start with first.
-RELEASED = ("4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill_quant", "24B_distill", "24B_base")
+# The order of the menu: the best to start with first. A released model that is not named here comes last.
+_FIRST = ("4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill_quant", "24B_distill", "24B_base")
+RELEASED = tuple(sorted(PRESETS, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)))
 VAE, TEXT_ENCODER = locate.VAE.as_posix(), locate.TEXT_ENCODER.as_posix()
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _PACK = Path(__file__).resolve().parents[2]
@@ -51,7 +53,9 @@ def find_model(name: str) -> Path:
         found = next(filter(None, (released_weights(folder, name) for folder in host.model_folders())), None)
         if found is not None:
             return found
-        raise _missing(name, f"ckpt/magi/{name}", "its folder inference_weight... with the .safetensors files", name)
+        raise _missing(
+            name, (locate.MODELS / name).as_posix(), "its folder inference_weight... with the .safetensors files", name
+        )
     return _find(name, "diffusion_models")
 
 

@@ -25,12 +25,18 @@ class MagiTransformer(Held):
     """The transformer, wholly on the device or streamed to it, as the run that is to come allows."""
 
     def __init__(
-        self, path: Path, config: MagiConfig, precision: Precision, attention: str, options: MemoryOptions
+        self,
+        path: Path,
+        config: MagiConfig,
+        precision: Precision,
+        attention: str,
+        options: MemoryOptions,
+        compiled: bool = False,
     ) -> None:
         """Reads headers only; `config` fits the file."""
         super().__init__()
         self.path, self._config = path, config
-        self.precision, self.attention = precision, attention
+        self.precision, self.attention, self.compiled = precision, attention, compiled
         with Checkpoint(path) as checkpoint:
             self._sizes = weight_sizes(checkpoint.tensors, config.model, host.device(), precision)
         self._planner = Planner(options)
@@ -73,6 +79,7 @@ class MagiTransformer(Held):
             precision=self.precision,
             attention=self.attention,
             placement=self._for(room),
+            compiled=self.compiled,
         )
 
     def load(self, room: float) -> None:

@@ -71,6 +71,7 @@ def managed_pipeline(model: Model, config: MagiConfig, models: ManagedModels) ->
         device=host.device(),
         precision=held.precision,
         attention=held.attention,
+        compiled=held.compiled,
         models=models,
         special_tokens=model.special_tokens,
     )

@@ -165,14 +165,14 @@ def test_the_profile_says_where_the_time_goes(settings):
     ],
 )
 def test_bad_settings_are_refused_before_any_weights_are_made(changes, runtime, message, settings, monkeypatch):
-    monkeypatch.setattr(measure, "build_transformer", lambda *_: pytest.fail("weights are made"))
+    monkeypatch.setattr(measure, "load_transformer", lambda *_: pytest.fail("weights are made"))
     wanted = settings(**changes)
     with pytest.raises(MagiError, match=message):
         run_bench(replace(wanted, config=wanted.config.with_runtime(**runtime)))
 
 
 def test_no_layers(settings, monkeypatch):
-    monkeypatch.setattr(measure, "build_transformer", lambda *_: pytest.fail("weights are made"))
+    monkeypatch.setattr(measure, "load_transformer", lambda *_: pytest.fail("weights are made"))
     wanted = settings()
     for layers in (0, -3):
         with pytest.raises(MagiError, match=f"{layers} layers"):

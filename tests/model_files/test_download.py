@@ -15,9 +15,10 @@ import pytest
 import requests
 
 from magi.cli import download as command_line
+from magi.config import PRESETS
 from magi.errors import MagiError
 from magi.model_files import download, fetch
-from magi.model_files.download import ITEMS, MODELS, DownloadProgress, plan_download, run_download, verify_files
+from magi.model_files.download import ITEMS, DownloadProgress, plan_download, run_download, verify_files
 
 WEIGHTS = "ckpt/magi/4.5B_distill/inference_weight.distill/model-00001-of-00002.safetensors"
 TOKENS = bytes(range(256)) * 30
@@ -35,7 +36,7 @@ def contents() -> dict[str, bytes]:
         "README.md": b"not asked for",
     }
     return files | {
-        f"ckpt/magi/{model}/w/model.safetensors": model.encode() for model in MODELS if model != "4.5B_distill"
+        f"ckpt/magi/{model}/w/model.safetensors": model.encode() for model in PRESETS if model != "4.5B_distill"
     }
 
 
@@ -136,7 +137,7 @@ def hub(monkeypatch):
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     monkeypatch.setattr(fetch, "WAITS", (0.01, 0.01))
     monkeypatch.setattr(download, "SPECIAL_TOKENS_URL", f"{server.endpoint}/special_tokens.npz")
-    monkeypatch.setattr(download, "SPECIAL_TOKENS_SIZE", len(TOKENS))
+    monkeypatch.setattr("magi.sampling.special_tokens.SIZE", len(TOKENS))
     monkeypatch.setattr("magi.sampling.special_tokens.SHA256", hashlib.sha256(TOKENS).hexdigest())
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     yield server
@@ -201,7 +202,7 @@ def test_verify_finds_a_damaged_file_in_place(hub, tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
-def test_a_cut_connection_is_taken_up_again(hub, tmp_path, ranges):
+def test_a_cut_connection_is_resumed(hub, tmp_path, ranges):
     hub.ranges, hub.cuts = ranges, [900_000, 600_000]
     run_download(plan_download(["4.5B_distill"], tmp_path, only=True, endpoint=hub.endpoint))
     assert (tmp_path / WEIGHTS).read_bytes() == hub.files[WEIGHTS]
@@ -212,10 +213,10 @@ def test_a_cut_connection_is_taken_up_again(hub, tmp_path, ranges):
     assert all(asked[1:])
 
 
-def test_the_next_run_goes_on_where_one_was_cancelled(hub, tmp_path):
+def test_the_next_run_resumes_where_one_was_cancelled(hub, tmp_path):
     hub.cuts = [900_000] + [0] * 9
 
-    with pytest.raises(MagiError, match=r"kept.*again to go on"):
+    with pytest.raises(MagiError, match=r"kept.*again to resume"):
         run_download(plan_download(["4.5B_distill"], tmp_path, only=True, endpoint=hub.endpoint))
     part = fetch.part_of(tmp_path / WEIGHTS)
     kept = part.stat().st_size
@@ -230,7 +231,7 @@ def test_the_next_run_goes_on_where_one_was_cancelled(hub, tmp_path):
     assert [start for path, start in hub.requests if path == f"/cdn/{WEIGHTS}"] == [f"bytes={kept}-"]
 
 
-def test_cancel_is_heard_while_the_network_is_silent(hub, tmp_path):
+def test_cancel_works_while_the_network_is_silent(hub, tmp_path):
     class Cancel(Exception):
         pass
 

@@ -188,3 +188,37 @@ def test_the_vae_runs_where_comfyui_runs_vaes(comfy, monkeypatch):
     made = comfy.run(filled(comfy, text_to_video(comfy)))
     assert made["vae"][0].device == elsewhere
     assert set(asked) == {"meta", elsewhere}, "its header is read without weights"
+
+
+def test_compiling_reaches_the_transformer(comfy, monkeypatch):
+    models, asked = comfy.module("nodes.comfyui.models"), []
+    load = models.load_transformer
+
+    def eager(*args, **options):  # a compiler takes minutes, and need not be there
+        asked.append(options.pop("compiled"))
+        return load(*args, **options)
+
+    monkeypatch.setattr(models, "load_transformer", eager)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    graph = text_to_video(comfy)
+    comfy.run(graph)
+    graph["model"]["inputs"]["compile"] = True
+    comfy.run(graph)
+    assert asked == [False, True]
+
+
+def test_no_compiler_is_told_before_anything_is_read(comfy, reads, monkeypatch):
+    def missing(function, **_):
+        def call(*_):
+            raise RuntimeError("Failed to find C compiler\nmany lines more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", missing)
+    graph = text_to_video(comfy)
+    graph["model"]["inputs"]["compile"] = True
+    with pytest.raises(NodeError, match="needs a C\\+\\+ compiler") as caught:
+        comfy.run(graph)
+    assert caught.value.kind == "MagiError"
+    assert "many lines more" not in caught.value.message
+    assert reads == []

@@ -38,7 +38,7 @@ SOCKETS = {
     "Magi1Remote": {"image": "IMAGE"},
 }
 WIDGETS = {
-    "Magi1ModelLoader": ["model", "precision", "variant", "attention"],
+    "Magi1ModelLoader": ["model", "precision", "variant", "attention", "compile"],
     "Magi1MemoryOptions": ["budget_gb", "streaming", "pinned_memory", "cache"],
     "Magi1VAELoader": ["vae", "precision"],
     "Magi1TextEncoderLoader": ["encoder", "device", "precision"],
@@ -61,7 +61,7 @@ WIDGETS = {
     ],
 }
 ADVANCED = {
-    "Magi1ModelLoader": {"attention"},
+    "Magi1ModelLoader": {"attention", "compile"},
     "Magi1VAELoader": {"precision"},
     "Magi1TextEncoderLoader": {"precision"},
     "Magi1TextEncode": {"borders", "duration_tokens", "clean_prompt"},

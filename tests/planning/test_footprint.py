@@ -5,7 +5,7 @@ import torch
 
 from magi.checkpoint.mapped_file import DTYPES
 from magi.config import MagiConfig
-from magi.model_files.load import build_transformer
+from magi.model_files.load import load_transformer
 from magi.offload.kv_cache import KVCache
 from magi.offload.streamed_blocks import StreamedBlocks
 from magi.planning.footprint import kv_bytes, weight_sizes, working_bytes
@@ -75,7 +75,7 @@ def calculated_and_counted(name, window, height, width, token_block=4096, precis
     options = MemoryOptions(token_block=token_block)
     with kernels_on_meta(kernels or Kernels()):
         numerics = weight_sizes(source.tensors, config.model, "meta", precision).numerics
-        peak = peak_of(build_transformer(source, config, "meta", precision=precision, memory=options), config)
+        peak = peak_of(load_transformer(source, config, "meta", precision=precision, memory=options), config)
     return working_bytes(config, token_block=token_block, numerics=numerics) / peak
 
 

@@ -13,7 +13,7 @@ from magi.errors import MagiError
 from magi.remote.errors import EndedError
 from magi.remote.fake_server import Answer, result
 from magi.remote.records import Records
-from tests.support.remote_service import PICTURE, look, quick
+from tests.support.remote_service import PICTURE, poll_answer, quick
 
 
 def test_the_same_request_is_paid_for_once(service):
@@ -55,7 +55,7 @@ def test_a_task_by_its_id_leaves_that_of_the_request_alone(service):
     service.server.script["poll"].extend([Answer(500, b"")] * 4)
     service.fails("is not lost", seed=None)
     (own,) = set(service.server.tasks) - {other}
-    service.server.script["poll"].append(look("failed"))
+    service.server.script["poll"].append(poll_answer("failed"))
     service.fails("failed to make", EndedError, seed=None, resume_id="another-task")
     assert service.make(seed=None, resume_id=other).task_id == other
     assert service.make(seed=None).task_id == own
@@ -84,9 +84,9 @@ def test_a_task_that_the_service_has_lost(service):
     service.server.script["poll"].extend([Answer(500, b"")] * 4)
     service.fails("is not lost")
     service.server.tasks.clear()
-    word = service.fails("does not know").split("put ")[-1].split()[0]
+    code = service.fails("does not know").split("put ")[-1].split()[0]
     service.most_submits = 2
-    assert service.make(resume_id=word).facts.frames == 96
+    assert service.make(resume_id=code).facts.frames == 96
     assert service.submits == 2
 
 
@@ -126,10 +126,10 @@ def test_an_old_task_that_the_service_has_forgotten_is_made_anew(service, monkey
 def test_a_service_that_refuses_to_speak_of_a_task(service):
     service.server.script["poll"].extend([Answer(400, result(None, 400, "deleted"))] * 3)
     service.fails("is not lost")
-    word = f"new-{int(service.records[0]['sent_at'] * 1000) % 100_000:05d}"
+    code = f"new-{int(service.records[0]['sent_at'] * 1000) % 100_000:05d}"
     service.fails("is not lost")
     service.most_submits = 2
-    assert service.make(resume_id=word).facts.frames == 96
+    assert service.make(resume_id=code).facts.frames == 96
     assert service.submits == 2
 
 

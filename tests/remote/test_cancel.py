@@ -11,7 +11,7 @@ import pytest
 from magi.errors import MagiError
 from magi.remote.errors import UnclearError
 from magi.remote.fake_server import Answer, FakeServer
-from tests.support.remote_service import PICTURE, look, quick, wait_for
+from tests.support.remote_service import PICTURE, poll_answer, quick, wait_for
 
 SLOW = 8.0  # seconds that a server takes where a cancel is to find the client waiting
 
@@ -92,11 +92,11 @@ def test_cancel_while_the_connection_is_made(service, monkeypatch):
     assert service.records == []
 
 
-@pytest.mark.parametrize("wait", [0.0, SLOW], ids=["between two looks", "in a look"])
+@pytest.mark.parametrize("wait", [0.0, SLOW], ids=["between two polls", "in a poll"])
 def test_cancel_while_waiting(service, wait):
     service.server.statuses = ("processing",) * 1000
     if wait:
-        service.server.script["poll"].extend([look("processing"), Answer(wait=wait)])
+        service.server.script["poll"].extend([poll_answer("processing"), Answer(wait=wait)])
     assert service.cancels(phase("at work", 0.3), limits=quick(poll_first=0.1, poll_most=5.0)) < 2
     wait_for(lambda: service.server.count("delete") == 1)
     time.sleep(0.1)
@@ -182,12 +182,12 @@ def open_files() -> list[str]:
     return [os.path.realpath(number) for number in numbers.iterdir()] if numbers.exists() else []
 
 
-def test_a_task_that_was_completed_since_the_last_look_is_kept(service):
+def test_a_task_that_was_completed_since_the_last_poll_is_kept(service):
     """Nobody has told the client yet; the video is paid for all the same."""
     assert service.cancels(phase("at work")) < 2
     wait_for(lambda: not service.threads)
     assert service.server.count("delete") == 0
-    assert any("completed before the cancel" in line for line in service.said)
+    assert any("completed before the cancel" in line for line in service.log)
     assert service.make().task_id == service.task
 
 
@@ -198,7 +198,7 @@ def test_a_log_that_is_gone(service):
         def append(self, sentence: str) -> None:
             raise BrokenPipeError(32, "Broken pipe")
 
-    service.said = Gone()
+    service.log = Gone()
     service.server.statuses = ("processing",) * 1000
     assert service.cancels(phase("at work")) < 2
     wait_for(lambda: service.server.count("delete") == 1)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from magi.errors import MagiError
-from magi.remote.address import DEFAULT, BaseUrl, is_allowed, shown
+from magi.remote.address import DEFAULT, BaseUrl, is_allowed, redact_url
 from magi.remote.answers import Task
 from magi.remote.key import ApiKey, find_key, save_key
 from magi.remote.polling import Limits
@@ -99,7 +99,7 @@ def test_from_where_nothing_is_fetched(url):
 
 
 def test_a_signature_is_not_shown():
-    assert shown("https://u:p@cdn.example/a/v.mp4?sig=secret#x") == "https://cdn.example/a/v.mp4"
+    assert redact_url("https://u:p@cdn.example/a/v.mp4?sig=secret#x") == "https://cdn.example/a/v.mp4"
 
 
 # -- the key -----------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_the_key_shows_nowhere():
     for keep in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError):
             keep(key)
-    assert key.hide(f"bad key {KEY}!") == "bad key ***!"
+    assert key.redact(f"bad key {KEY}!") == "bad key ***!"
 
 
 @pytest.mark.parametrize("text", ["abc1234", f"{KEY} {KEY}", f"{KEY}é", f"{KEY}\n{KEY}", ""])

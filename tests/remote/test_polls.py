@@ -7,7 +7,7 @@ import pytest
 
 from magi.remote.errors import EndedError
 from magi.remote.fake_server import Answer, result
-from tests.support.remote_service import CUT_JSON, DROPPED, KEY, PAGE, PICTURE, SOON_SILENT, look, quick
+from tests.support.remote_service import CUT_JSON, DROPPED, KEY, PAGE, PICTURE, SOON_SILENT, poll_answer, quick
 
 PASSING = {
     "500": Answer(500, result(None, 500, "oops")),
@@ -80,7 +80,7 @@ CODES = {
 
 @pytest.mark.parametrize("code", CODES, ids=str)
 def test_a_failed_task(service, code):
-    service.server.script["poll"].append(look("failed", code=code, error="worker said no"))
+    service.server.script["poll"].append(poll_answer("failed", code=code, error="worker said no"))
     text = service.fails(CODES[code], EndedError)
     assert "worker said no" in text
     assert service.task in text
@@ -99,7 +99,7 @@ def test_a_failed_task(service, code):
     ],
 )
 def test_other_ends(service, status, reason):
-    service.server.script["poll"].append(look(status))
+    service.server.script["poll"].append(poll_answer(status))
     assert status.lower() in service.fails(reason, EndedError)
     assert service.records == []
 
@@ -109,7 +109,9 @@ def test_a_code_of_0_is_no_trouble(service):
     assert service.make().facts.frames == 96
 
 
-@pytest.mark.parametrize("answer", [look("warming_up"), Answer(content=result({"id": "x"})), look(None), look(7)])
+@pytest.mark.parametrize(
+    "answer", [poll_answer("warming_up"), Answer(content=result({"id": "x"})), poll_answer(None), poll_answer(7)]
+)
 def test_an_unknown_status_is_waited_out(service, answer):
     service.server.script["poll"].extend([answer] * 5)
     assert service.make().facts.frames == 96
@@ -117,19 +119,19 @@ def test_an_unknown_status_is_waited_out(service, answer):
 
 @pytest.mark.parametrize("outputs", [[], None, [None], [5], {}, "", ["not an address"], ["http://example.org/v.mp4"]])
 def test_completed_without_a_video_that_can_be_fetched(service, outputs):
-    service.server.script["poll"].extend([look("completed", outputs=outputs)] * 8)
+    service.server.script["poll"].extend([poll_answer("completed", outputs=outputs)] * 8)
     service.fails("completed.*gives no video" if outputs in ([], None, {}) else "completed.*nothing may be fetched")
     assert service.records[0]["task_id"] == service.task, "it may still be written down"
 
 
 def test_a_video_that_is_written_down_late(service):
-    service.server.script["poll"].extend([look("completed")] * 2)
+    service.server.script["poll"].extend([poll_answer("completed")] * 2)
     assert service.make().facts.frames == 96
 
 
 @pytest.mark.parametrize(("status", "flags"), [("completed", [True]), ("completed", True), ("failed", [False, True])])
 def test_flagged_and_withheld(service, status, flags):
-    service.server.script["poll"].append(look(status, has_nsfw_contents=flags))
+    service.server.script["poll"].append(poll_answer(status, has_nsfw_contents=flags))
     service.fails("safety checker withheld", EndedError)
 
 
@@ -156,7 +158,7 @@ def test_a_task_that_never_ends(service, status, word):
     assert service.make().task_id == service.task
 
 
-def test_looks_become_rarer(service):
+def test_polls_become_rarer(service):
     service.server.statuses = ("created",) * 8 + ("processing",) * 12
     service.make(limits=quick(poll_first=0.1, poll_most=0.4, running=20))
     asked = [request.at for request in service.server.requests if request.target.endswith("/result")]

@@ -110,16 +110,16 @@ def test_a_wrong_id_does_not_hide_an_unclear_submission(service):
 def test_an_unclear_submission_is_sent_again_if_the_user_says_so(service):
     service.server.script["submit"].append(DROPPED)
     service.fails("a task may have been made", UnclearError)
-    word = service.fails("a task may have been made", UnclearError).split("put ")[-1].split()[0]
-    assert re.fullmatch(r"new-\d{5}", word)
-    service.fails("a task may have been made", UnclearError, resume_id="new-00000" if word != "new-00000" else "new-1")
+    code = service.fails("a task may have been made", UnclearError).split("put ")[-1].split()[0]
+    assert re.fullmatch(r"new-\d{5}", code)
+    service.fails("a task may have been made", UnclearError, resume_id="new-00000" if code != "new-00000" else "new-1")
     assert service.submits == 1
     service.most_submits = 2
     service.server.script["submit"].append(DROPPED)
-    service.fails("a task may have been made", UnclearError, resume_id=word)
+    service.fails("a task may have been made", UnclearError, resume_id=code)
     assert service.submits == 2
-    service.fails("a task may have been made", UnclearError, resume_id=word)
-    assert service.submits == 2, "the word is for one try: left in the node it does not pay again"
+    service.fails("a task may have been made", UnclearError, resume_id=code)
+    assert service.submits == 2, "the code is for one try: left in the node it does not pay again"
 
 
 def test_the_word_for_another_try_does_not_leave_a_task_alone(service):

@@ -94,10 +94,10 @@ def test_what_no_request_can_hold_is_quoted(wire, path, sent):
 
 
 def test_what_a_server_says_is_fit_to_be_shown():
-    hide = Transport(OURS, ApiKey(KEY), (1, 1)).hide
-    assert hide("\x1b[31mbad\n\r line") == "[31mbad line"
-    assert len(hide("word " * 1000)) == 500
-    assert KEY[:4] not in hide("x" * 490 + KEY), "nor the part of it before the cut"
+    redact = Transport(OURS, ApiKey(KEY), (1, 1)).redact
+    assert redact("\x1b[31mbad\n\r line") == "[31mbad line"
+    assert len(redact("word " * 1000)) == 500
+    assert KEY[:4] not in redact("x" * 490 + KEY), "nor the part of it before the cut"
 
 
 def test_passwords_of_netrc_stay_there(wire, tmp_path, monkeypatch):

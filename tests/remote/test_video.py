@@ -13,7 +13,7 @@ from magi.remote.errors import RefusedError
 from magi.remote.fake_server import Answer, FakeServer, result
 from magi.remote.fake_video import make_video
 from magi.remote.request import RemoteRequest, encode_image
-from tests.support.remote_service import DROPPED, PAGE, PICTURE, look, quick, stranger
+from tests.support.remote_service import DROPPED, PAGE, PICTURE, poll_answer, quick, stranger
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
@@ -26,7 +26,7 @@ def test_an_address_that_has_run_out_is_asked_for_anew(service, status):
 
 def test_the_address_that_is_given_anew_is_used(service):
     old = f"{service.server.url}/outputs/old.mp4?sig=1"
-    service.server.script["poll"].append(look("completed", outputs=[old]))
+    service.server.script["poll"].append(poll_answer("completed", outputs=[old]))
     made = service.make()
     assert made.facts.frames == 96
     assert f"/outputs/{service.task}.mp4" in made.url
@@ -45,7 +45,7 @@ def test_an_address_where_nobody_listens(service):
     """What is said of it does not open the video."""
     with FakeServer() as other:
         gone = f"{other.url}/outputs/v.mp4?sig=secret"
-    service.server.script["poll"].append(look("completed", outputs=[gone]))
+    service.server.script["poll"].append(poll_answer("completed", outputs=[gone]))
     text = service.fails("could not be downloaded: .*refused")
     assert "secret" not in text
 
@@ -125,7 +125,7 @@ def test_another_video_than_was_asked_for(service):
     assert "30 frames instead of 96" in told
     assert "12 frames per second instead of 24" in told
     assert "480x480 instead of 16:9" in told
-    assert all(note.rstrip(".") in " ".join(service.said) for note in made.notes)
+    assert all(note.rstrip(".") in " ".join(service.log) for note in made.notes)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +180,9 @@ def test_the_key_does_not_follow_a_redirect_of_the_video(service):
         assert [r.target for r in asked] == ["/outputs/a%2fb.mp4?x=%c3"]
 
 
-def test_the_key_does_not_follow_a_redirect_of_a_look(service):
+def test_the_key_does_not_follow_a_redirect_of_a_poll(service):
     with stranger() as (url, asked):
-        answer = look("completed", outputs=[f"{service.server.url}/outputs/x.mp4"])
+        answer = poll_answer("completed", outputs=[f"{service.server.url}/outputs/x.mp4"])
         service.server.script["poll"].append(Answer(302, b"", {"Location": f"{url}/api/v2/predictions/x/result"}))
         service.make()
         assert answer
@@ -204,7 +204,7 @@ def test_the_key_is_not_sent_with_a_download(service):
         url,
         asked,
     ):
-        service.server.script["poll"].append(look("completed", outputs=[f"{url}/outputs/v.mp4"]))
+        service.server.script["poll"].append(poll_answer("completed", outputs=[f"{url}/outputs/v.mp4"]))
         service.make()
         assert len(asked) == 1
 

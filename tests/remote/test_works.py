@@ -8,7 +8,7 @@ import torch
 
 from magi.remote.errors import RefusedError
 from magi.remote.fake_server import Answer, result
-from magi.remote.progress import Progress, Watch
+from magi.remote.progress import RemoteProgress, Watch
 from tests.support.remote_service import DROPPED, PICTURE
 
 SIZE = (832, 480)
@@ -39,21 +39,21 @@ def test_created_processing_completed(service):
     assert parts == sorted(parts)
     assert parts[0] >= 0
     assert parts[-1] == 1
-    assert any(service.task in line for line in service.said), "in the log as soon as it is known"
+    assert any(service.task in line for line in service.log), "in the log as soon as it is known"
 
 
 def test_what_is_shown_as_time_goes_by(monkeypatch):
-    seen: list[Progress] = []
+    seen: list[RemoteProgress] = []
     now = [1000.0]
     monkeypatch.setattr("magi.remote.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     watch = Watch(seen.append)
     watch.phase("wait", "at work")
     for _ in range(3):
         now[0] += 60
-        watch.alive()
+        watch.update()
     watch.phase("download", "downloading")
     for done in (None, 0.5, None, 1.5):
-        watch.alive(done)
+        watch.update(done)
     watch.phase("download", "downloading")
     texts = [f"at work, {seconds} s" for seconds in (0, 60, 120, 180)]
     texts += [f"downloading, {known}" for known in ("0 s", "0 s", "50%", "50%", "100%", "0 s")]

@@ -9,7 +9,7 @@ import torch
 
 from magi.errors import MagiError
 from magi.model_files import load
-from magi.model_files.load import build_transformer
+from magi.model_files.load import load_transformer
 from magi.offload.kv_cache import KVCache
 from magi.offload.streamed_blocks import RingBuffer, StreamedBlocks
 from magi.planning.placement import MemoryOptions
@@ -315,11 +315,11 @@ def test_fewer_layers_stay_if_there_is_too_little_room_to_load_them(
 ):
     settings = config(num_frames=24)
     weights, options = random_weights(settings.model), {"device": "cpu", "dtype": torch.float32}
-    wanted = latents(start(settings, build_transformer(MemorySource(weights), settings, **options)))
+    wanted = latents(start(settings, load_transformer(MemorySource(weights), settings, **options)))
     source = Full(weights, room)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        made = build_transformer(source, settings, offload=False, **options)
+        made = load_transformer(source, settings, offload=False, **options)
     assert made.blocks.on_device == staying
     said = "cpu ran out of memory while the model was loaded. Now {} of its layers stay there".format
     found = [str(warning.message).partition(",")[0] for warning in caught]
@@ -340,7 +340,7 @@ def test_if_there_is_no_room_for_any_layer_that_is_the_end(copy_engine, config, 
     monkeypatch.setattr("magi.offload.streamed_blocks.RingBuffer", full)
     source = Full(random_weights(config().model), 1)
     with pytest.raises(MagiError, match=r"cpu ran out of memory while the model was loaded.*Close") as caught:
-        build_transformer(source, config(), device="cpu", offload=False)
+        load_transformer(source, config(), device="cpu", offload=False)
     assert caught.value.__cause__ is error
 
 
@@ -349,5 +349,5 @@ def test_other_errors_while_loading_come_out_at_once(copy_engine, config, random
         raise RuntimeError("cancelled")
 
     with pytest.raises(RuntimeError, match="cancelled"):
-        build_transformer(MemorySource(random_weights(config().model)), config(), device="cpu", progress=cancel)
+        load_transformer(MemorySource(random_weights(config().model)), config(), device="cpu", progress=cancel)
     assert not recwarn.list

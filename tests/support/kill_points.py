@@ -27,7 +27,7 @@ import torch
 from magi.cli.main import main as magi_main
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi.model_files.embedded import embedded_files
-from magi.model_files.load import build_transformer
+from magi.model_files.load import load_transformer
 from magi.runs import store
 from magi.runs.autosave import Keeper
 from magi.runs.store import RunStore
@@ -75,7 +75,7 @@ class Killer:
 
 @functools.cache
 def model():
-    return build_transformer(RandomTensors(SHAPE, dtype=torch.float32, seed=1), CONFIG, "cpu", torch.float32)
+    return load_transformer(RandomTensors(SHAPE, dtype=torch.float32, seed=1), CONFIG, "cpu", torch.float32)
 
 
 def tiny(folder: Path) -> dict:

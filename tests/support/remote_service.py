@@ -20,7 +20,7 @@ from magi.remote.errors import Cancelled
 from magi.remote.fake_server import Answer, FakeServer, Request, result
 from magi.remote.key import ApiKey
 from magi.remote.polling import Limits
-from magi.remote.progress import Progress
+from magi.remote.progress import RemoteProgress
 from magi.remote.request import RemoteRequest
 
 KEY = "wsk_live_7Hq2-do-not-leak-9Zx"
@@ -43,8 +43,8 @@ def quick(**changes) -> Limits:
     return replace(QUICK, **changes)
 
 
-def look(status: object, **more) -> Answer:
-    """The answer to a look at a task."""
+def poll_answer(status: object, **more) -> Answer:
+    """The answer to a poll of a task."""
     return Answer(content=result({"id": "x", "status": status, "outputs": [], **more}))
 
 
@@ -54,7 +54,7 @@ class Service:
     Attributes:
         server: the service.
         most_submits: how many submissions may have come in the end.
-        said: the log.
+        log: what was logged.
         progress: what was shown.
         errors: texts of all errors, with their tracebacks.
     """
@@ -62,8 +62,8 @@ class Service:
     def __init__(self, server: FakeServer, folder: Path) -> None:
         self.server, self.folder = server, folder
         self.most_submits = 1
-        self.said: list[str] = []
-        self.progress: list[Progress] = []
+        self.log: list[str] = []
+        self.progress: list[RemoteProgress] = []
         self.errors: list[str] = []
         self._others = set(threading.enumerate())  # of earlier tests, still waiting for a silent server
 
@@ -75,7 +75,7 @@ class Service:
 
     def client(self, version: str = "v2", key: str = KEY, limits: Limits = QUICK, timeouts=TIMEOUTS) -> Client:
         api = Api(BaseUrl(self.server.url), version, ApiKey(key), timeouts)
-        return Client(api, self.folder / "records", self.said.append, limits)
+        return Client(api, self.folder / "records", self.log.append, limits)
 
     def make(
         self,
@@ -83,12 +83,12 @@ class Service:
         version: str = "v2",
         key: str = KEY,
         limits: Limits = QUICK,
-        seen: Callable[[Progress], None] | None = None,
+        seen: Callable[[RemoteProgress], None] | None = None,
         timeouts=TIMEOUTS,
         take: Callable[..., None] = lambda *_: None,
         **request,
     ) -> RemoteVideo:
-        def report(at: Progress) -> None:
+        def on_progress(at: RemoteProgress) -> None:
             self.progress.append(at)
             if seen:
                 seen(at)
@@ -96,7 +96,7 @@ class Service:
         asked = {"prompt": "A cat", "resolution": "480p", "aspect_ratio": "16:9", "seed": 7} | request
         client = self.client(version, key, limits, timeouts)
         try:
-            return client.make(RemoteRequest(**asked), self.folder / "videos", report, resume_id, take)
+            return client.make(RemoteRequest(**asked), self.folder / "videos", on_progress, resume_id, take)
         except BaseException as error:
             self.errors.append("".join(traceback.format_exception(error)))
             raise
@@ -107,11 +107,11 @@ class Service:
             self.make(**options)
         return str(found.value)
 
-    def cancels(self, when: Callable[[Progress], float | None], **options) -> float:
-        """Cancels at the first report for which `when` gives the time at which the user wanted to; the seconds from then to the end."""
+    def cancels(self, when: Callable[[RemoteProgress], float | None], **options) -> float:
+        """Cancels at the first progress for which `when` gives the time at which the user wanted to; the seconds from then to the end."""
         asked: list[float] = []
 
-        def seen(at: Progress) -> None:
+        def seen(at: RemoteProgress) -> None:
             if (wanted := when(at)) is not None:
                 asked.append(wanted)
                 raise Cancelled
@@ -144,7 +144,7 @@ class Service:
         """However it went: submitted once, nothing half finished, the key nowhere, and sent to nobody else."""
         assert self.submits <= self.most_submits, "more tasks than were paid for knowingly"
         assert not [name for name in self.videos if not name.endswith(".mp4")]
-        shown = [*self.said, *(at.text for at in self.progress), *self.errors]
+        shown = [*self.log, *(at.text for at in self.progress), *self.errors]
         assert not [text for text in shown if KEY in text]
         for path in self.folder.rglob("*"):
             assert KEY not in path.name
