@@ -81,7 +81,7 @@ class ResidentModels:
             return placed()
         vae, tile = self._vae_needs()
         with suppress(MagiError):
-            roomy = placed(beside=vae, other_model_bytes=tile)
+            roomy = placed(reserved=vae, other_model_bytes=tile)
             best = ("device", self._planner.options.token_block or TOKEN_BLOCK, run.runtime.window_size)
             if not roomy.streaming and (roomy.cache, roomy.token_block, roomy.window) == best:
                 return roomy

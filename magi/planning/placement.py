@@ -153,7 +153,7 @@ def place(
     free_host: int | None = None,
     allow_smaller_window: bool = False,
     other_model_bytes: int = 0,
-    beside: int = 0,
+    reserved: int = 0,
     machine: Machine | None = None,
     limit: Limit | None = None,
 ) -> Placement:
@@ -171,7 +171,7 @@ def place(
         free_host: bytes free in host memory; None: unknown, then streamed layers come from the file.
         allow_smaller_window: whether a smaller window may be taken if nothing else helps.
         other_model_bytes: bytes that another model, such as the VAE, takes on the device between two iterations.
-        beside: bytes of `free` that another model takes all the time.
+        reserved: bytes of `free` that another model takes all the time.
         machine: speeds for the forecast.
         limit: largest layout that may be chosen, whatever `options` says.
 
@@ -187,7 +187,7 @@ def place(
         room = math.inf if free_host is None else (1 - _HOST_RESERVE) * free_host
         choice = next((c for c in first if c.working_bytes <= room), first[-1])
         return choice.place(choice.counts[0])
-    room = free - beside if options.budget is None else options.budget
+    room = free - reserved if options.budget is None else options.budget
     runtime = config.runtime
     windows = smaller_windows(runtime.num_steps, runtime.window_size) if allow_smaller_window else []
     allowed = [w for w in (runtime.window_size, *windows) if not (allow_smaller_window and limit and w > limit.window)]

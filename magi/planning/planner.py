@@ -58,7 +58,7 @@ class Planner:
         free_host: int | None,
         allow_smaller_window: bool = False,
         other_model_bytes: int = 0,
-        beside: int = 0,
+        reserved: int = 0,
     ) -> Placement:
         """Returns what goes where in a run; arguments and errors are those of `placement.place`."""
 
@@ -72,7 +72,7 @@ class Planner:
                 free_host=free_host,
                 allow_smaller_window=allow_smaller_window,
                 other_model_bytes=other_model_bytes,
-                beside=beside,
+                reserved=reserved,
                 limit=limit,
             )
 

@@ -97,9 +97,10 @@ class Schedule:
         )
 
     @classmethod
-    def of_run(cls, runtime: RuntimeConfig, given: int = 0) -> "Schedule":
-        """The schedule of a run of the runtime's length after so many given latent frames."""
-        return cls.of(runtime, chunks_in(runtime, runtime.num_frames, given), given // runtime.chunk_width)
+    def of_run(cls, runtime: RuntimeConfig, prefix_frames: int = 0) -> "Schedule":
+        """Returns the schedule of a run of the runtime's length after so many latent frames of a prefix."""
+        chunks = chunks_in(runtime, runtime.num_frames, prefix_frames)
+        return cls.of(runtime, chunks, prefix_frames // runtime.chunk_width)
 
     @property
     def steps_per_stage(self) -> int:
@@ -179,9 +180,9 @@ class Schedule:
         return self.cached_chunks if self.clean_kv_range == 1 else self.chunks
 
 
-def chunks_in(runtime: RuntimeConfig, num_frames: int, given: int = 0) -> int:
-    """Returns the chunks of a video of `given` latent frames and what `num_frames` video frames fill after them, the last one made whole."""
-    return -(-(num_frames // runtime.temporal_downsample_factor + given) // runtime.chunk_width)
+def chunks_in(runtime: RuntimeConfig, num_frames: int, prefix_frames: int = 0) -> int:
+    """Returns the chunks of a prefix of latent frames and `num_frames` video frames after it, the last chunk made whole."""
+    return -(-(num_frames // runtime.temporal_downsample_factor + prefix_frames) // runtime.chunk_width)
 
 
 def _clean_kv_range(runtime: RuntimeConfig) -> int:
