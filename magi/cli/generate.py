@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespace) -> int:
-    """Makes the video and writes it chunk by chunk, so that finished chunks survive an error; returns the exit status."""
+    """Makes the video and writes it chunk by chunk, so that finished chunks survive an error; returns 0."""
     store = _store(args)
     plan = pipeline.plan(request, store if args.resume else None)
     runtime = plan.config.runtime

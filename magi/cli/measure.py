@@ -1,4 +1,4 @@
-"""Timing a model of any size, with random weights or a file's: the sampler's own iterations, in the middle of a video."""
+"""Timing a model of any size, with random weights or a file's: the sampler's iterations in the middle of a video."""
 
 import os
 import platform
@@ -72,7 +72,8 @@ class BenchSettings:
 class BenchResult:
     """What was measured. Times in seconds, memory in bytes; peak memory is the device's, or the process's on a CPU.
 
-    `fetch_seconds` is what fetching all streamed layers takes with nothing else to do; beside the computing it should vanish.
+    `fetch_seconds` is what fetching all streamed layers takes with nothing else to do; beside the computing it should
+    vanish.
     """
 
     device: str
@@ -288,7 +289,7 @@ def _activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:
 
 
 def _shares(profiler: torch.profiler.profile, device: torch.device) -> dict[str, Any]:
-    """Returns what share of all operators' own time goes into matrix products and attention, and the ten largest shares."""
+    """Returns the share of matrix products and attention in all operators' own time, and the ten largest shares."""
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     own = {e.key: float(getattr(e, attribute)) for e in profiler.key_averages() if e.key.startswith("aten::")}
     total = sum(own.values())

@@ -1,4 +1,4 @@
-"""What a pipeline asks of the owner of its models: `ResidentModels`, or ComfyUI's memory manager through `ManagedModels`."""
+"""What a pipeline asks of the owner of its models: `ResidentModels`, or in ComfyUI `ManagedModels`."""
 
 from collections.abc import Iterator
 from typing import Protocol

@@ -214,7 +214,7 @@ class MagiPipeline:
         return {**prompt_settings(request, self.config.model), **files, "dtype": self._text_dtype}
 
     def settings(self, plan: Plan) -> dict[str, Any]:
-        """Returns all that shapes a plan's video, JSON values by readable names, for `RunStore.open`; loads no weights."""
+        """Returns all that shapes a plan's video, JSON values by name, for `RunStore.open`; loads no weights."""
         files, special = self.files, self._special_tokens
         fingerprints = {}
         for name, path in (("model", files.transformer), ("vae", files.vae)):
@@ -247,18 +247,18 @@ class MagiPipeline:
         resume: bool = False,
         **request: Any,
     ) -> Iterator[Clip]:
-        """Plans a request given by keywords, and returns an iterator that yields its frames as soon as they are decoded.
+        """Plans a request given by keywords, and returns an iterator over its frames, each as soon as it is decoded.
 
         Args:
             progress: called with how far the work is; what it raises ends the run.
             state: folder in which the run is kept until it is finished, so that it can be resumed.
-            resume: resume the run that is kept there, if there is one: all its frames are yielded, those of finished chunks
-                decoded from the saved latents.
+            resume: resume the run that is kept there, if there is one: all its frames are yielded, those of finished
+                chunks decoded from the saved latents.
             **request: the fields of `Request`.
 
         Raises:
-            MagiError: something about the request cannot work; or a run is kept in `state` that is not to be resumed, has
-                other settings or is damaged.
+            MagiError: something about the request cannot work; or a run is kept in `state` that is not to be resumed,
+                has other settings or is damaged.
         """
         store = None if state is None else RunStore(state)
         if store is not None and store.exists and not resume:
@@ -282,7 +282,7 @@ class MagiPipeline:
         store: RunStore | None = None,
         save_seconds: float = SAVE_SECONDS,
     ) -> Iterator[Clip]:
-        """Encodes, samples and decodes a plan: yields its frames as soon as they are decoded.
+        """Yields the frames of a plan, encoded, sampled and decoded, as soon as they are there.
 
         Args:
             plan: made by `plan`.
@@ -291,8 +291,8 @@ class MagiPipeline:
             save_seconds: the longest time between two states that are saved.
 
         Raises:
-            MagiError: the text encoder's files are missing or damaged (found before anything else is loaded), or the device
-                runs out of memory.
+            MagiError: the text encoder's files are missing or damaged (found before anything else is loaded), or the
+                device runs out of memory.
         """
         try:
             yield from self._run(plan, progress, store, save_seconds)
@@ -311,7 +311,7 @@ class MagiPipeline:
         else:
             plan = self.encode(plan, progress, store)
             chunks = self.sample(plan, progress, store, save_seconds)
-        # A clip's frames are no part of the video. The sampler leaves them out, but keeps a lone latent frame, as an image's.
+        # A clip's frames are no part of the video. The sampler drops them, but keeps a lone latent frame as an image.
         prefix = plan.run.prefix_frames
         skip = 1 if prefix == 1 and not plan.request.is_image(prefix) else 0
         latents = (chunk.latents[:, :, skip if chunk.index == 0 else 0 :] for chunk in chunks)

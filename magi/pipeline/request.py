@@ -44,7 +44,8 @@ class Request:
         fit: "crop", "pad" or "stretch", for an image or video of another shape.
         seed: any integer.
         num_steps: denoising steps per chunk; None: the model's own.
-        window_size: chunks denoised at a time; None: the model's own. Fewer are less work per iteration, but see more of the past.
+        window_size: chunks denoised at a time; None: the model's own. Fewer are less work per iteration, but see more
+            of the past.
         style_tokens: see `special_tokens.STYLES`.
         duration_tokens: tell each chunk how many are to come.
         negative_tokens: steer away from burnt-in captions, logos, transitions and borders (base models).
@@ -77,7 +78,7 @@ class Request:
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
 
     def is_image(self, latent_frames: int) -> bool:
-        """Returns whether a prefix of so many latent frames is the video's first frame, not a clip that comes before it."""
+        """Returns whether a prefix of so many latent frames is the video's first frame, not a clip before it."""
         return self.image is not None or (self.latents is not None and latent_frames == 1)
 
 
@@ -224,7 +225,7 @@ def _wanted_frames(request: Request, default: int, fps: int) -> int:
 
 
 def _read_prefix(request: Request, config: MagiConfig) -> torch.Tensor | None:
-    """Returns the request's image or end of its video, uint8 (T, H, W, 3) in the size to make; None where it has neither."""
+    """Returns the request's image or end of its video, uint8 (T, H, W, 3) in the size to make; None without either."""
     if request.image is not None:
         image = request.image if isinstance(request.image, torch.Tensor) else read_image(request.image)
         _check_frames(image, "image")
@@ -274,7 +275,7 @@ def prompt_settings(request: Request, model: ModelConfig) -> dict[str, Any]:
 
 
 def request_settings(plan: Plan) -> dict[str, Any]:
-    """Returns what a plan makes and what was asked for, JSON values by readable names, without the files that make it."""
+    """Returns what a plan makes and what was asked for, JSON values by name; the model's files are left out."""
     request = plan.request
     return {
         **config_settings(plan.config),

@@ -1,4 +1,4 @@
-"""The transformer and VAE of a pipeline without ComfyUI: each loaded on first use, and placed so that both find room."""
+"""The transformer and VAE of a pipeline without ComfyUI: loaded on first use, and placed so that both find room."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -54,7 +54,7 @@ class ResidentModels:
         self._parks_vae = False  # whether the VAE leaves the device while the transformer works
 
     def place(self, run: MagiConfig, given: int, may_narrow: bool) -> Placement:
-        """Returns what goes where in a run, from headers and the memory that is free now; what is loaded here counts as free.
+        """Returns what goes where in a run, from headers and free memory; what is loaded here counts as free.
 
         Args:
             run: with its size, length and window.
@@ -89,7 +89,7 @@ class ResidentModels:
         return placed(companion=vae + tile)
 
     def transformer(self, placement: Placement, progress: OnProgress | None = None) -> Transformer:
-        """Returns the transformer, placed so; it is read again only for other resident layers, or for fewer slots in the ring."""
+        """Returns the transformer, placed so; read again only for other resident layers or a smaller ring buffer."""
         loaded = self._placement
         self._planner.begin(placement)
         if self._transformer is not None and loaded is not None:

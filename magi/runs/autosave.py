@@ -17,7 +17,10 @@ SAVE_SECONDS = 300.0  # longest time between two saved states
 
 
 class Autosave:
-    """Saves a sampler's run into an open store. Iterate over `chunks`, and call `save_if_due` from the progress callbacks."""
+    """Saves a sampler's run into an open store.
+
+    Iterate over `chunks`, and call `save_if_due` from the sampler's progress callbacks.
+    """
 
     def __init__(self, store: RunStore, model: "Transformer", seconds: float = SAVE_SECONDS) -> None:
         """Sets the model's token block to that of the saved run, if there is one, so that the last bits stay the same.
@@ -47,7 +50,7 @@ class Autosave:
 
     @property
     def _environment(self) -> dict[str, Any]:
-        """Returns what decides the last bits beside the settings, as it is now: the token block may shrink during a run."""
+        """Returns what decides the last bits beside the settings, as it is now: the token block may shrink."""
         model = self._model
         return {"device": model.device.type, "torch": torch.__version__, "token_block": model.token_block}
 
@@ -57,7 +60,7 @@ class Autosave:
         return self._store.saved.state if self._store.saved else None
 
     def chunks(self, sampler: "Sampler") -> Iterator[Chunk]:
-        """Yields all chunks of the run: those of the store, then those of the sampler, each saved before it is yielded."""
+        """Yields all chunks of the run: the store's, then the sampler's, each saved before it is yielded."""
         finished = self._store.saved.finished if self._store.saved else 0
         self._sampler, self._latest = sampler, (sampler.state, finished)
         self._next_save = time.monotonic() + self._seconds

@@ -15,7 +15,7 @@ _SHOWN_DIGITS = 24  # of a fingerprint: enough to compare by eye
 
 
 def config_settings(config: MagiConfig) -> dict[str, Any]:
-    """Returns all of a run's config that shapes the result: size, length, steps, window, guidance, K/V ranges and so on."""
+    """Returns all of a run's config that shapes the result: size, length, steps, window, guidance, K/V ranges ..."""
     return {k: v for part in config.to_dict().values() for k, v in part.items() if k not in _WITHOUT_EFFECT}
 
 

@@ -1,8 +1,9 @@
 """A run on disk: all it needs to be resumed bit for bit by another process, whenever this one ends.
 
 A folder holds run.json (the settings, readable by people too), inputs.safetensors (captions and prefix latents, so that
-resuming needs neither text encoder nor picture), chunk-00000.safetensors and so on (finished latents) and state.safetensors
-(the sampler's state). Every file is written whole or not at all, the state last: whatever it refers to is there.
+resuming needs neither text encoder nor picture), chunk-00000.safetensors and so on (finished latents) and
+state.safetensors (the sampler's state). Every file is written whole or not at all, the state last: whatever it refers
+to is there.
 """
 
 import json
@@ -47,8 +48,8 @@ class Saved:
 class RunStore:
     """One run's folder; it is made with the first state that is saved.
 
-    A folder that cannot be written never ends the run: the user is told once, the last good state stays, and every later
-    `save` tries again.
+    A folder that cannot be written never ends the run: the user is told once, the last good state stays, and every
+    later `save` tries again.
 
     Attributes:
         folder: where it is.
@@ -113,9 +114,7 @@ class RunStore:
         """Keeps a finished chunk; it is written with the next state."""
         if self._key:
             self._unwritten[_chunk_name(chunk.index)] = self._pack({"latents": chunk.latents.float()})
-        if (
-            len(self._unwritten) > _MOST_UNWRITTEN
-        ):  # later states would refer to chunks that are lost: nothing more is saved
+        if len(self._unwritten) > _MOST_UNWRITTEN:  # later states would refer to lost chunks: nothing more is saved
             self._key, self._unwritten = "", {}
 
     def save(self, state: SamplerState, finished: int, environment: Mapping[str, Any]) -> None:

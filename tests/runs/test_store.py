@@ -432,7 +432,7 @@ def test_what_waits_to_be_written_does_not_grow_without_end(folder):
     for i in range(200):
         store.add(Chunk(i, torch.zeros(1, 16, 1, 2, 2)))
         store.save(state(i + 1), i + 1, {})
-    assert len(store._waiting) < 100
+    assert len(store._unwritten) < 100
     folder.unlink()
     store.save(state(300), 200, {})
     assert not store.exists, "a state that speaks of chunks that are lost would be worse than none"
