@@ -143,7 +143,7 @@ def captions_of(text: list[Any]) -> tuple[list[Caption], tuple[str, ...], bool]:
     captions = []
     for embeds, options in text:
         mask = options.get("attention_mask")
-        rows = embeds[0] if mask is None else embeds[0][mask[0].to(embeds.device).bool()]
-        captions.append(Caption(rows.float().cpu()))
+        tokens = embeds[0] if mask is None else embeds[0][mask[0].to(embeds.device).bool()]
+        captions.append(Caption(tokens.float().cpu()))
     ours = text[0][1].get(_OURS, {"styles": ("hq",), "durations": True}) if text else {}
     return captions, tuple(ours.get("styles", ())), bool(ours.get("durations", True))

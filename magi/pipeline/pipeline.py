@@ -287,7 +287,7 @@ class MagiPipeline:
         Args:
             plan: made by `plan`.
             progress: called with how far the work is; what it raises ends the run.
-            store: opened with the plan's `settings`; the run is kept there, and resumed if it was begun.
+            store: opened with the plan's `settings`; the run is kept there, and resumed if `open` found one.
             save_seconds: the longest time between two states that are saved.
 
         Raises:
@@ -359,7 +359,7 @@ class MagiPipeline:
         Args:
             plan: made by `encode`, or by `plan` for a request of captions and latents.
             progress: called with how far the work is; what it raises ends the run.
-            store: opened with the plan's `settings`; the run is kept there, and resumed if it was begun.
+            store: opened with the plan's `settings`; the run is kept there, and resumed if `open` found one.
             save_seconds: the longest time between two states that are saved.
             on_notice: called with a sentence if memory runs out and the run takes less; None issues a warning.
         """

@@ -10,7 +10,7 @@ from ..system.progress import OnProgress
 from .clean import clean_caption
 from .embedding_cache import EmbeddingCache, embedding_key
 from .encoder import MAX_TOKENS, TextEncoder, encoder_fingerprint
-from .t5_checkpoint import find_t5_files, t5_is_away
+from .t5_checkpoint import find_t5_files, t5_is_missing
 
 
 def encode_prompts(
@@ -88,7 +88,7 @@ def check_encoder(
         MagiError: a text is not in the cache, and the weights are missing.
     """
     wanted = [text for text in _prepared(_listed(texts), clean) if text]
-    if wanted and t5_is_away(encoder):
+    if wanted and t5_is_missing(encoder):
         keys = _keys(wanted, encoder, tokenizer, dtype, cache, max_tokens)
         if len(_cached(keys, cache)) < len(keys):
             find_t5_files(encoder)  # raises, and says where it should be

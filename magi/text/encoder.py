@@ -22,7 +22,7 @@ from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, retry_with_less
 from ..system.progress import OnProgress
 from .embedding_cache import EmbeddingCache
-from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5, t5_is_away
+from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5, t5_is_missing
 from .t5_model import WORKING_BYTES, build_t5, resident_bytes
 from .t5_tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
@@ -208,11 +208,11 @@ def encoder_fingerprint(
     weights = Path(path).expanduser().resolve()
     tokenizer_place = Path(tokenizer).expanduser().resolve() if tokenizer else f"beside {weights}"
     fingerprints = [
-        _noted(cache, f"weights {weights}", t5_is_away(path), lambda: _hash_weights(path)),
+        _noted(cache, f"weights {weights}", t5_is_missing(path), lambda: _hash_weights(path)),
         _noted(
             cache,
             f"tokenizer {tokenizer_place}",
-            _tokenizer_is_away(path, tokenizer),
+            _tokenizer_is_missing(path, tokenizer),
             lambda: _hash_tokenizer(path, tokenizer),
         ),
     ]
@@ -233,7 +233,7 @@ def _noted(cache: EmbeddingCache | None, place: str, missing: bool, read: Callab
     return found
 
 
-def _tokenizer_is_away(path: str | Path, tokenizer: str | Path | None) -> bool:
+def _tokenizer_is_missing(path: str | Path, tokenizer: str | Path | None) -> bool:
     try:
         find_tokenizer(path, tokenizer)
     except MagiError:

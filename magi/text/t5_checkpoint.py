@@ -108,7 +108,7 @@ def find_t5_files(path: str | Path) -> list[Path]:
     return files
 
 
-def t5_is_away(path: str | Path) -> bool:
+def t5_is_missing(path: str | Path) -> bool:
     """Returns whether all weight files of a folder, index or file are missing, not only some of them."""
     path = Path(path).expanduser()
     folder = path.parent if path.name.endswith(".index.json") else path

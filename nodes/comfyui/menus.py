@@ -12,7 +12,7 @@ from ...magi.model_files.embedded import embedded_files
 from ...magi.model_files.locate import SPECIAL_TOKENS, ModelFiles, released_weights, special_tokens_near
 from ...magi.text.embedding_cache import EmbeddingCache
 from ...magi.text.encoder import encoder_fingerprint
-from ...magi.text.t5_checkpoint import t5_is_away
+from ...magi.text.t5_checkpoint import t5_is_missing
 from ...magi.text.t5_tokenizer import find_tokenizer
 from . import host
 
@@ -78,7 +78,7 @@ def find_encoder(name: str) -> tuple[Path, Path | None]:
         host.model_folders() if name == TEXT_ENCODER else [*host.model_folders(), *host.model_folders("text_encoders")]
     )
     places = [folder / name for folder in folders if _stays_inside(name)]
-    if all(t5_is_away(path) for path in places):
+    if all(t5_is_missing(path) for path in places):
         for path in places:
             for tokenizer in (None, *_tokenizers()):
                 if is_known(path, tokenizer):
@@ -94,7 +94,7 @@ def find_encoder(name: str) -> tuple[Path, Path | None]:
 def is_known(encoder: Path, tokenizer: Path | None) -> bool:
     """Returns whether an encoder's files are missing, but it was used before with the tokenizer at this path."""
     try:
-        return t5_is_away(encoder) and bool(encoder_fingerprint(encoder, tokenizer, cache=text_cache()))
+        return t5_is_missing(encoder) and bool(encoder_fingerprint(encoder, tokenizer, cache=text_cache()))
     except MagiError:
         return False
 
