@@ -150,3 +150,27 @@ def test_code_that_is_named_anywhere_is_there():
 def test_a_name_that_is_gone_is_seen(name, there):
     assert looks_like_code(name)
     assert exists(name, CODE) is there
+
+
+def messages() -> list[str]:
+    """The strings of the pack, with a blank for each value in them."""
+    found = []
+    for file in sorted(ROOT / name for name in CODE | {"__init__.py"} if not name.startswith("tests/")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else " " for part in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_messages_in_the_readme_are_those_of_the_code():
+    """In the table of troubles, in italics; `...` stands for a value, as does what is named as an example."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Troubleshooting")[2].partition("\n#")[0]
+    quoted = re.findall(r"^\| \*(.+?)\*", table, re.MULTILINE)
+    assert len(quoted) > 12
+    known = messages()
+    for message in quoted:
+        parts = [part.strip() for part in re.split(r"\.\.\.|4\.5B_distill|0\.3\.64|special_tokens\.npz", message)]
+        assert all(any(part in text for text in known) for part in parts), message

@@ -106,7 +106,7 @@ class RunStore:
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def keep_inputs(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keeps the run's tensors beside its settings, captions and prefix; they are written with the first state."""
+        """Keeps the run's input tensors, captions and prefix; they are written with the first state."""
         if self.saved is None:
             self._unwritten[_INPUTS] = self._pack(tensors)
 

@@ -123,7 +123,7 @@ class EmbeddingCache:
         if not self._warned:
             self._warned = True
             warn(
-                f"The folder of cached text embeddings {str(self.folder)!r} {what}. The run continues; prompts may be encoded again.",
+                f"The folder of cached text embeddings {str(self.folder)!r} {what}. Work continues; prompts may be encoded again.",
                 stacklevel=4,
             )
 

@@ -76,7 +76,7 @@ def vae_device() -> torch.device:
 
 
 def usable_memory() -> int | None:
-    """Returns the bytes of device memory that are free once ComfyUI has evicted all its models; None on a CPU."""
+    """Returns the device memory in bytes that is free if ComfyUI evicts all models, less its reserve; None on a CPU."""
     where = device()
     if where.type == "cpu":
         return None
