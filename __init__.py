@@ -10,7 +10,7 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint() -> Any:
-    """What ComfyUI asks for the nodes. It logs an error from here as one line, and starts without them."""
+    """Returns the extension with the nodes. ComfyUI logs an error from here as one line, and starts without them."""
     check_packages()
     from .nodes.extension import comfy_entrypoint as nodes
 

@@ -66,7 +66,7 @@ def make_environment(folder):
 
 
 def stages(torch, testing):
-    """What to install, in order: (name, fingerprint, pip's arguments). torch goes first, so that nothing pulls another build."""
+    """Returns what to install, in order: (name, fingerprint, pip's arguments). torch goes first, so that nothing pulls another build."""
     try:  # on Windows a backslash is part of a path, not an escape
         torch_arguments = shlex.split(torch, posix=os.name != "nt")
     except ValueError as error:

@@ -14,10 +14,10 @@ from .comfyui.progress import NodeProgress
 from .comfyui.vae import magi_vae
 
 _SIZES = ["720p", "540p", "480p", "360p", "256p"]
-_OWN = "from image"
+_FROM_IMAGE = "from image"
 _SHAPES = {"16:9": 16 / 9, "9:16": 9 / 16, "1:1": 1.0, "4:3": 4 / 3, "3:4": 3 / 4, "21:9": 21 / 9}
 _SIZE_TIP = (
-    "A number of pixels, whatever the shape: 720p is 1280x720 in 16:9. Time and memory go with it; 540p has as many "
+    "A number of pixels, whatever the shape: 720p is 1280x720 in 16:9. Time and memory grow with it; 540p has as many "
     "pixels as the 720x720 that the 4.5B models are at home at."
 )
 
@@ -37,11 +37,11 @@ def _fit() -> Any:
 
 
 class _Sized(io.ComfyNode):
-    """A node with a width and a height."""
+    """A node with the inputs width and height."""
 
     @classmethod
     def validate_inputs(cls, width: int | None = None, height: int | None = None) -> bool | str:
-        """Refuses impossible sizes before anything runs."""
+        """Returns True, or what is wrong with a size, before anything runs."""
         try:
             check_size(height or 32, width or 32)
         except MagiError as error:
@@ -54,7 +54,7 @@ class Magi1TextToVideo(_Sized):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
+        """Returns the node's inputs and outputs."""
         return schema.schema(
             node_id="Magi1TextToVideo",
             display_name="MAGI-1 Text to Video (size)",
@@ -70,9 +70,9 @@ class Magi1TextToVideo(_Sized):
 
     @classmethod
     def execute(cls, size: str, shape: str, width: int, height: int) -> io.NodeOutput:
-        """Empty latents: only their size counts."""
-        rows, columns = _choose(size, width, height, _SHAPES[shape])
-        return io.NodeOutput({"samples": torch.zeros(1, 16, 1, rows // 8, columns // 8)})
+        """Returns latents of zeros, (1, 16, 1, height / 8, width / 8), of which only the size counts."""
+        height, width = _target_size(size, width, height, _SHAPES[shape])
+        return io.NodeOutput({"samples": torch.zeros(1, 16, 1, height // 8, width // 8)})
 
 
 class Magi1ImageToVideo(_Sized):
@@ -80,7 +80,7 @@ class Magi1ImageToVideo(_Sized):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
+        """Returns the node's inputs and outputs."""
         return schema.schema(
             node_id="Magi1ImageToVideo",
             display_name="MAGI-1 Image to Video",
@@ -90,7 +90,10 @@ class Magi1ImageToVideo(_Sized):
                 io.Vae.Input("vae", tooltip="From the MAGI-1 VAE Loader."),
                 io.Image.Input("image", tooltip="The first frame. Of several pictures the first one is taken."),
                 io.Combo.Input(
-                    "size", options=[*_SIZES, _OWN], default="540p", tooltip=f"{_SIZE_TIP} Keeps the picture's shape."
+                    "size",
+                    options=[*_SIZES, _FROM_IMAGE],
+                    default="540p",
+                    tooltip=f"{_SIZE_TIP} Keeps the picture's shape.",
                 ),
                 *_sides(),
                 _fit(),
@@ -101,24 +104,25 @@ class Magi1ImageToVideo(_Sized):
 
     @classmethod
     def execute(cls, vae: Any, image: torch.Tensor, size: str, width: int, height: int, fit: str) -> io.NodeOutput:
-        """Encodes it."""
+        """Returns the first picture, fitted to the size and encoded: latents (1, 16, 1, height / 8, width / 8)."""
         frames = media.frames_of(image[:1])
-        target = _choose(size, width, height, frames.shape[2] / frames.shape[1], own=(frames.shape[1], frames.shape[2]))
+        own = (frames.shape[1], frames.shape[2])
+        target = _target_size(size, width, height, own[1] / own[0], own)
         progress = NodeProgress(cls.hidden.unique_id, load=0.3, encode=0.7)
         return io.NodeOutput(_encoded(vae, fit_frames(frames, *target, fit), progress))
 
 
 class Magi1VideoToVideo(_Sized):
-    """The end of a clip to go on from."""
+    """The end of a clip to continue."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
+        """Returns the node's inputs and outputs."""
         return schema.schema(
             node_id="Magi1VideoToVideo",
             display_name="MAGI-1 Video to Video",
             aliases=["extend video", "continue video", "v2v"],
-            description="Encodes the end of a clip, for a sampler that goes on from there. The sampler's result begins after it.",
+            description="Encodes the end of a clip, for a sampler that continues it. The sampler's result begins after the clip.",
             inputs=[
                 io.MultiType.Input(
                     "video",
@@ -131,11 +135,11 @@ class Magi1VideoToVideo(_Sized):
                     min=0.5,
                     max=30.0,
                     step=0.5,
-                    tooltip="How much of the end is looked at. One or two seconds hold movement and look; more takes longer.",
+                    tooltip="How much of the end the model sees. One or two seconds hold movement and look; more takes longer.",
                 ),
                 io.Combo.Input(
                     "size",
-                    options=[*_SIZES, _OWN],
+                    options=[*_SIZES, _FROM_IMAGE],
                     default="540p",
                     tooltip=f"{_SIZE_TIP} Keeps the clip's shape. Latents keep their own size.",
                 ),
@@ -169,18 +173,18 @@ class Magi1VideoToVideo(_Sized):
         fps: float = 24.0,
         vae: Any = None,
     ) -> io.NodeOutput:
-        """Takes the end, and encodes it where it is not latents already."""
+        """Returns the latents of the clip's end, (1, 16, T, height / 8, width / 8): encoded, or cut from a LATENT."""
         if isinstance(video, dict):
             return io.NodeOutput(media.latent_tail(video, continue_seconds))
         if vae is None:
             raise MagiError("A video has to be encoded. Connect a MAGI-1 VAE Loader to vae.")
         source = media.Clip.of(video, fps)
-        target = _choose(size, width, height, source.width / source.height, own=(source.height, source.width))
+        target = _target_size(size, width, height, source.width / source.height, (source.height, source.width))
         progress = NodeProgress(cls.hidden.unique_id, read=0.2, load=0.2, encode=0.6)
-        frames = source.read(*target, fit, continue_seconds, lambda *_: progress.at("read", 0))
-        if len(frames) < media.LEAST:
+        frames = source.read(*target, fit, continue_seconds, lambda *_: progress.move("read", 0))
+        if len(frames) < media.MIN_FRAMES:
             raise MagiError(
-                f"The clip has {len(frames)} frames at 24 per second; {media.LEAST} are needed to see a movement. "
+                f"The clip has {len(frames)} frames at 24 per second; {media.MIN_FRAMES} are needed to see a movement. "
                 "For a single picture use MAGI-1 Image to Video."
             )
         # Whole latents that end where the clip ends: frames too many are dropped at the beginning.
@@ -188,20 +192,21 @@ class Magi1VideoToVideo(_Sized):
 
 
 def _encoded(vae: Any, frames: torch.Tensor, progress: NodeProgress) -> dict[str, torch.Tensor]:
-
-    report = progress.phase("encode", f"encoding {frames.shape[2]}x{frames.shape[1]}")
+    on_progress = progress.phase("encode", f"encoding {frames.shape[2]}x{frames.shape[1]}")
     with host.device_work("encoding", "Close what else uses it, or encode with ComfyUI's own VAE Encode (Tiled)."):
         loaded = magi_vae(vae).loaded(Tiling(), progress.phase("load", "loading the VAE"))
-        samples = loaded.encode(to_model(frames), progress=report)
-    progress.say(
+        samples = loaded.encode(to_model(frames), progress=on_progress)
+    progress.show_text(
         f"{frames.shape[2]}x{frames.shape[1]}, {samples.shape[2]} latent frame{'s' * (samples.shape[2] > 1)}",
         at_once=True,
     )
     return {"samples": samples}
 
 
-def _choose(size: str, width: int, height: int, aspect: float, own: tuple[int, int] | None = None) -> tuple[int, int]:
-    """(height, width) to make."""
+def _target_size(
+    size: str, width: int, height: int, aspect: float, own: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Returns the (height, width) to make; `own` is that of the picture or clip."""
     if width or height:
         return complete_size(height or None, width or None, aspect)
-    return nearest_size(*own) if size == _OWN and own else size_for(size, aspect)
+    return nearest_size(*own) if size == _FROM_IMAGE and own else size_for(size, aspect)

@@ -18,7 +18,7 @@ class Magi1VAEDecode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
+        """Returns the node's inputs and outputs."""
         return schema.schema(
             node_id="Magi1VAEDecode",
             display_name="MAGI-1 VAE Decode",
@@ -40,7 +40,7 @@ class Magi1VAEDecode(io.ComfyNode):
                         min=64,
                         max=1024,
                         step=32,
-                        tooltip="Pixels of a tile's side. 256 is what MAGI-1 was published with; smaller takes less memory, and is used by itself where memory runs out.",
+                        tooltip="Pixels of a tile's side. 256 is what MAGI-1 was published with; smaller takes less memory, and is used automatically where memory runs out.",
                     )
                 ),
                 schema.advanced(
@@ -63,7 +63,7 @@ class Magi1VAEDecode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, tile_size: int | None = None, tile_frames: int | None = None) -> bool | str:
-        """Refuses tiles that cannot be."""
+        """Returns True, or what is wrong with the tiles, before anything runs."""
         try:
             Tiling(tile_frames or 12, tile_size or 256)
         except MagiError as error:
@@ -74,44 +74,46 @@ class Magi1VAEDecode(io.ComfyNode):
     def execute(
         cls, samples: dict[str, Any], vae: Any, before: Any = None, tile_size: int = 256, tile_frames: int = 12
     ) -> io.NodeOutput:
-        """Decodes into one tensor, with the clip before it where there is one."""
+        """Returns the frames as one IMAGE batch, after those of `before` where it is connected, and a VIDEO of them."""
         latents, tiling = media.check_latent(samples), Tiling(tile_frames, tile_size)
-        chosen = None if tiling == Tiling() else tiling  # the published one gives way where memory is short
+        chosen = (
+            None if tiling == Tiling() else tiling
+        )  # None: the published one, or a smaller one where memory is short
         made, height, width = 4 * latents.shape[2], 8 * latents.shape[3], 8 * latents.shape[4]
         progress, clock = NodeProgress(cls.hidden.unique_id, read=0.05, load=0.1, decode=0.85), Clock()
         clip = None
         if before is not None:
-            clip = media.Clip.of(before).read(height, width, "crop", progress=lambda *_: progress.at("read", 0))
+            clip = media.Clip.of(before).read(height, width, "crop", progress=lambda *_: progress.move("read", 0))
         first = 0 if clip is None else len(clip)
-        frames = _room_for(first + made, height, width)
+        frames = _empty_batch(first + made, height, width)
         if clip is not None:
             torch.div(clip, 255, out=frames[:first])
 
-        def report(done: int, total: int) -> None:
-            progress.at("decode", done / total)
-            progress.say(f"decoding {made} frames: {done / total:.0%}{clock.left(done / total)}")
+        def on_progress(done: int, total: int) -> None:
+            progress.move("decode", done / total)
+            progress.show_text(f"decoding {made} frames: {done / total:.0%}{clock.left(done / total)}")
 
         with host.device_work(
             f"decoding tiles of {tile_size} pixels and {tile_frames} frames",
             "Use a tile_size of 128, or tile_frames of 4.",
         ):
             loaded = magi_vae(vae).loaded(chosen, progress.phase("load", "loading the VAE"))
-            at = first
-            for part in decoded(loaded, latents, chosen, report):
-                frames[at : at + len(part)] = part
-                at += len(part)
-                progress.at("decode", (at - first) / made, part[-1].mul(255).round().to(torch.uint8).cpu())
-        progress.say(f"{len(frames)} frames, {len(frames) / media.FPS:g} s, {width}x{height}", at_once=True)
+            end = first
+            for part in decoded(loaded, latents, chosen, on_progress):
+                frames[end : end + len(part)] = part
+                end += len(part)
+                progress.move("decode", (end - first) / made, part[-1].mul(255).round().to(torch.uint8).cpu())
+        progress.show_text(f"{len(frames)} frames, {len(frames) / media.FPS:g} s, {width}x{height}", at_once=True)
         components = Types.VideoComponents(images=frames, frame_rate=Fraction(media.FPS))
         return io.NodeOutput(frames, InputImpl.VideoFromComponents(components))
 
 
-def _room_for(count: int, height: int, width: int) -> torch.Tensor:
-    """An empty IMAGE batch."""
+def _empty_batch(count: int, height: int, width: int) -> torch.Tensor:
+    """Returns an empty IMAGE batch, float32 (count, height, width, 3). Raises MagiError if it does not fit in RAM."""
     media.check_room(
         count,
         height,
         width,
-        "Make a shorter video, save its latents, and go on from them in parts (MAGI-1 Video to Video).",
+        "Make a shorter video, save its latents, and continue from them in parts (MAGI-1 Video to Video).",
     )
     return torch.empty(count, height, width, 3)

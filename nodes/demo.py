@@ -12,7 +12,7 @@ class Magi1DemoImage(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
+        """Returns the node's inputs and outputs."""
         return schema.schema(
             node_id="Magi1DemoImage",
             display_name="MAGI-1 Demo Image",
@@ -24,5 +24,5 @@ class Magi1DemoImage(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        """Reads it."""
+        """Returns the photo as an IMAGE batch of one."""
         return io.NodeOutput(media.images_of(read_image(DEMO_IMAGE)))

@@ -16,7 +16,7 @@ class Magi1Extension(ComfyExtension):
     """The pack's nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """All of them."""
+        """Returns the classes of all nodes, in the order of the menu."""
         return [
             Magi1ModelLoader,
             Magi1MemoryOptions,
@@ -34,6 +34,6 @@ class Magi1Extension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> Magi1Extension:
-    """Called once by ComfyUI."""
+    """Registers the folder for models and returns the list of nodes; ComfyUI calls it once."""
     host.register_folder()
     return Magi1Extension()

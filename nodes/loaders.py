@@ -18,7 +18,7 @@ from ..magi.transformer.compiled import check_compile
 from ..magi.transformer.weights import Precision
 from ..magi.vae.video_vae import load_vae
 from .comfyui import host, menus, schema
-from .comfyui.memory import Managed
+from .comfyui.memory import WholeModelPatcher
 from .comfyui.models import Encoder, MagiTransformer, Model
 from .comfyui.vae import manage_vae
 
@@ -33,7 +33,7 @@ class Magi1ModelLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
+        """Returns the node's inputs and outputs."""
         return schema.schema(
             node_id="Magi1ModelLoader",
             display_name="MAGI-1 Model Loader",
@@ -59,7 +59,7 @@ class Magi1ModelLoader(io.ComfyNode):
                     options=list(_VARIANT),
                     default="auto",
                     tooltip=(
-                        "Base models take three passes a step, distilled ones one. auto: as the file or its folder says; "
+                        "Base models take three passes per step, distilled ones one. auto: as the file or its folder says; "
                         "choose only where it cannot tell. The wrong one ruins the picture."
                     ),
                 ),
@@ -88,12 +88,12 @@ class Magi1ModelLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model: str | None = None) -> bool | str:
-        """Refuses missing and wrong files before anything runs."""
+        """Returns True, or what is missing or wrong with the file, before anything runs."""
         return _problem(_check_model, model)
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None = None, **others: Any) -> Any:
-        """A file that was replaced is another one."""
+        """Returns names, sizes and times of the files, so that one that was replaced is read again."""
         return _fingerprint(menus.find_model, model)
 
     @classmethod
@@ -106,17 +106,23 @@ class Magi1ModelLoader(io.ComfyNode):
         memory: Any = None,
         compile: bool = False,
     ) -> io.NodeOutput:
-        """Reads headers."""
-        path, kept = menus.find_model(model), _PRECISION[precision]
+        """Returns the model, of whose files only the headers are read."""
+        path = menus.find_model(model)
         config = check_transformer(
-            path, distilled=_VARIANT[variant], device=host.device(), precision=kept, attention=attention
+            path,
+            distilled=_VARIANT[variant],
+            device=host.device(),
+            precision=_PRECISION[precision],
+            attention=attention,
         )
         if compile:
             check_compile(host.device())
-        held = MagiTransformer(path, config, kept, attention, memory or MemoryOptions(), compile)
+        transformer = MagiTransformer(
+            path, config, _PRECISION[precision], attention, memory or MemoryOptions(), compile
+        )
         found = menus.special_tokens_of(path)
-        tokens = SpecialTokens.load(found) if found else None  # a sampler that needs them says so
-        return io.NodeOutput(Model(model, config, tokens, Managed(held)))
+        tokens = SpecialTokens.load(found) if found else None  # where a sampler needs them, it names what is missing
+        return io.NodeOutput(Model(model, config, tokens, WholeModelPatcher(transformer)))
 
 
 class Magi1MemoryOptions(io.ComfyNode):
@@ -124,7 +130,7 @@ class Magi1MemoryOptions(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
+        """Returns the node's inputs and outputs."""
         return schema.schema(
             node_id="Magi1MemoryOptions",
             display_name="MAGI-1 Memory Options",
@@ -165,7 +171,7 @@ class Magi1MemoryOptions(io.ComfyNode):
     def execute(
         cls, budget_gb: float, streaming: str, pinned_memory: str, cache: Literal["auto", "device", "host"]
     ) -> io.NodeOutput:
-        """Hands them on."""
+        """Returns the options."""
         budget = round(budget_gb * 1e9) or None
         return io.NodeOutput(MemoryOptions(budget, _SWITCH[streaming], _SWITCH[pinned_memory], cache))
 
@@ -175,7 +181,7 @@ class Magi1VAELoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
+        """Returns the node's inputs and outputs."""
         return schema.schema(
             node_id="Magi1VAELoader",
             display_name="MAGI-1 VAE Loader",
@@ -201,18 +207,17 @@ class Magi1VAELoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, vae: str | None = None) -> bool | str:
-        """Refuses missing and wrong files before anything runs."""
+        """Returns True, or what is missing or wrong with the file, before anything runs."""
         return _problem(_check_vae, vae)
 
     @classmethod
     def fingerprint_inputs(cls, vae: str | None = None, **others: Any) -> Any:
-        """A file that was replaced is another one."""
+        """Returns names, sizes and times of the files, so that one that was replaced is read again."""
         return _fingerprint(menus.find_vae, vae)
 
     @classmethod
     def execute(cls, vae: str, precision: str = "auto") -> io.NodeOutput:
-        """Reads the header."""
-
+        """Returns the VAE, of whose file only the header is read."""
         auto = torch.float32 if vae == menus.EMBEDDED else torch.bfloat16
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         return io.NodeOutput(manage_vae(menus.find_vae(vae), dtypes.get(precision, auto)))
@@ -223,7 +228,7 @@ class Magi1TextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
+        """Returns the node's inputs and outputs."""
         return schema.schema(
             node_id="Magi1TextEncoderLoader",
             display_name="MAGI-1 Text Encoder Loader",
@@ -242,14 +247,14 @@ class Magi1TextEncoderLoader(io.ComfyNode):
                     "device",
                     options=["cpu", "gpu"],
                     default="cpu",
-                    tooltip="cpu needs no graphics memory and takes up to a minute a prompt; gpu needs room for the whole encoder.",
+                    tooltip="cpu needs no graphics memory and takes up to a minute per prompt; gpu is faster; an encoder that does not fit there is copied over layer by layer.",
                 ),
                 schema.advanced(
                     io.Combo.Input(
                         "precision",
                         options=["fp32", "bf16"],
                         default="fp32",
-                        tooltip="What is computed in. fp32 is what MAGI-1 was published with; bf16 takes half the memory.",
+                        tooltip="The type to compute in. fp32 is what MAGI-1 was published with; bf16 takes half the memory.",
                     )
                 ),
             ],
@@ -258,18 +263,17 @@ class Magi1TextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, encoder: str | None = None) -> bool | str:
-        """Refuses missing and wrong files before anything runs."""
+        """Returns True, or what is missing or wrong with the file, before anything runs."""
         return _problem(_check_encoder, encoder)
 
     @classmethod
     def fingerprint_inputs(cls, encoder: str | None = None, **others: Any) -> Any:
-        """A file that was replaced is another one."""
+        """Returns names, sizes and times of the files, so that one that was replaced is read again."""
         return _fingerprint(lambda name: menus.find_encoder(name)[0], encoder)
 
     @classmethod
     def execute(cls, encoder: str, device: str, precision: str = "fp32") -> io.NodeOutput:
-        """Finds the tokenizer too."""
-
+        """Returns where the encoder and its tokenizer are and how to run them; nothing is read."""
         path, tokenizer = menus.find_encoder(encoder)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         where = host.device() if device == "gpu" else torch.device("cpu")
@@ -277,7 +281,7 @@ class Magi1TextEncoderLoader(io.ComfyNode):
 
 
 def _problem(check: Callable[[str], None], name: str | None) -> bool | str:
-    """True, or what is wrong; a name that comes over a link is None before the graph runs."""
+    """Returns True, or what `check` finds wrong; a name that comes over a link is None before the graph runs."""
     try:
         if name is not None:
             check(name)
@@ -287,9 +291,8 @@ def _problem(check: Callable[[str], None], name: str | None) -> bool | str:
 
 
 def _check_model(name: str) -> None:
-
     path = menus.find_model(name)
-    # Where the file does not tell base from distilled, the other input does, which is looked at when the node runs.
+    # Where the file does not tell base from distilled, the input `variant` does, which is checked when the node runs.
     check_transformer(path, distilled=False if recognise(path).distilled is None else None)
     found = menus.special_tokens_of(path)
     if found:
@@ -297,21 +300,19 @@ def _check_model(name: str) -> None:
 
 
 def _check_vae(name: str) -> None:
-
     load_vae(menus.find_vae(name), "meta")
 
 
 def _check_encoder(name: str) -> None:
-
     path, tokenizer = menus.find_encoder(name)
     if menus.is_known(path, tokenizer):
-        return  # its prompts may all be in the cache; encoding another one says that it is away
+        return  # all prompts may be in the cache; encoding another one tells that the files are missing
     read_t5(path)
     find_tokenizer(path, tokenizer)
 
 
 def _fingerprint(find: Callable[[str], Path], name: str | None) -> list[tuple[str, int, int]]:
-    """Name, size and time of every file; nothing where there is none, which validation has told."""
+    """Returns name, size and time of every file; an empty list where there is none, which validation reports."""
     try:
         path = find(name or menus.EMBEDDED)
     except MagiError:

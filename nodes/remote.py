@@ -172,14 +172,14 @@ class Magi1Remote(io.ComfyNode):
         def work(left: Callable[[], bool]) -> RemoteVideo:
             def show(phase: str, part: float, text: str) -> None:
                 try:
-                    progress.at(phase, part)
+                    progress.move(phase, part)
                 except host.Interrupted:
                     raise Cancelled from None
                 if cancelled():
                     raise Cancelled
                 if left():
                     raise _LeftError
-                progress.say(text)
+                progress.show_text(text)
 
             def take(path: Path, facts: Facts) -> None:
                 images.append(_frames(path, facts, lambda part: show("frames", part, f"taking the frames, {part:.0%}")))
@@ -190,11 +190,11 @@ class Magi1Remote(io.ComfyNode):
         try:
             made = await in_thread(work)
         except Cancelled:
-            progress.say(
+            progress.show_text(
                 "Cancelled. A task that was not finished is deleted, as far as the service does that.", at_once=True
             )
             raise host.Interrupted from None
-        progress.say(" ".join([f"{made.facts}, task {made.task_id}.", *made.notes]), at_once=True)
+        progress.show_text(" ".join([f"{made.facts}, task {made.task_id}.", *made.notes]), at_once=True)
         return io.NodeOutput(InputImpl.VideoFromFile(str(made.path)), images[0], made.task_id, made.url)
 
 

@@ -1,4 +1,4 @@
-"""Prompts to text embeddings: by our own T5 or a native CLIP, kept on disk, one for all or one a second."""
+"""Prompts to text embeddings: by our own T5 or a native CLIP, kept on disk; one prompt for all, or one per second."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from .comfyui.progress import NodeProgress
 _ONE, _LINES = "one prompt", "one line a second"
 _MOTION = {"any": (), "static": ("static",), "dynamic": ("dynamic",)}
 _LOOK = {"any": (), "3D model": ("3d_model",), "2D anime": ("2d_anime",)}
-_OURS = "magi1"  # in a conditioning's options: what the sampler puts in front of the text
+_OURS = "magi1"  # in a conditioning's options: the tokens that the sampler puts in front of the text
 
 
 class Magi1TextEncode(io.ComfyNode):
@@ -24,7 +24,7 @@ class Magi1TextEncode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        """Inputs and outputs."""
+        """Returns the node's inputs and outputs."""
         return schema.schema(
             node_id="Magi1TextEncode",
             display_name="MAGI-1 Text Encode",
@@ -90,7 +90,7 @@ class Magi1TextEncode(io.ComfyNode):
         duration_tokens: bool = True,
         clean_prompt: bool = True,
     ) -> io.NodeOutput:
-        """Encodes."""
+        """Returns a CONDITIONING with an entry per prompt, each (1, tokens, 4096)."""
         texts = [line for line in prompt.splitlines() if line.strip()] if schedule == _LINES else []
         texts = texts or [prompt]
         progress = NodeProgress(cls.hidden.unique_id, load=0.5, encode=0.5)
@@ -98,22 +98,21 @@ class Magi1TextEncode(io.ComfyNode):
             embeds = _encode(encoder, texts, clean_prompt, progress)
         else:
             embeds = encode_with_clip(encoder, texts, clean_prompt, progress)
-        progress.at("encode", 1)
+        progress.move("encode", 1)
         blank = "" if all(len(e) for e in embeds) else ", an empty one: that part is made without text"
-        progress.say(f"{len(embeds)} prompt{'s' * (len(embeds) > 1)} encoded{blank}", at_once=True)
+        progress.show_text(f"{len(embeds)} prompt{'s' * (len(embeds) > 1)} encoded{blank}", at_once=True)
         styles = (*(["hq"] * high_quality), *_MOTION[motion], *_LOOK[look], *(["borderness"] * borders))
         options = {_OURS: {"styles": styles, "durations": duration_tokens}}
         return io.NodeOutput([[e[None], dict(options)] for e in embeds])
 
 
 def _encode(encoder: Encoder, texts: list[str], clean: bool, progress: NodeProgress) -> list[torch.Tensor]:
-
     loading = True
 
-    def report(done: int, total: int) -> None:
-        nonlocal loading  # the count starts anew when T5 is there and encoding begins
-        progress.at("load" if loading else "encode", done / total)
-        progress.say(f"{'loading' if loading else 'running'} the text encoder: {done / total:.0%}")
+    def on_progress(done: int, total: int) -> None:
+        nonlocal loading  # the count starts again at 0 when T5 is loaded and encoding begins
+        progress.move("load" if loading else "encode", done / total)
+        progress.show_text(f"{'loading' if loading else 'running'} the text encoder: {done / total:.0%}")
         loading = loading and done < total
 
     return encode_prompts(
@@ -124,26 +123,27 @@ def _encode(encoder: Encoder, texts: list[str], clean: bool, progress: NodeProgr
         clean=clean,
         device=encoder.device,
         dtype=encoder.dtype,
-        progress=report,
+        progress=on_progress,
         make_room=_make_room,
     )
 
 
 def _make_room(nbytes: int) -> None:
-    """Has ComfyUI evict what it must for T5, or for little where all of T5 cannot fit anyway: it is streamed then."""
+    """Has ComfyUI evict models for T5: for all of its weights, or where they cannot fit, for streaming them."""
     usable = host.usable_memory()
     host.make_room(nbytes if usable is None or nbytes <= usable else WORKING_BYTES)
 
 
 def captions_of(text: list[Any]) -> tuple[list[Caption], tuple[str, ...], bool]:
-    """The captions in a CONDITIONING, one a second, and what is to stand in front of them: styles, durations.
+    """Returns the captions in a CONDITIONING, one per second, its style tokens, and whether it has duration tokens.
 
-    Conditionings of native nodes serve too: padding that their mask leaves out is cut off.
+    Conditionings of native nodes are taken too: padding outside their attention mask is cut off, the tokens are the
+    defaults.
     """
     captions = []
     for embeds, options in text:
         mask = options.get("attention_mask")
-        rows = embeds[0] if mask is None else embeds[0][mask[0].to(embeds.device).bool()]
-        captions.append(Caption(rows.float().cpu()))
+        tokens = embeds[0] if mask is None else embeds[0][mask[0].to(embeds.device).bool()]
+        captions.append(Caption(tokens.float().cpu()))
     ours = text[0][1].get(_OURS, {"styles": ("hq",), "durations": True}) if text else {}
     return captions, tuple(ours.get("styles", ())), bool(ours.get("durations", True))

@@ -1,8 +1,8 @@
 """One safetensors file, mapped read-only.
 
-The safetensors library maps files privately and writably, which counts against the machine's memory: a system may refuse
-to map a file larger than its RAM. Reading such files is the point here, so the map is made by hand. The format is an
-8-byte length, a JSON header of that length, and the tensors.
+The safetensors library maps files privately and writably, which counts against the machine's memory: a system may
+refuse to map a file larger than its RAM. Reading such files is the point here, so the map is made by hand. The format
+is an 8-byte length, a JSON header of that length, and the tensors.
 """
 
 import json
@@ -39,7 +39,7 @@ _LONGEST_HEADER = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of one tensor. `dtype` is the header's spelling (F32, BF16, F8_E4M3 ...)."""
+    """One tensor by a file's header. `dtype` is the header's spelling (F32, BF16, F8_E4M3 ...)."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -47,7 +47,8 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file. Spellings end in their bits (BF16) or name them (F8_E4M3)."""
+        """Returns its bytes in the file."""
+        # A spelling begins with its kind and bits: BF16, F8_E4M3
         bits = {"BOOL": 8}.get(self.dtype) or int("".join(c for c in self.dtype.split("_")[0] if c.isdigit()))
         return math.prod(self.shape) * bits // 8
 
@@ -57,11 +58,11 @@ class TensorSource(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Header of every tensor by name."""
+        """Returns the header of every tensor by name."""
         ...
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored, on the CPU; not to be written to."""
+        """Returns the tensor as stored, on the CPU; it must not be written to."""
         ...
 
 
@@ -74,7 +75,7 @@ class TensorFaults(NamedTuple):
 
 
 def compare_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> TensorFaults:
-    """What is wrong with the tensors `found`, name -> shape, each list in the order of its origin."""
+    """Returns the names of tensors that are missing, unexpected or of another shape than is wanted."""
     return TensorFaults(
         missing=[name for name in wanted if name not in found],
         unexpected=[name for name in found if name not in wanted],
@@ -83,7 +84,7 @@ def compare_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tu
 
 
 def first_few(names: Sequence[str]) -> str:
-    """The first three names, for a message."""
+    """Returns the first three names, for a message."""
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
@@ -128,7 +129,7 @@ class MappedFile:
             info = TensorInfo(tuple(int(n) for n in entry["shape"]), str(entry["dtype"]), self.path)
             start, end = (data + int(offset) for offset in entry["data_offsets"])
             if not data <= start <= end or end - start != info.nbytes or min(info.shape, default=0) < 0:
-                raise ValueError(f"the tensor {name!r} is said to be where it cannot be")
+                raise ValueError(f"the tensor {name!r} has offsets that cannot be")
             self.tensors[name] = info
             self._starts[name] = start
             end_of_all = max(end_of_all, end)
@@ -136,7 +137,7 @@ class MappedFile:
             raise ValueError(f"its tensors end at byte {end_of_all:,}")
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored. The map is read-only: writing to the tensor ends the process.
+        """Returns the tensor as stored, a read-only view of the map on the CPU: writing to it ends the process.
 
         Raises:
             MagiError: torch has no such type.
@@ -153,6 +154,6 @@ class MappedFile:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable")
             raw = torch.frombuffer(self._map, dtype=torch.uint8, count=info.nbytes, offset=self._starts[name])
-        if raw.data_ptr() % dtype.itemsize:  # allowed by the format, if unusual
+        if raw.data_ptr() % dtype.itemsize:  # unaligned, which the format allows
             raw = raw.clone()
         return raw.view(dtype).reshape(info.shape)

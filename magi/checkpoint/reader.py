@@ -18,7 +18,7 @@ from .mapped_file import MappedFile, TensorInfo
 
 
 def find_weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the file itself, or a folder's index, single file or shards.
+    """Returns the safetensors files of a checkpoint: the file itself, a folder's single one, or the shards of an index.
 
     Raises:
         MagiError: nothing is there, the folder holds no or several checkpoints, or a shard is missing.
@@ -49,7 +49,7 @@ def find_weight_files(path: str | Path) -> list[Path]:
 
 
 def indexed_files(index: Path, *others: Path) -> list[Path]:
-    """The files that a checkpoint's index names.
+    """Returns the files that a checkpoint's index names.
 
     Raises:
         MagiError: there are several indices (`others`), it is unreadable, or a file that it names is missing.
@@ -73,13 +73,13 @@ def indexed_files(index: Path, *others: Path) -> list[Path]:
 
 
 class Checkpoint:
-    """Tensors by name over one or more mapped safetensors files. Use as a context manager, or keep it as long as its tensors."""
+    """Tensors by name over one or more mapped safetensors files; a context manager. Its tensors outlive it."""
 
     def __init__(self, path: str | Path) -> None:
         """Maps the files of `path` (file, folder or index) and reads their headers only.
 
         Raises:
-            MagiError: a file is empty, truncated, unreadable or not safetensors, or a name stands in two files.
+            MagiError: a file is missing, empty, truncated, unreadable or not safetensors, or a name is in two files.
         """
         self.path = Path(path).expanduser()
         self.files = find_weight_files(self.path)
@@ -111,7 +111,7 @@ class Checkpoint:
         self.close()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor as stored: a view of the mapped file on the CPU. Writing to it ends the process.
+        """Returns the tensor as stored: a view of the mapped file on the CPU. Writing to it ends the process.
 
         Raises:
             MagiError: torch has no such type.
@@ -120,11 +120,11 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Size of the files in bytes."""
+        """Returns the bytes of all files."""
         return sum(file.stat().st_size for file in self.files)
 
     def fingerprint(self) -> str:
-        """64 hexadecimal digits that tell these weights from others, wherever they lie: of headers, sizes and samples.
+        """Returns 64 hexadecimal digits that identify these weights, wherever they lie: of headers, sizes and samples.
 
         Raises:
             MagiError: a file cannot be read any more.
@@ -137,5 +137,5 @@ class Checkpoint:
         return hashlib.sha256(json.dumps([header, files]).encode()).hexdigest()
 
     def close(self) -> None:
-        """Lets go of the files. Tensors handed out stay valid: they hold the map."""
+        """Closes the files. Tensors that were returned stay valid: they keep their map open."""
         self._maps.clear()

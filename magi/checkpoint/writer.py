@@ -1,7 +1,7 @@
 """Checkpoints written tensor by tensor, so that a file may be far larger than memory.
 
-The safetensors library wants all tensors at once. Its format is an 8-byte length, a JSON header padded to a multiple of 8
-bytes, and the tensors without gaps, the widest types first, which keeps every one of them aligned.
+The safetensors library wants all tensors at once. Its format is an 8-byte length, a JSON header padded to a multiple of
+8 bytes, and the tensors without gaps, the widest types first, which keeps every one of them aligned.
 """
 
 import json
@@ -63,20 +63,21 @@ def write_checkpoint(
 ) -> list[Path]:
     """Writes all tensors of a source, holding one at a time.
 
-    Files carry partial names until every one of them is complete and on the disk; whatever ends the work before leaves no
-    file behind.
+    Files carry partial names until every one of them is complete and on the disk; whatever ends the work before leaves
+    no file behind.
 
     Args:
         source: the tensors; each is asked for once.
-        target: a path that ends in .safetensors, or a folder, which is made: model.safetensors in it, or shards and an index.
+        target: a path that ends in .safetensors, or a folder, which is made: model.safetensors in it, or shards and an
+            index.
         metadata: of each file.
-        beside: what else belongs into the folder, by name; means nothing for a single file.
+        beside: other files of the folder, bytes by name; ignored for a single file.
         shard_bytes: most bytes of tensors in a file; a larger tensor has one to itself. None: all in one.
         overwrite: whether a checkpoint at `target` may be replaced; until the new one is complete it stays as it is.
-        progress: what it raises ends the work.
+        progress: called with (bytes written, bytes); what it raises ends the work.
 
     Returns:
-        The files, the index excepted.
+        The safetensors files, without the index.
 
     Raises:
         MagiError: the target is there, the disk has too little room or cannot be written.
@@ -97,7 +98,7 @@ def write_checkpoint(
     _check_room(folder, total + sum(map(len, extras.values())))
     try:
         _write(source, files, extras, total, progress)
-        if in_folder and overwrite:  # of the one before
+        if in_folder and overwrite:  # files of the checkpoint that was there before
             for file in (*folder.glob(_SHARDS), folder / _SINGLE, folder / _INDEX):
                 if file.name not in {*names, *extras}:
                     file.unlink(missing_ok=True)
@@ -135,7 +136,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def _groups(tensors: Mapping[str, TensorInfo], most: int | None) -> list[dict[str, TensorInfo]]:
-    """The tensors file by file; in a file the widest types stand first, and names follow one another, as the library has it."""
+    """Splits the tensors into files of at most `most` bytes; in each the widest types come first, then by name."""
     groups: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, info in tensors.items():
@@ -192,7 +193,7 @@ def _write(
         for name, content in extras.items():
             with partial(folder / name).open("wb") as stream:
                 stream.write(content)
-        for written in made.values():  # all of them before the first gets its name: the disk may turn out to be full
+        for written in made.values():  # all of them before the first is renamed: the disk may turn out to be full
             sync_file(written)
         for path, written in made.items():
             put_in_place(written, path)

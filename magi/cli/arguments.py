@@ -1,4 +1,4 @@
-"""Sizes as they are typed: of pictures and of memory."""
+"""Sizes as they are typed on the command line: of pictures and of memory."""
 
 import re
 
@@ -9,7 +9,11 @@ _UNITS = {"MB": 10**6, "GB": 10**9}
 
 
 def parse_size(text: str) -> tuple[int, int] | str:
-    """(height, width) of "1280x720", or the name of an area such as "480p"."""
+    """Returns (height, width) in pixels of "1280x720"; or the name of an area, such as "480p", as it is.
+
+    Raises:
+        MagiError: the text is neither.
+    """
     if text in AREAS:
         return text
     match = re.fullmatch(r"(\d+)[x×*](\d+)", text.strip().lower())
@@ -21,7 +25,11 @@ def parse_size(text: str) -> tuple[int, int] | str:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "5GB" or "500MB"."""
+    """Returns the bytes of "5GB" or "500MB", in units of 1000.
+
+    Raises:
+        MagiError: the text is no such size, or 0.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG]B)", text.strip().upper())
     nbytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if not nbytes:

@@ -1,4 +1,4 @@
-"""`python -m magi demo`: everything at once, with nothing downloaded."""
+"""`python -m magi demo`: `generate` with the embedded model and a photo; nothing is downloaded."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ _PROMPT = "A ginger cat looks around, close-up, soft light"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `demo` understands: the content of `generate`, with defaults."""
+    """Adds the options of `demo`: those of `generate` for the content, with defaults."""
     parser.epilog = (
         "The embedded model is set up by hand to repeat what it sees, and nothing in it is trained. "
         "It runs through exactly the code that the real weights run through."

@@ -26,7 +26,7 @@ DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `generate` understands."""
+    """Adds the options of `generate`."""
     files = parser.add_argument_group("model")
     files.add_argument(
         "--model", help=f"one of {', '.join(PRESETS)}, or a file or folder (default: the embedded demo model)"
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--text-encoder", help="T5 v1.1 XXL, file or folder (default: below --models)")
     files.add_argument("--tokenizer", help="folder or file, where it is not beside the text encoder")
     files.add_argument("--special-tokens", help="special_tokens.npz (default: below --models)")
-    files.add_argument("--config", help="official JSON config (default: told from the file)")
+    files.add_argument("--config", help="official JSON config (default: recognised from the file)")
     files.add_argument(
         "--variant",
         choices=("auto", "base", "distill"),
@@ -81,16 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_content_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the video shows and where it goes."""
+    """Adds the options for what the video shows and where it is written."""
     content = parser.add_argument_group("content")
-    content.add_argument("--prompt", action="append", help="what to show; repeat it for one prompt a second")
+    content.add_argument("--prompt", action="append", help="what to show; repeat it for one prompt per second")
     content.add_argument("--image", help="picture to start from")
-    content.add_argument("--video", help="video to go on from")
+    content.add_argument("--video", help="video to continue")
     content.add_argument(
         "--continue-seconds",
         type=float,
         default=2.0,
-        help="how much of the video's end to look at (default: %(default)s)",
+        help="how much of the video's end the model sees (default: %(default)s)",
     )
     length = content.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="length, rounded up to whole seconds (default: 4)")
@@ -106,7 +106,7 @@ def add_content_arguments(parser: argparse.ArgumentParser) -> None:
         help="how an input of another shape is fitted (default: %(default)s)",
     )
     content.add_argument("--seed", type=int, default=0, help="another number, another video (default: %(default)s)")
-    content.add_argument("--steps", type=int, help="denoising steps a chunk (default: the model's)")
+    content.add_argument("--steps", type=int, help="denoising steps per chunk (default: the model's)")
     content.add_argument("--window", type=int, help="chunks denoised at a time (default: the model's)")
     content.add_argument("--style", nargs="*", choices=STYLES, default=["hq"], help="style tokens (default: hq)")
     content.add_argument("--no-duration", action="store_true", help="do not tell the model how long the video is")
@@ -120,7 +120,7 @@ def add_content_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the file if it is there, and begin an unfinished run anew",
+        help="replace the file if it is there, and start over where an unfinished run is kept",
     )
     kept = out.add_mutually_exclusive_group()
     kept.add_argument(
@@ -134,12 +134,12 @@ def add_content_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=SAVE_SECONDS / 60,
         metavar="N",
-        help="save the state, beside OUT in a folder .run, after every chunk and every N minutes (default: %(default)g)",
+        help="save the run's state, in a folder .run beside OUT, after every chunk and every N minutes (default: %(default)g)",
     )
 
 
 def add_device_arguments(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
-    """Adds where to compute."""
+    """Adds the option for the device to compute on."""
     parser.add_argument("--device", help="cuda, cuda:1, xpu, mps or cpu (default: the best there is)")
 
 
@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespace) -> int:
-    """Makes the video and writes it chunk by chunk, so that whatever happens keeps what is finished."""
+    """Makes the video and writes it chunk by chunk, so that finished chunks survive an error; returns 0."""
     store = _store(args)
     plan = pipeline.plan(request, store if args.resume else None)
     runtime = plan.config.runtime
@@ -180,7 +180,7 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
         file=sys.stderr,
     )
     if args.resume:
-        print(_taken_over(store, plan), file=sys.stderr)
+        print(_resume_message(store, plan), file=sys.stderr)
     if plan.placement is not None and pipeline.device.type != "cpu":
         print(f"memory: {plan.placement.describe()}", file=sys.stderr)
     started = time.monotonic()
@@ -189,14 +189,14 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
             for clip in pipeline.run(plan, bars, store, 60 * args.state_minutes):
                 writer.write(clip.frames)
                 if store and clip.first_frame == 0:
-                    store.remember(writer.partial_path)
+                    store.note_partial(writer.partial_path)
     except BaseException:
         if writer.frames_written:
             print(f"The {writer.frames_written} frames finished so far are in {writer.partial_path}", file=sys.stderr)
         if store and store.exists:
             print(f"The run is kept in {store.folder}: the same command with --resume continues it.", file=sys.stderr)
         elif store:
-            store.discard()  # what was written before a first state failed
+            store.discard()  # files that were written before saving the first state failed
         raise
     print(f"wrote {writer.path} ({writer.frames_written} frames, {time.monotonic() - started:.0f} s)", file=sys.stderr)
     if store:
@@ -208,7 +208,11 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
 
 
 def _store(args: argparse.Namespace) -> RunStore | None:
-    """Where the run is kept, if it is. Refuses to begin anew where an unfinished one is kept, unless that is asked for."""
+    """Returns the store of the run, None where it is not kept.
+
+    Raises:
+        MagiError: an unfinished run is kept there, and neither --resume nor --overwrite is given.
+    """
     if not 0 <= args.state_minutes < float("inf"):
         raise MagiError(f"--state-minutes is {args.state_minutes:g}; it must be 0 (after every step) or more.")
     out = Path(args.out)
@@ -217,23 +221,23 @@ def _store(args: argparse.Namespace) -> RunStore | None:
     store = RunStore(out.with_suffix(".run"))
     if store.exists and not (args.resume or args.overwrite):
         raise MagiError(
-            f"There is an unfinished run in {str(store.folder)!r}. Resume it (--resume), or begin anew (--overwrite)."
+            f"There is an unfinished run in {str(store.folder)!r}. Resume it (--resume), or start over (--overwrite)."
         )
     return store
 
 
-def _taken_over(store: RunStore | None, plan: Plan) -> str:
+def _resume_message(store: RunStore | None, plan: Plan) -> str:
     if store is None or store.saved is None:
-        return "note: No state of this run is saved, so it begins with the first chunk."
+        return "note: No state of this run is saved, so it starts with the first chunk."
     finished = store.saved.finished
     return (
-        f"resuming {store.folder}: {finished} of {plan.chunks} chunks are finished and taken over"
-        f"{f', chunk {finished + 1} is begun' if finished < plan.chunks else ''}"
+        f"resuming {store.folder}: {finished} of {plan.chunks} chunks are finished"
+        f"{f', chunk {finished + 1} is in progress' if finished < plan.chunks else ''}"
     )
 
 
 def request_from(args: argparse.Namespace) -> Request:
-    """The request that the content arguments describe."""
+    """Returns the request that the content arguments describe."""
     size = parse_size(args.size) if args.size else (None, None)
     height, width = (None, None) if isinstance(size, str) else size
     return Request(
@@ -289,7 +293,7 @@ def _summary(plan: Plan) -> str:
 
 
 def _metadata(plan: Plan, pipeline: MagiPipeline) -> dict[str, str]:
-    """How the video was made, for whoever finds it later. File names only: folders are nobody's business."""
+    """Returns the video's metadata, title and settings; files by their names only, as their folders may be private."""
     request, runtime = plan.request, plan.config.runtime
     settings = {
         "model": Path(pipeline.files.transformer).name,

@@ -1,4 +1,4 @@
-"""`python -m magi inspect FILE`: what it is, its tensors, types and size, and what else it needs."""
+"""`python -m magi inspect FILE`: which model a file is, its tensors, types and size, and what else it needs."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ _T5_FILE = re.compile(r"pytorch_model.*\.bin")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `inspect` understands."""
+    """Adds the options of `inspect`."""
     parser.add_argument("file", type=Path, help="safetensors file, index or folder")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -49,7 +49,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _open(path: Path) -> Checkpoint:
-    """The checkpoint. Raises MagiError; of a file in another format it says which, where the reader takes it for a damaged one."""
+    """Opens the checkpoint.
+
+    Raises:
+        MagiError: it cannot be read; a file in another format is named as such instead of as a damaged one.
+    """
     try:
         return Checkpoint(path)
     except MagiError as error:
@@ -91,7 +95,7 @@ def _facts(checkpoint: Checkpoint, found: Recognised) -> dict[str, object]:
 
 
 def _complete(checkpoint: Checkpoint, found: Recognised) -> str:
-    assert found.model is not None  # noqa: S101 (asked before)
+    assert found.model is not None  # noqa: S101 (checked by the caller)
     try:
         check_tensors(checkpoint, found.model, "This file")
     except MagiError as error:

@@ -45,6 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """Ours are for the user, and say all that is to say."""
+    """Prints our own warnings, plain UserWarnings, as notes; those of libraries are for developers."""
     if category is UserWarning:
         print(f"note: {message}", file=sys.stderr)

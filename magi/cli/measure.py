@@ -1,4 +1,4 @@
-"""Timing a model of any size, with random weights or a file's: the sampler's own forward iterations, in the middle of a video."""
+"""Timing a model of any size, with random weights or a file's: the sampler's iterations in the middle of a video."""
 
 import platform
 import sys
@@ -50,9 +50,9 @@ class BenchSettings:
         chunks: active chunks in an iteration, at most the window; None: the window, but 1 on a CPU.
         iterations: how many to time; None: 3, but 1 on a CPU.
         warmup: iterations before them; None: 1, but 0 on a CPU.
-        offload: True fetches every layer in turn, False keeps all on the device; None: what memory allows.
+        offload: True fetches every layer in its turn, False keeps all on the device; None: what memory allows.
         budget: bytes of device memory for everything, enforced where the device can; None: what is free.
-        model: a file or folder instead of random weights: then layers may also come from there.
+        model: a file or folder instead of random weights; its layers may also be streamed from there.
         profile: also measure which share of the time goes into matrix products and attention.
     """
 
@@ -72,7 +72,8 @@ class BenchSettings:
 class BenchResult:
     """What was measured. Times in seconds, memory in bytes; peak memory is the device's, or the process's on a CPU.
 
-    `fetch_seconds` is what bringing all fetched layers to the device takes with nothing else to do; beside the work it should vanish.
+    `fetch_seconds` is what fetching all streamed layers takes with nothing else to do; beside the computing it should
+    vanish.
     """
 
     device: str
@@ -99,7 +100,7 @@ class BenchResult:
     heavy_operators: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Returns the fields as JSON values."""
         return asdict(self)
 
 
@@ -109,18 +110,18 @@ class _Enough(Exception):  # noqa: N818 (a signal)
 
 def run_bench(
     settings: BenchSettings,
-    load_progress: OnProgress | None = None,
-    heartbeat: Callable[[int, int, float], None] | None = None,
+    on_load: OnProgress | None = None,
+    on_progress: Callable[[int, int, float], None] | None = None,
 ) -> BenchResult:
     """Builds the model, brings the window to the middle of a video and times iterations.
 
     Args:
         settings: what to time.
-        load_progress: (layers made, layers).
-        heartbeat: (iterations done, iterations, fraction of the running one).
+        on_load: called with (layers loaded, layers).
+        on_progress: called with (iterations done, iterations, fraction of the running one).
 
     Raises:
-        MagiError: sizes or steps the model cannot take.
+        MagiError: the model cannot take the sizes or steps, a setting is out of range, or it does not fit the memory.
     """
     device = pick_device(settings.device)
     on_cpu = device.type == "cpu"
@@ -147,7 +148,7 @@ def run_bench(
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, settings.budget / total), device)
     source = _source(settings)
-    # Random weights would be made anew at every use if they did not wait in memory.
+    # Random weights are kept in memory, as they would have to be made again at every use.
     options = MemoryOptions(settings.budget, settings.offload, pinned=None if settings.model else True)
     sizes = weight_sizes(source.tensors, settings.config.model, device, dtype=settings.dtype)
     free = None if on_cpu else free_memory(device)
@@ -160,9 +161,7 @@ def run_bench(
         free_host=memory_beside(device),
     )
     started = time.perf_counter()
-    model = load_transformer(
-        source, settings.config, device, settings.dtype, progress=load_progress, placement=placement
-    )
+    model = load_transformer(source, settings.config, device, settings.dtype, progress=on_load, placement=placement)
     load_seconds = time.perf_counter() - started
     fetch_seconds = _fetch_all(model) if placement.streaming and not on_cpu else 0.0
     recorded: list[tuple[float, int]] = []
@@ -175,9 +174,9 @@ def run_bench(
         if len(times) > warmup + count:
             raise _Enough
 
-    def beat(fraction: float) -> None:
-        if heartbeat:
-            heartbeat(len(times) - 1, warmup + count, fraction)
+    def on_fraction(fraction: float) -> None:
+        if on_progress:
+            on_progress(len(times) - 1, warmup + count, fraction)
 
     sampler = make_sampler(
         model,
@@ -185,10 +184,10 @@ def run_bench(
         style_tokens=(),
         duration_tokens=False,
         state=_middle_of_a_video(settings.config, active, device),
-        # With fewer chunks than the window takes, no more may come: they would be timed too.
+        # With fewer chunks than the window holds, no more may enter: they would be timed too.
         num_frames=24 * (active if active < runtime.window_size else active + warmup + count),
         progress=timed,
-        heartbeat=beat,
+        heartbeat=on_fraction,
     )
     sampler.fill_cache()
     recorded.clear()
@@ -202,7 +201,7 @@ def run_bench(
     except _Enough:
         pass
     seconds = [b - a for a, b in pairwise(times)][warmup:]
-    # Iterations differ (some also take in a finished chunk): time and work must be those of the same one.
+    # Iterations differ (some also refresh a finished chunk): time and work must be those of the same one.
     typical, (flops, tokens) = sorted(zip(seconds, recorded[warmup:], strict=True))[(len(seconds) - 1) // 2]
     result = BenchResult(
         device=_device_name(device),
@@ -238,7 +237,7 @@ def _source(settings: BenchSettings) -> TensorSource:
 
 
 def _fetch_all(model: Transformer) -> float:
-    """Seconds to bring every layer to the device that does not stay there, the second time."""
+    """Returns the seconds that fetching all streamed layers takes, the second time."""
     for _ in range(2):
         synchronize(model.device)
         started = time.perf_counter()
@@ -259,12 +258,12 @@ def peak_process_memory() -> int:
 
 
 def _middle_of_a_video(config: MagiConfig, active: int, device: torch.device) -> SamplerState:
-    """A state in which `active` chunks stand in the window, with noise for latents."""
+    """Returns a state with `active` chunks in the window, their latents noise."""
     runtime = config.runtime
     size = (runtime.video_size_h // SPATIAL_DOWNSAMPLE, runtime.video_size_w // SPATIAL_DOWNSAMPLE)
     shape = (1, LATENT_CHANNELS, runtime.chunk_width, *size)
     steps = runtime.num_steps // runtime.window_size
-    # Second step of a stage: the first one also shows the model the chunk that has just been finished.
+    # The second step of a stage, as the first one also refreshes the chunk that has just been finished.
     iteration = steps * (active - 1) + min(1, steps - 1)
     return SamplerState(iteration, {c: torch.randn(shape, device=device) for c in range(active)})
 
@@ -272,12 +271,12 @@ def _middle_of_a_video(config: MagiConfig, active: int, device: torch.device) ->
 def _record_work(model: Transformer, recorded: list[tuple[float, int]]) -> None:
     forward = model.forward
 
-    def counted(passes: list[Pass], *rest: object) -> object:
+    def recording(passes: list[Pass], *rest: object) -> object:
         tokens = sum(input_tokens(model.shape, item) for p in passes for item in p.chunks)
         recorded.append((forward_flops(model.shape, passes), tokens))
         return forward(passes, *rest)  # type: ignore[arg-type]
 
-    model.forward = counted  # type: ignore[method-assign, assignment]
+    model.forward = recording  # type: ignore[method-assign, assignment]
 
 
 def _activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:
@@ -286,7 +285,7 @@ def _activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:
 
 
 def _shares(profiler: torch.profiler.profile, device: torch.device) -> dict[str, Any]:
-    """Share of matrix products and attention in all operators' own time, and the ten largest operators' shares."""
+    """Returns the share of matrix products and attention in all operators' own time, and the ten largest shares."""
     attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     own = {e.key: float(getattr(e, attribute)) for e in profiler.key_averages() if e.key.startswith("aten::")}
     total = sum(own.values())

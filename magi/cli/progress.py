@@ -4,7 +4,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from ..pipeline.pipeline import Stage
+from ..pipeline.progress import Phase
 
 _TITLES = {
     "text": "text encoder",
@@ -17,28 +17,28 @@ _FORMAT = "{desc:<20}{percentage:3.0f}%|{bar}| {n:.4g}/{total_fmt} [{elapsed}<{r
 
 
 class Bars:
-    """One bar a stage, and below the sampling one that comes and goes with the decoding of finished chunks."""
+    """One bar per phase; below that of the sampling, one that comes and goes with the decoding of finished chunks."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
 
-    def __call__(self, stage: Stage) -> None:
-        """Moves the stage's bar."""
-        for name in [n for n in self._bars if n != stage.name and not (n == "sample" and stage.name == "decode")]:
+    def __call__(self, phase: Phase) -> None:
+        """Moves the phase's bar, and closes those of earlier phases."""
+        for name in [n for n in self._bars if n != phase.name and not (n == "sample" and phase.name == "decode")]:
             self._bars.pop(name).close()
-        if stage.name not in self._bars:
-            self._bars[stage.name] = tqdm(
-                desc=_TITLES[stage.name],
-                total=stage.total,
-                initial=stage.done,  # where a resumed run stands: the time left is that of the rest
+        if phase.name not in self._bars:
+            self._bars[phase.name] = tqdm(
+                desc=_TITLES[phase.name],
+                total=phase.total,
+                initial=phase.done,  # where a resumed run stands: the time left is that of the rest
                 bar_format=_FORMAT,
-                leave=stage.name != "decode",
+                leave=phase.name != "decode",
             )
-        bar = self._bars[stage.name]
-        bar.total = stage.total
-        bar.n = stage.done
+        bar = self._bars[phase.name]
+        bar.total = phase.total
+        bar.n = phase.done
         bar.update(0)
-        if stage.done >= stage.total:
+        if phase.done >= phase.total:
             bar.refresh()
 
     def __enter__(self) -> "Bars":

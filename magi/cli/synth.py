@@ -16,7 +16,7 @@ from .arguments import parse_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `synth` understands."""
+    """Adds the options of `synth`."""
     parser.epilog = (
         "The file is read, placed and computed with exactly as the real one is; only what comes out is noise. "
         "For trying out memory and speed before a download."
@@ -41,23 +41,23 @@ def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
     with tqdm(desc="writing", unit="B", unit_scale=True, leave=False) as bar:
 
-        def written(done: int, total: int) -> None:
+        def on_progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         files = write_checkpoint(
             RandomTensors(config.model, config.engine.fp8_quant, seed=args.seed),
             args.out,
-            # "model" is where a file says what it is: see `recognise`.
+            # `recognise` reads the model's name from the entry "model".
             metadata={"format": "pt", "model": args.preset, "weights": f"random, seed {args.seed}"},
             beside={"config.json": json.dumps(config.to_dict(), indent=2).encode()},
             shard_bytes=None if args.shard_size is None else parse_bytes(args.shard_size),
             overwrite=args.overwrite,
-            progress=written,
+            progress=on_progress,
         )
     size, seconds = sum(file.stat().st_size for file in files), time.monotonic() - started
-    many = f" in {len(files)} files" if len(files) > 1 else ""
-    print(f"wrote {args.out}: {size / 1e9:.2f} GB{many}, random weights ({seconds:.0f} s)", file=sys.stderr)
+    shards = f" in {len(files)} files" if len(files) > 1 else ""
+    print(f"wrote {args.out}: {size / 1e9:.2f} GB{shards}, random weights ({seconds:.0f} s)", file=sys.stderr)
     return 0
 
 

@@ -21,7 +21,9 @@ _BLOCK = 16
 
 
 def fit(frames: torch.Tensor, height: int, width: int, mode: str = "crop") -> torch.Tensor:
-    """uint8 frames (T, H, W, 3) resized to (T, height, width, 3), antialiased bicubic; returned as they are when they fit.
+    """Resizes frames, uint8 (T, H, W, 3), to (T, height, width, 3), antialiased bicubic.
+
+    Frames of that size are returned as they are.
 
     `mode` "crop" covers the size and cuts the excess around the centre, "pad" keeps everything and adds black bars,
     "stretch" ignores the aspect ratio.
@@ -68,7 +70,7 @@ def _resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def over_white(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 (..., 4) RGBA with straight alpha -> uint8 (..., 3) over white.
+    """Lays RGBA, uint8 (..., 4) with straight alpha, over white: returns RGB, uint8 (..., 3).
 
     White, because it is what viewers and browsers show behind a cut-out, and what its dark outlines and text need.
     """
@@ -77,12 +79,12 @@ def over_white(frames: torch.Tensor) -> torch.Tensor:
 
 
 def to_model(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 frames (T, H, W, 3) -> float32 video (1, 3, T, H, W) = x / 127.5 - 1."""
+    """Converts frames, uint8 (T, H, W, 3), to a video, float32 (1, 3, T, H, W) in [-1, 1]: x / 127.5 - 1."""
     return frames.permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)[None]
 
 
 def from_model(video: torch.Tensor) -> torch.Tensor:
-    """Float video (1, 3, T, H, W), about [-1, 1], any dtype -> uint8 frames (T, H, W, 3), clamped and rounded, same device."""
+    """Converts a video, float (1, 3, T, H, W) of about [-1, 1], to clamped frames on its device, uint8 (T, H, W, 3)."""
     _, channels, length, height, width = video.shape
     out = torch.empty(length, height, width, channels, dtype=torch.uint8, device=video.device)
     for frame, target in zip(video[0].unbind(1), out, strict=True):  # frame by frame: no float copy of the whole video
@@ -91,13 +93,13 @@ def from_model(video: torch.Tensor) -> torch.Tensor:
 
 
 def nearest_size(height: int, width: int, multiple: int = 16) -> tuple[int, int]:
-    """The valid (height, width) nearest to the given one: multiples of `multiple`, at least two of them each."""
+    """Returns the valid (height, width) nearest to the given one: multiples of `multiple`, two or more each."""
     least = 2 * multiple
     return tuple(max(least, floor(side / multiple + 0.5) * multiple) for side in (height, width))  # type: ignore[return-value]
 
 
 def check_size(height: int, width: int, multiple: int = 16) -> None:
-    """Raises MagiError, naming the nearest valid values, unless both sides are multiples of `multiple`, at least two of them.
+    """Raises MagiError, naming the nearest valid values, unless both sides are multiples of `multiple`, two or more.
 
     The model needs the two: positions over a grid that is one patch high or wide are not defined.
     """
@@ -112,7 +114,7 @@ def check_size(height: int, width: int, multiple: int = 16) -> None:
 
 
 def complete_size(height: int | None, width: int | None, aspect: float, multiple: int = 16) -> tuple[int, int]:
-    """(height, width) where at least one side is given: the other follows from the aspect ratio width / height.
+    """Returns (height, width) from one side or both: a missing one follows from the aspect ratio width / height.
 
     Raises:
         MagiError: a given side is no valid one.
@@ -127,9 +129,9 @@ def complete_size(height: int | None, width: int | None, aspect: float, multiple
 
 
 def size_for(area: int | str, aspect: float, multiple: int = 16) -> tuple[int, int]:
-    """(height, width) of about `area` pixels (a number, or a name of `AREAS`) and the aspect ratio width / height.
+    """Returns a (height, width) of about `area` pixels, a number or a name of `AREAS`, and the aspect width / height.
 
-    Of the multiples around the exact solution, the pair nearest in both area and aspect ratio.
+    Of the multiples around the exact solution it is the pair nearest in both area and aspect ratio.
 
     Raises:
         MagiError: the name is unknown, or a number is not positive.

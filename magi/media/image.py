@@ -14,12 +14,12 @@ from .frames import over_white
 # Formats whose further images are later moments; in others (TIFF, MPO, PSD ...) they are pages, views or layers.
 _ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}
 
-# PIL knows the header of MPEG videos but not their pictures, and hands PostScript and metafiles to other programs.
+# PIL reads the header of MPEG videos but not their pictures, and runs other programs for PostScript and metafiles.
 _NOT_PICTURES = {"MPEG", "EPS", "WMF"}
 
 
 def read_image(path: str | Path) -> torch.Tensor:
-    """A picture as uint8 (1, H, W, 3) RGB; of an animation the first frame.
+    """Reads a picture as uint8 (1, H, W, 3) RGB; of an animation the first frame.
 
     Turned upright by its EXIF orientation and converted to sRGB from an embedded colour profile; transparency is laid
     over white (see `over_white`); 16-bit grey is scaled to 8 bits.
@@ -39,7 +39,7 @@ def read_image(path: str | Path) -> torch.Tensor:
 
 
 def check_file(path: str | Path) -> Path:
-    """The path, user folder expanded and absolute. Raises MagiError unless it is a file with something in it."""
+    """Returns the absolute path, ~ expanded. Raises MagiError unless it is a file that can be read and is not empty."""
     path = Path(path).expanduser().absolute()
     try:
         if path.is_dir():
@@ -56,7 +56,7 @@ def check_file(path: str | Path) -> Path:
 
 
 def open_image(path: Path) -> Image.Image | None:
-    """The file opened lazily by PIL (the caller closes it), or None where PIL knows no such picture."""
+    """Opens a picture lazily with PIL, for the caller to close; returns None where PIL knows no such picture."""
     try:
         image = Image.open(path)
     except UnidentifiedImageError:
@@ -70,12 +70,12 @@ def open_image(path: Path) -> Image.Image | None:
 
 
 def is_animation(image: Image.Image) -> bool:
-    """Whether the opened file holds several moments, to be read as a video."""
+    """Returns whether the opened file holds several moments, to be read as a video."""
     return image.format in _ANIMATED and getattr(image, "is_animated", False)
 
 
 def to_rgb(image: Image.Image, path: Path) -> torch.Tensor:
-    """The current frame of an opened picture as uint8 (H, W, 3), as `read_image` describes. `path` is for the error."""
+    """Converts the current frame of an opened picture to uint8 (H, W, 3), as `read_image` does; errors name `path`."""
     try:
         image.load()
         image = ImageOps.exif_transpose(image)

@@ -22,7 +22,7 @@ _COMMON_TAGS = {"title", "artist", "album", "comment", "genre", "copyright", "de
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a fragmented MP4: the file's beginning (the same for every piece), and the fragments to append to it."""
+    """A piece of a fragmented MP4: the file's header, the same for every piece, and the fragments to append to it."""
 
     header: bytes
     fragments: bytes
@@ -47,9 +47,10 @@ class FragmentEncoder:
     def encode(
         self, frames: torch.Tensor, first: int, fragment: int, progress: Callable[[int], None] | None = None
     ) -> Piece:
-        """uint8 frames (T, H, W, 3) on the CPU, T > 0, to a piece.
+        """Encodes frames, uint8 (T, H, W, 3) on the CPU, T > 0, to a piece.
 
-        `first` counts the frames before this piece and `fragment` the fragments. `progress(frames done)` may raise.
+        `first` is the number of frames before this piece, `fragment` that of fragments. `progress(frames done)` may
+        raise.
         """
         import av
 
@@ -88,7 +89,7 @@ class FragmentEncoder:
 
 
 def find_encoder(height: int, width: int, fps: Fraction, crf: int, metadata: dict[str, str]) -> FragmentEncoder:
-    """The first of `ENCODERS` that really encodes a frame of this size on this machine; a warning if it is not H.264.
+    """Returns the first of `ENCODERS` that can encode a frame of this size on this machine; warns if it is not H.264.
 
     Raises:
         MagiError: none does.
@@ -118,12 +119,12 @@ def find_encoder(height: int, width: int, fps: Fraction, crf: int, metadata: dic
 
 
 def tag_flags(metadata: dict[str, str]) -> str:
-    """The muxer flag that free keys need. Without them it is left out, as players show the common tags only then."""
+    """Returns the muxer flag that free keys need; "" without such keys, as it hides the common tags from players."""
     return "" if metadata.keys() <= _COMMON_TAGS else "+use_metadata_tags"
 
 
 def boxes(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """(type, offset, size) in bytes of the top-level boxes of an MP4. A size may point beyond the end of a cut-off file."""
+    """Yields (type, offset, size) in bytes of an MP4's top-level boxes; the last may reach beyond a cut-off file."""
     offset = 0
     while True:
         file.seek(offset)

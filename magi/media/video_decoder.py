@@ -59,7 +59,7 @@ class VideoFile:
                 )
 
     def frames(self, near: Fraction = Fraction(0)) -> Generator[TimedFrame, None, None]:
-        """All frames in order, from the last key frame before `near` (seconds) where the file allows it."""
+        """Yields all frames in order, from the last key frame before `near` (seconds) where the file allows it."""
         import av
 
         self.errors = 0
@@ -118,7 +118,7 @@ class VideoFile:
             except av.error.EOFError:
                 return
             except (av.error.FFmpegError, OSError):
-                self.errors += 1  # decoders find their feet again at the next key frame
+                self.errors += 1  # decoders recover at the next key frame
 
     def _load(self, frame: Any) -> torch.Tensor:
         has_alpha = any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
@@ -152,7 +152,7 @@ class Animation:
             self.height, self.width = to_rgb(image, path).shape[:2]
 
     def frames(self, near: Fraction = Fraction(0)) -> Generator[TimedFrame, None, None]:
-        """All frames in order; `near` is not used, since every frame builds on the one before."""
+        """Yields all frames in order; `near` is not used, since every frame builds on the one before."""
         with self._open() as image:
             time = Fraction(0)
             for index in range(self.frame_count):
@@ -178,7 +178,7 @@ class Animation:
 
 
 def open_container(path: Path, **options: Any) -> Any:
-    """PyAV's container of a file, tags in broken text included."""
+    """Opens a file with PyAV; undecodable text in its tags is replaced."""
     import av
 
     open_file: Any = av.open  # its arguments differ between versions
@@ -189,7 +189,7 @@ def open_container(path: Path, **options: Any) -> Any:
 
 
 def open_clip(path: str | Path) -> VideoFile | Animation:
-    """The moving picture in a file.
+    """Opens the moving picture in a file.
 
     Raises:
         MagiError: there is no such file, or it is a still picture, not a video, or unreadable.
@@ -233,7 +233,7 @@ def _pixel_aspect(aspect: Fraction | None) -> Fraction:
 
 
 def _duration(container: Any, stream: Any) -> tuple[float | None, bool]:
-    """Seconds by the header, and whether they are those of the video (not of a longer audio track beside it)."""
+    """Returns the seconds by the header, and whether they are the video's, not those of a longer audio track."""
     of_stream = float(stream.duration * stream.time_base) if stream.duration else None
     of_file = container.duration / 1_000_000 if container.duration else None
     if of_file and "matroska" in container.format.name:  # it counts from 0, not from the first frame
@@ -244,7 +244,7 @@ def _duration(container: Any, stream: Any) -> tuple[float | None, bool]:
 
 
 def _display_matrix(frame: Any, stream: Any) -> tuple[int, int, int, int]:
-    """The linear part (a, b, c, d) of the display transform: right goes to (a, b), down to (c, d)."""
+    """Returns the linear part (a, b, c, d) of the display transform: right goes to (a, b), down to (c, d)."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return (1, 0, 0, 1)
@@ -258,7 +258,7 @@ def _is_turned(matrix: tuple[int, int, int, int]) -> bool:
 
 
 def _orient(picture: torch.Tensor, matrix: tuple[int, int, int, int]) -> torch.Tensor:
-    """(H, W, 3) turned and mirrored by the nearest of the eight ways a rectangle can lie."""
+    """Turns and mirrors a picture (H, W, 3) to the nearest of the eight ways a rectangle can lie."""
     a, b, c, d = matrix
     if _is_turned(matrix):
         picture, a, d = picture.transpose(0, 1), c, b
@@ -272,11 +272,11 @@ def _shown_size(height: int, width: int, aspect: Fraction, matrix: tuple[int, in
 
 
 def _colours(frame: Any) -> dict[str, Any]:
-    """The matrix and range of a YUV frame for PyAV's conversion, which not every version takes from the frame itself."""
+    """Returns a YUV frame's matrix and range for PyAV's conversion; not every version takes them from the frame."""
     from av.video.reformatter import Colorspace
 
     space = int(frame.colorspace)
-    if space not in _MATRICES:  # not said: the convention is BT.709 for HD, BT.601 below
+    if space not in _MATRICES:  # unspecified: the convention is BT.709 for HD, BT.601 below
         space = 1 if frame.height >= 720 else 5
     matrix = _MATRICES[space] if hasattr(Colorspace, _MATRICES[space]) else "ITU709"
     full = int(frame.color_range) == 2 or frame.format.name.startswith("yuvj")

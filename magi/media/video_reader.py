@@ -28,7 +28,7 @@ _TOLERANCE = 0.5
 class MediaInfo:
     """What a file shows: its size in pixels upright and with square pixels; for videos also rate, frames and seconds.
 
-    `frames` and `seconds` are the header's word, None where it is silent. An animated picture is a video.
+    `frames` and `seconds` are those of the header, None where it has none. An animated picture is a video.
     """
 
     kind: Literal["image", "video"]
@@ -40,7 +40,7 @@ class MediaInfo:
 
 
 def probe(path: str | Path) -> MediaInfo:
-    """What is in an image or video file, from its header and first frame.
+    """Returns what is in an image or video file, from its header and first frame; an animation is read whole.
 
     Raises:
         MagiError: there is no such file, or it is neither a picture nor a video that can be read.
@@ -71,18 +71,19 @@ def read_video(
     mode: str = "crop",
     progress: OnProgress | None = None,
 ) -> torch.Tensor:
-    """Frames of a video or animation at a constant rate: uint8 (T, H, W, 3) RGB.
+    """Reads frames of a video or animation at a constant rate: uint8 (T, H, W, 3) RGB.
 
     Args:
         path: the file. Sound is ignored; rotation, pixel aspect ratio and transparency (over white) are applied.
-        fps: rate of the result. At each of its ticks stands the nearest frame, see `resample`.
+        fps: rate of the result; for each of its ticks the nearest frame is taken, see `resample`.
         start: seconds to skip.
         seconds: at most this much is read; a shorter clip gives fewer frames.
         tail_seconds: read the end of the clip instead, at most this much, without holding more.
         height: with `width`, the size each frame is fitted to as it arrives; without, the size the clip is shown at.
         width: see `height`.
         mode: "crop", "pad" or "stretch", see `frames.fit`.
-        progress: told the frames read so far and those expected, for every frame that is decoded; what it raises ends the reading.
+        progress: called with (frames of the result so far, frames wanted or 0) per decoded frame; what it raises ends
+            the reading.
 
     Raises:
         MagiError: a bad argument; no such file, not a video, no frames; a start beyond the end; a damaged file of which
@@ -107,12 +108,11 @@ def read_video(
 def resample(
     frames: Iterable[TimedFrame], fps: Fraction, start: Fraction = Fraction(0)
 ) -> Generator[TimedFrame, None, None]:
-    """The frame that stands at each tick start, start + 1/fps, ... up to the end of the last frame (an input frame may
-    come several times or not at all).
+    """Yields the frame for each tick start, start + 1/fps, ... up to the end of the last frame.
 
-    It is the frame on display at the tick, or the next one when that is nearer and due within half a tick: a jittering
-    clock loses nothing, and a slide that stays for seconds is not replaced early. Frames that begin late (after a seek)
-    leave out the ticks before them.
+    An input frame may come several times or not at all. The one for a tick is the frame on display at the tick, or the
+    next one when that is nearer and due within half a tick: a jittering clock loses nothing, and a slide that stays for
+    seconds is not replaced early. Frames that begin late (after a seek) leave out the ticks before them.
     """
     half = 1 / fps / 2
     shown: TimedFrame | None = None
@@ -153,7 +153,7 @@ class _Reading:
         self.at_end = False
 
     def run(self, seek: Fraction) -> bool:
-        """Reads, from a key frame before `seek`. False when that key frame came too late for what is wanted."""
+        """Reads from a key frame before `seek`; returns False when that key frame comes too late for what is wanted."""
         self.kept.clear()
         self.first, self.at_end = None, False
         last: TimedFrame | None = None
@@ -161,7 +161,7 @@ class _Reading:
             for frame in ticks:
                 if not self._reaches(seek):
                     return False
-                if frame is not last:  # a frame that stands at several ticks is fitted once
+                if frame is not last:  # a frame for several ticks is fitted once
                     picture = fit(frame.load()[None], *self.size, self.mode)[0]
                     last = frame
                 self.kept.append(picture)
@@ -222,7 +222,7 @@ def _check_arguments(
     width: int | None,
     mode: str,
 ) -> Fraction:
-    """The rate as a fraction, once all arguments make sense."""
+    """Returns the rate as a fraction. Raises MagiError for an argument that cannot be."""
     check_mode(mode)
     for name, value in (("fps", fps), ("seconds", seconds), ("tail_seconds", tail_seconds)):
         if value is not None and not 0 < value < float("inf"):

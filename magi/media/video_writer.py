@@ -1,8 +1,8 @@
 """An MP4 that grows chunk by chunk and can be played at every moment, even after the process was killed.
 
-While it runs it is a fragmented MP4 under a partial name, and every `write` appends whole fragments and syncs them to the
-disk. A clean end copies it, without encoding again, into an ordinary MP4 (index first) and only then gives it the final
-name.
+While it runs it is a fragmented MP4 under a partial name, and every `write` appends whole fragments and syncs them to
+the disk. A clean end copies it, without encoding again, into an ordinary MP4 (index first) and only then gives it the
+final name.
 """
 
 import os
@@ -25,15 +25,15 @@ from .video_decoder import open_container
 # Longer writes are cut into pieces of this many frames: it bounds memory, and the work that a crash can cost.
 _PIECE = 48
 
-# What the muxer itself notes in every file.
+# Tags that the muxer itself writes into every file.
 _CONTAINER_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder"}
 
 
 class VideoWriter:
     """Context manager that writes an H.264 (yuv420p, BT.709) MP4 at exactly `fps` frames per second, the first at 0.
 
-    When the with-block ends well the video stands under `path`. When an exception leaves it, what was written stays
-    playable at `partial_path` and the exception passes on; without any frame nothing is left.
+    When the with-block ends well, the video is at `path`. When an exception leaves it, what was written stays playable
+    at `partial_path`, and the exception is raised on; without any frame no file is left.
     """
 
     def __init__(
@@ -96,9 +96,10 @@ class VideoWriter:
         self._finish()
 
     def write(self, frames: torch.Tensor, progress: OnProgress | None = None) -> None:
-        """Appends uint8 frames (T, height, width, 3) RGB from any device. On return they are on the disk.
+        """Appends frames, uint8 (T, height, width, 3) RGB from any device; on return they are on the disk.
 
-        `progress(done, total)` is called after each frame and may raise to stop; whole pieces of 48 before that are kept.
+        `progress(frames done, frames)` is called after each frame and may raise to stop; whole pieces of 48 frames
+        before that are kept.
 
         Raises:
             MagiError: frames of another shape or type, or the disk is full.
@@ -217,7 +218,7 @@ def check_name(path: Path, overwrite: bool) -> None:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The tags a video was written with, without those that every MP4 has.
+    """Returns the tags that a video was written with, without those that every MP4 has.
 
     Raises:
         MagiError: there is no such file, or it is not a video.
@@ -235,7 +236,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def _append_whole(file: FileIO, header: bytes, fragments: bytes) -> None:
-    """Appends `header` and `fragments` and syncs them; after a failure, or a crash at any byte, the file plays as before.
+    """Appends `header` and `fragments` and syncs them; after a failure or crash at any byte the file plays as before.
 
     Players refuse a file that ends within a fragment's description. So the fragments lie in a box of the type "free",
     which players skip, until all bytes are on the disk; then its first eight bytes become what they should be.
@@ -256,7 +257,7 @@ def _append_whole(file: FileIO, header: bytes, fragments: bytes) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether an MP4 has its index and its data, to the last byte."""
+    """Returns whether an MP4 has its index and its data, to the last byte."""
     with path.open("rb") as file:
         parts = list(boxes(file))
     kinds = [kind for kind, _, _ in parts]

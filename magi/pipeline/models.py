@@ -1,4 +1,4 @@
-"""What a pipeline asks of whoever keeps its models in memory: `ResidentModels`, or ComfyUI's memory manager."""
+"""What a pipeline asks of the owner of its models: `ResidentModels`, or in ComfyUI `ManagedModels`."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -12,7 +12,7 @@ from ..vae.video_vae import VideoVAE
 
 
 class Models(Protocol):
-    """A transformer and a VAE, and who finds room for them."""
+    """The transformer and VAE of a pipeline, and the memory they lie in."""
 
     def place(self, run: MagiConfig, given: int, may_narrow: bool) -> Placement:
         """Returns what goes where in a run, from headers and free memory; nothing is loaded.
@@ -27,13 +27,13 @@ class Models(Protocol):
         """
 
     def transformer(self, placement: Placement, progress: OnProgress | None = None) -> Transformer:
-        """Returns the transformer, laid out for the placement's run; `progress` counts layers while it is loaded."""
+        """Returns the transformer, placed as `placement` says; `progress` counts layers while it is loaded."""
 
     def left_with(self, window: int) -> None:
-        """Notes that the run had to denoise fewer chunks at a time, so many in the end."""
+        """Notes that memory ran out and the run ended with a window of so many chunks."""
 
     def share_device(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Yields the sampler's chunks; while one is made, the VAE may leave the device to it."""
+        """Yields the sampler's chunks; while one is sampled, the VAE may be off the device."""
 
     @property
     def vae(self) -> VideoVAE:

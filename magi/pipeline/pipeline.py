@@ -18,7 +18,7 @@ from ..model_files.identify import recognise
 from ..model_files.load import check_transformer
 from ..model_files.locate import ModelFiles, load_special_tokens
 from ..planning.placement import MemoryOptions, Placement
-from ..runs.autosave import SAVE_SECONDS, Keeper
+from ..runs.autosave import SAVE_SECONDS, Autosave
 from ..runs.identity import UNKNOWN
 from ..runs.store import RunStore
 from ..sampling.captions import Caption
@@ -34,12 +34,12 @@ from ..transformer.compiled import check_compile
 from ..transformer.weights import Precision
 from ..vae.video_vae import load_vae
 from .models import Models
-from .progress import Stage, StageProgress, counted
+from .progress import OnPhase, Phase, phase_callback
 from .request import Media, Plan, Request, captions_of, make_plan, prompt_settings, request_settings
 from .resident_models import ResidentModels
 
-__all__ = ["Clip", "MagiPipeline", "Media", "Plan", "Request", "Stage", "StageProgress"]
-_CAPTION, _PREFIX = "caption", "prefix"  # in a store's inputs
+__all__ = ["Clip", "MagiPipeline", "Media", "OnPhase", "Phase", "Plan", "Request"]
+_CAPTION, _PREFIX = "caption", "prefix"  # names of tensors in a store's inputs
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class MagiPipeline:
         if compiled:
             check_compile(self.device)
         memory = memory or MemoryOptions()
-        self._own_tokens = special_tokens
+        self._loaded_special_tokens = special_tokens
         self._models: Models = models or ResidentModels(
             files,
             config,
@@ -130,16 +130,16 @@ class MagiPipeline:
         distilled: bool | None = None,
         **options: Any,
     ) -> "MagiPipeline":
-        """A pipeline over checked files; only their headers are read.
+        """Returns a pipeline over checked files; only their headers are read.
 
         Args:
             transformer: file or folder.
             vae: file or folder.
-            text_encoder: T5 v1.1 XXL, file or folder; it may be away where all prompts are in the cache.
+            text_encoder: T5 v1.1 XXL, file or folder; it may be missing where all prompts are in the cache.
             special_tokens: special_tokens.npz; without it style, duration and negative tokens must be off.
             tokenizer: where it is not beside the text encoder.
-            config: official config; None tells it from the file.
-            distilled: the variant, where nothing in the file tells it.
+            config: official config; None: recognised from the file.
+            distilled: whether the weights are distilled, where nothing in the file tells.
             **options: `device` and `dtype` to compute on and in (None: the best there is; bfloat16), `vae_dtype`,
                 `text_device` ("cpu") and `text_dtype` (float32) for T5, `cache` for embeddings, `offload`
                 (None: as many layers as do not fit the device), `precision` ("fp8": half the memory for bf16 weights),
@@ -155,8 +155,8 @@ class MagiPipeline:
             Path(special_tokens) if special_tokens else None,
             Path(tokenizer) if tokenizer else None,
         )
-        how = {name: options[name] for name in ("device", "dtype", "precision", "attention") if name in options}
-        config = check_transformer(transformer, config, distilled, **how)
+        compute = {name: options[name] for name in ("device", "dtype", "precision", "attention") if name in options}
+        config = check_transformer(transformer, config, distilled, **compute)
         found = recognise(vae)
         if found.kind != "vae":
             raise MagiError(f"{str(vae)!r} is {found.name}, not a MAGI-1 VAE. Choose another file.")
@@ -167,7 +167,7 @@ class MagiPipeline:
 
     @classmethod
     def embedded(cls, folder: str | Path, **options: Any) -> "MagiPipeline":
-        """The small demo model, its files made below `folder` on first use."""
+        """Returns a pipeline over the small demo model, whose files are made below `folder` on first use."""
         files = embedded_files(folder)
         options = {"vae_dtype": torch.float32, **options}
         return cls.from_files(**vars(files), **options)
@@ -175,19 +175,19 @@ class MagiPipeline:
     def plan(
         self, request: Request, store: RunStore | None = None, on_notice: Callable[[str], None] | None = None
     ) -> Plan:
-        """Checks a request, finds room for it and reads its image or video.
+        """Checks a request, reads its image or video and plans what lies where; no weights are loaded.
 
         Args:
             request: what to make.
-            store: holds a run to resume, if any; then it has the image or video, too.
-            on_notice: told, in a sentence, if the plan is not what was asked for; None issues a warning.
+            store: holds a run to resume, if any; the image or video then comes from there.
+            on_notice: called with a sentence if the plan is not what was asked for; None issues a warning.
 
         Raises:
-            MagiError: anything about it that cannot work.
+            MagiError: something about the request cannot work, or it does not fit the memory.
         """
         saved = store.inputs() if store else None
         if saved is None and request.captions is None:
-            check_encoder(**self._text(request))
+            check_encoder(**self._text_arguments(request))
         plan = make_plan(request, self.config, self._special_tokens, (saved or {}).get(_PREFIX))
         placement, wanted = self._placement(plan), plan.config.runtime.window_size
         if placement.window != wanted:
@@ -204,32 +204,32 @@ class MagiPipeline:
     def _placement(self, plan: Plan) -> Placement:
         return self._models.place(plan.config, plan.run.prefix_frames, may_narrow=plan.request.window_size is None)
 
-    def _text(self, request: Request) -> dict[str, Any]:
-        """What decides the prompts' embeddings, for `encode_prompts` and `check_encoder`."""
-        where = {
+    def _text_arguments(self, request: Request) -> dict[str, Any]:
+        """Returns what decides the prompts' embeddings, for `encode_prompts` and `check_encoder`."""
+        files = {
             "encoder": self.files.required("text_encoder"),
             "tokenizer": self.files.tokenizer,
             "cache": self._cache,
         }
-        return {**prompt_settings(request, self.config.model), **where, "dtype": self._text_dtype}
+        return {**prompt_settings(request, self.config.model), **files, "dtype": self._text_dtype}
 
     def settings(self, plan: Plan) -> dict[str, Any]:
-        """Everything that decides how a plan's video becomes, by readable names, for `RunStore.open`. Loads no weights."""
+        """Returns all that shapes a plan's video, JSON values by name, for `RunStore.open`; loads no weights."""
         files, special = self.files, self._special_tokens
-        prints = {}
+        fingerprints = {}
         for name, path in (("model", files.transformer), ("vae", files.vae)):
             if path is not None:
                 with Checkpoint(path) as checkpoint:
-                    prints[name] = checkpoint.fingerprint()
+                    fingerprints[name] = checkpoint.fingerprint()
         encoder = None
         if files.text_encoder is not None:
             try:
                 encoder = encoder_fingerprint(files.text_encoder, files.tokenizer, self._text_dtype, self._cache)
-            except MagiError:  # not needed, where the captions are known already
+            except MagiError:  # the files are missing, which is no harm where the captions are saved
                 encoder = UNKNOWN
         return {
             **request_settings(plan),
-            **prints,
+            **fingerprints,
             "text_encoder": encoder,
             "special_tokens": None if special is None else tensor_digest(special.caption, special.logo, special.other),
             "dtype": str(self._dtype or "auto"),
@@ -242,22 +242,23 @@ class MagiPipeline:
     def generate(
         self,
         *,
-        progress: StageProgress | None = None,
+        progress: OnPhase | None = None,
         state: str | Path | None = None,
         resume: bool = False,
         **request: Any,
     ) -> Iterator[Clip]:
-        """Plans and runs a request given by keywords: yields frames as soon as they are done.
+        """Plans a request given by keywords, and returns an iterator over its frames, each as soon as it is decoded.
 
         Args:
-            progress: told how far the work is; what it raises ends the run.
+            progress: called with how far the work is; what it raises ends the run.
             state: folder in which the run is kept until it is finished, so that it can be resumed.
-            resume: resume the run that is kept there, if there is one: its frames come from the first one on, those of
-                finished chunks from what is kept.
+            resume: resume the run that is kept there, if there is one: all its frames are yielded, those of finished
+                chunks decoded from the saved latents.
             **request: the fields of `Request`.
 
         Raises:
-            MagiError: anything about the request that cannot work, or a run is kept in `state` that is not to be resumed, has other settings or is damaged.
+            MagiError: something about the request cannot work; or a run is kept in `state` that is not to be resumed,
+                has other settings or is damaged.
         """
         store = None if state is None else RunStore(state)
         if store is not None and store.exists and not resume:
@@ -270,27 +271,27 @@ class MagiPipeline:
         store.open(self.settings(plan))
         return self._run_and_discard(plan, progress, store)
 
-    def _run_and_discard(self, plan: Plan, progress: StageProgress | None, store: RunStore) -> Iterator[Clip]:
+    def _run_and_discard(self, plan: Plan, progress: OnPhase | None, store: RunStore) -> Iterator[Clip]:
         yield from self.run(plan, progress, store)
         store.discard()
 
     def run(
         self,
         plan: Plan,
-        progress: StageProgress | None = None,
+        progress: OnPhase | None = None,
         store: RunStore | None = None,
         save_seconds: float = SAVE_SECONDS,
     ) -> Iterator[Clip]:
-        """Runs a plan. What `progress` raises ends it.
+        """Yields the frames of a plan, encoded, sampled and decoded, as soon as they are there.
 
         Args:
             plan: made by `plan`.
-            progress: told how far the work is.
-            store: opened with the plan's `settings`; the run is kept there, and resumed if it was begun.
+            progress: called with how far the work is; what it raises ends the run.
+            store: opened with the plan's `settings`; the run is kept there, and resumed if `open` found one.
             save_seconds: the longest time between two states that are saved.
 
         Raises:
-            MagiError: the text encoder's files are not as they should be (found before anything else is loaded), or the
+            MagiError: the text encoder's files are missing or damaged (found before anything else is loaded), or the
                 device runs out of memory.
         """
         try:
@@ -303,30 +304,28 @@ class MagiPipeline:
                 f"with a window of {plan.config.runtime.window_size}. Try a smaller size, or offloading."
             ) from error
 
-    def _run(
-        self, plan: Plan, progress: StageProgress | None, store: RunStore | None, save_seconds: float
-    ) -> Iterator[Clip]:
+    def _run(self, plan: Plan, progress: OnPhase | None, store: RunStore | None, save_seconds: float) -> Iterator[Clip]:
         saved = store.saved if store is not None else None
         if store is not None and saved is not None and saved.finished == plan.chunks:
-            chunks = store.chunks()  # all are there: only to be decoded
+            chunks = store.chunks()  # all are finished: only decoding is left
         else:
             plan = self.encode(plan, progress, store)
             chunks = self.sample(plan, progress, store, save_seconds)
-        # A clip's frames come before what is made. The sampler leaves them out, but keeps a lone latent, as an image's.
+        # A clip's frames are no part of the video. The sampler drops them, but keeps a lone latent frame as an image.
         prefix = plan.run.prefix_frames
         skip = 1 if prefix == 1 and not plan.request.is_image(prefix) else 0
         latents = (chunk.latents[:, :, skip if chunk.index == 0 else 0 :] for chunk in chunks)
         first = 0
-        for video in self._models.vae.decode_chunks(latents, progress=counted(progress, "decode")):
+        for video in self._models.vae.decode_chunks(latents, progress=phase_callback(progress, "decode")):
             frames = from_model(video).cpu()
             yield Clip(first, frames)
             first += len(frames)
 
-    def encode(self, plan: Plan, progress: StageProgress | None = None, store: RunStore | None = None) -> Plan:
-        """Returns the plan with captions and prefix latents: made, or those that a run saved in `store` was given.
+    def encode(self, plan: Plan, progress: OnPhase | None = None, store: RunStore | None = None) -> Plan:
+        """Returns the plan with captions and prefix latents: encoded now, or read from the run that `store` has saved.
 
         Raises:
-            MagiError: the text encoder's files are not as they should be, or another model's.
+            MagiError: the text encoder's files are missing, damaged or another model's.
         """
         request = plan.request
         saved = store.inputs() if store is not None and store.saved is not None else None
@@ -335,50 +334,54 @@ class MagiPipeline:
         elif request.captions is not None:
             embeds = [caption.embeds for caption in request.captions]
         else:
-            embeds = encode_prompts(**self._text(request), device=self._text_device, progress=counted(progress, "text"))
+            embeds = encode_prompts(
+                **self._text_arguments(request), device=self._text_device, progress=phase_callback(progress, "text")
+            )
         captions = plan.captions or captions_of([Caption(e) for e in embeds], request, plan.run, self._special_tokens)
         prefix = plan.latents
         if plan.prefix is not None:
-            prefix = self._models.vae.encode(to_model(plan.prefix), progress=counted(progress, "prefix"))
+            prefix = self._models.vae.encode(to_model(plan.prefix), progress=phase_callback(progress, "prefix"))
         if store is not None:
-            held = {f"{_CAPTION}.{i}": e.clone() for i, e in enumerate(embeds)}
-            store.keep_inputs(held if prefix is None else {**held, _PREFIX: prefix})
+            inputs = {f"{_CAPTION}.{i}": e.clone() for i, e in enumerate(embeds)}
+            store.keep_inputs(inputs if prefix is None else {**inputs, _PREFIX: prefix})
         return replace(plan, captions=captions, latents=prefix, prefix=None)
 
     def sample(
         self,
         plan: Plan,
-        progress: StageProgress | None = None,
+        progress: OnPhase | None = None,
         store: RunStore | None = None,
         save_seconds: float = SAVE_SECONDS,
         on_notice: Callable[[str], None] | None = None,
     ) -> Iterator[Chunk]:
-        """Yields the chunks of a plan as soon as they are clean; what the store has of them is not made again.
+        """Yields the chunks of a plan as soon as they are clean; those that the store has are read, not sampled again.
 
         Args:
             plan: made by `encode`, or by `plan` for a request of captions and latents.
-            progress: told how far the work is; what it raises ends the run.
-            store: opened with the plan's `settings`; the run is kept there, and resumed if it was begun.
+            progress: called with how far the work is; what it raises ends the run.
+            store: opened with the plan's `settings`; the run is kept there, and resumed if `open` found one.
             save_seconds: the longest time between two states that are saved.
-            on_notice: told, in a sentence, if memory ran out and the run changed for it; None issues a warning.
+            on_notice: called with a sentence if memory runs out and the run takes less; None issues a warning.
         """
         assert plan.captions is not None  # noqa: S101 (see `plan`)
-        transformer = self._models.transformer(plan.placement or self._placement(plan), counted(progress, "load"))
-        keeper = None if store is None else Keeper(store, transformer, save_seconds)
-        done = [0, 1]  # iterations done and in all
+        transformer = self._models.transformer(
+            plan.placement or self._placement(plan), phase_callback(progress, "load")
+        )
+        autosave = None if store is None else Autosave(store, transformer, save_seconds)
+        done = [0, 1]  # iterations done, and in all
 
         def on_iteration(event: ProgressEvent) -> None:
             done[:] = event.iteration, event.total
-            report(Stage("sample", event.iteration, event.total, event))
+            on_phase(Phase("sample", event.iteration, event.total, event))
 
         def on_progress(fraction: float) -> None:
-            report(Stage("sample", done[0] + min(fraction, 0.999), done[1]))
+            on_phase(Phase("sample", done[0] + min(fraction, 0.999), done[1]))
 
-        def report(stage: Stage) -> None:
-            if keeper:
-                keeper.save_if_due()
+        def on_phase(phase: Phase) -> None:
+            if autosave:
+                autosave.save_if_due()
             if progress:
-                progress(stage)
+                progress(phase)
 
         sampler = start_sampler(
             transformer,
@@ -388,7 +391,7 @@ class MagiPipeline:
             negative_tokens=plan.request.negative_tokens,
             seed=plan.request.seed,
             prefix=plan.latents,
-            state=keeper.state if keeper else None,
+            state=autosave.state if autosave else None,
             on_iteration=on_iteration,
             on_progress=on_progress,
             on_shortage=on_notice,
@@ -396,11 +399,11 @@ class MagiPipeline:
         done[:] = sampler.state.iteration, sampler.total
         window = sampler.window
         try:
-            yield from self._models.share_device(keeper.chunks(sampler) if keeper else iter(sampler))
+            yield from self._models.share_device(autosave.chunks(sampler) if autosave else iter(sampler))
         finally:
             if sampler.window < window:
                 self._models.left_with(sampler.window)
 
     @cached_property
     def _special_tokens(self) -> SpecialTokens | None:
-        return self._own_tokens or load_special_tokens(self.files)
+        return self._loaded_special_tokens or load_special_tokens(self.files)

@@ -1,4 +1,4 @@
-"""What the pipeline reports of its work."""
+"""How far the pipeline's work is: the phases that it reports."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,20 +8,28 @@ from ..system.progress import OnProgress
 
 
 @dataclass(frozen=True)
-class Stage:
-    """How far a part of the work is. `sampled` is there after each forward iteration, for previews."""
+class Phase:
+    """How far one phase of the work is.
 
-    name: str  # "text", "prefix", "load", "sample" or "decode"
+    Attributes:
+        name: "text", "prefix", "load", "sample" or "decode".
+        done: encoder blocks, tiles, tensors, layers or forward iterations, the running iteration by its fraction.
+        total: of these, as far as they are known: it may grow.
+        sampled: after each forward iteration, its latents and velocity, for previews.
+    """
+
+    name: str
     done: float
     total: float
     sampled: ProgressEvent | None = None
 
 
-StageProgress = Callable[[Stage], None]
+OnPhase = Callable[[Phase], None]
+"""Called with each step of progress. What it raises ends the work."""
 
 
-def counted(progress: StageProgress | None, name: str) -> OnProgress | None:
-    """A callback (done, total) that reports a stage; None where nobody listens."""
-    if progress is None:
+def phase_callback(on_phase: OnPhase | None, name: str) -> OnProgress | None:
+    """Returns a callback (done, total) that passes a phase's progress to `on_phase`; None where that is None."""
+    if on_phase is None:
         return None
-    return lambda done, total: progress(Stage(name, done, total))
+    return lambda done, total: on_phase(Phase(name, done, total))

@@ -1,4 +1,4 @@
-"""What to make, and all that follows from it: size, length, given frames and schedule, found before anything is loaded."""
+"""What to make, and all that follows from it: size, length, prefix and schedule, found before anything is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +44,8 @@ class Request:
         fit: "crop", "pad" or "stretch", for an image or video of another shape.
         seed: any integer.
         num_steps: denoising steps per chunk; None: the model's own.
-        window_size: chunks denoised at a time; None: the model's own. Fewer work on less at once but look back on more.
+        window_size: chunks denoised at a time; None: the model's own. Fewer are less work per iteration, but see more
+            of the past.
         style_tokens: see `special_tokens.STYLES`.
         duration_tokens: tell each chunk how many are to come.
         negative_tokens: steer away from burnt-in captions, logos, transitions and borders (base models).
@@ -77,7 +78,7 @@ class Request:
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
 
     def is_image(self, latent_frames: int) -> bool:
-        """Returns whether what the video starts from, so many latent frames, is its first frame; a clip comes before it."""
+        """Returns whether a prefix of so many latent frames is the video's first frame, not a clip before it."""
         return self.image is not None or (self.latents is not None and latent_frames == 1)
 
 
@@ -121,7 +122,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Returns the length of what will come out."""
+        """Returns the length in seconds of what will come out."""
         return self.frames / self.config.runtime.fps
 
 
@@ -156,7 +157,7 @@ def make_plan(
         )
     elif request.image is None and request.video is None:
         latents = None
-    prefix = _prefix(request, config) if latents is None else None
+    prefix = _read_prefix(request, config) if latents is None else None
     if latents is not None:
         prefix_frames = latents.shape[2]
         own = [SPATIAL_DOWNSAMPLE * n for n in latents.shape[3:]]
@@ -203,7 +204,7 @@ def _check_alternatives(request: Request) -> None:
 
 
 def _check_special_tokens(request: Request, config: MagiConfig, special: SpecialTokens | None) -> None:
-    """Refuses now what would be refused after the text encoder has run."""
+    """Raises MagiError now for what would be refused after the text encoder has run."""
     text = torch.zeros(1, config.model.caption_channels)
     if request.captions is None:
         caption_per_chunk(Caption(text), 1, config.model, special, request.style_tokens, request.duration_tokens)
@@ -223,8 +224,8 @@ def _wanted_frames(request: Request, default: int, fps: int) -> int:
     return frames
 
 
-def _prefix(request: Request, config: MagiConfig) -> torch.Tensor | None:
-    """The given frames in the size of the video."""
+def _read_prefix(request: Request, config: MagiConfig) -> torch.Tensor | None:
+    """Returns the request's image or end of its video, uint8 (T, H, W, 3) in the size to make; None without either."""
     if request.image is not None:
         image = request.image if isinstance(request.image, torch.Tensor) else read_image(request.image)
         _check_frames(image, "image")
@@ -248,7 +249,7 @@ def _prefix(request: Request, config: MagiConfig) -> torch.Tensor | None:
 
 
 def _size(request: Request, config: MagiConfig, aspect: float | None) -> tuple[int, int]:
-    """(height, width) to make; `aspect` is width / height of the given frames."""
+    """Returns the (height, width) to make; `aspect` is width / height of the image or video, None without one."""
     height, width = request.height, request.width
     default = (config.runtime.video_size_h, config.runtime.video_size_w)
     if request.area is not None:
@@ -269,12 +270,12 @@ def _check_frames(frames: torch.Tensor, what: str) -> None:
 
 
 def prompt_settings(request: Request, model: ModelConfig) -> dict[str, Any]:
-    """What `encode_prompts` makes of a request for a model."""
+    """Returns the arguments of `encode_prompts` that a request and a model decide."""
     return {"texts": request.texts, "clean": request.clean_prompt, "max_tokens": model.caption_max_length}
 
 
 def request_settings(plan: Plan) -> dict[str, Any]:
-    """What a plan makes, and what was asked for; the files that make it are the pipeline's to add."""
+    """Returns what a plan makes and what was asked for, JSON values by name; the model's files are left out."""
     request = plan.request
     return {
         **config_settings(plan.config),
@@ -284,10 +285,10 @@ def request_settings(plan: Plan) -> dict[str, Any]:
         "style_tokens": list(request.style_tokens),
         "duration_tokens": request.duration_tokens,
         "negative_tokens": request.negative_tokens,
-        "image": _name(request.image),
-        "image_content": _content(request.image),
-        "video": _name(request.video),
-        "video_content": _content(request.video),
+        "image": _media_name(request.image),
+        "image_content": _media_digest(request.image),
+        "video": _media_name(request.video),
+        "video_content": _media_digest(request.video),
         "latents": None if request.latents is None else tensor_digest(request.latents),
         "continue_seconds": request.continue_seconds,
         "size_asked_for": [request.width, request.height, request.area],
@@ -295,12 +296,12 @@ def request_settings(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _name(media: Media | None) -> str | None:
+def _media_name(media: Media | None) -> str | None:
     return None if media is None else "frames" if isinstance(media, torch.Tensor) else Path(media).name
 
 
-def _content(media: Media | None) -> str | None:
-    """The fingerprint of a picture or video, `UNKNOWN` where it is away."""
+def _media_digest(media: Media | None) -> str | None:
+    """Returns the fingerprint of a picture or video; `UNKNOWN` where its file cannot be read."""
     if media is None or isinstance(media, torch.Tensor):
         return None if media is None else tensor_digest(media)
     try:

@@ -1,4 +1,4 @@
-"""A pipeline's models where nobody else manages memory: each loaded on first use, and laid out so that both find room."""
+"""The transformer and VAE of a pipeline without ComfyUI: loaded on first use, and placed so that both find room."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -51,10 +51,10 @@ class ResidentModels:
         self._transformer: Transformer | None = None
         self._placement: Placement | None = None  # how the transformer was loaded
         self._vae: VideoVAE | None = None
-        self._parks = False  # the VAE, while the transformer works
+        self._parks_vae = False  # whether the VAE leaves the device while the transformer works
 
     def place(self, run: MagiConfig, given: int, may_narrow: bool) -> Placement:
-        """What goes where in a run, from headers and what memory is free now; what is loaded here counts as free.
+        """Returns what goes where in a run, from headers and free memory; what is loaded here counts as free.
 
         Args:
             run: with its size, length and window.
@@ -69,14 +69,14 @@ class ResidentModels:
 
         empty_cache(self._device)
         host, room = memory_beside(self._device), free_memory(self._device)
-        room = None if room is None else room + self._held()
+        room = None if room is None else room + self._loaded_bytes()
         if self._transformer is not None:
             self._planner.learn(self._transformer, sizes)
 
         def placed(**vae: int) -> Placement:
             return self._planner.place(run, sizes, room, given, free_host=host, allow_smaller_window=may_narrow, **vae)
 
-        self._parks = False
+        self._parks_vae = False
         if room is None:
             return placed()
         vae, tile = self._vae_needs()
@@ -85,20 +85,20 @@ class ResidentModels:
             best = ("device", self._planner.options.token_block or TOKEN_BLOCK, run.runtime.window_size)
             if not roomy.streaming and (roomy.cache, roomy.token_block, roomy.window) == best:
                 return roomy
-        self._parks = True
+        self._parks_vae = True
         return placed(other_model_bytes=vae + tile)
 
     def transformer(self, placement: Placement, progress: OnProgress | None = None) -> Transformer:
-        """The transformer, placed so; read anew only if other layers are to stay on the device than do, or fewer pass through."""
+        """Returns the transformer, placed so; read again only for other resident layers or a smaller ring buffer."""
         loaded = self._placement
         self._planner.begin(placement)
         if self._transformer is not None and loaded is not None:
-            roomy = placement.streaming and loaded.slots > placement.slots
-            there = set(self._transformer.blocks.on_device)  # not where some had to leave
+            ring_shrinks = placement.streaming and loaded.slots > placement.slots
+            resident = set(self._transformer.blocks.on_device)  # fewer than loaded where memory ran out
             if (
-                there >= set(placement.on_device)
+                resident >= set(placement.on_device)
                 and (loaded.on_device, loaded.on_host) == (placement.on_device, placement.on_host)
-                and not roomy
+                and not ring_shrinks
             ):
                 self._transformer.cache_device = placement.cache
                 self._transformer.token_block = placement.token_block
@@ -121,34 +121,34 @@ class ResidentModels:
 
     @property
     def vae(self) -> VideoVAE:
-        """The VAE; it comes back to the device by itself when it is used."""
+        """Returns the VAE, loaded on first use; where it is parked, it comes back to the device when it is used."""
         if self._vae is None:
             self._vae = load_vae(self._files.required("vae"), self._device, self._vae_dtype)
         return self._vae
 
     def left_with(self, window: int) -> None:
-        """Notes that the run had to denoise fewer chunks at a time, so many in the end."""
+        """Notes that memory ran out and the run ended with a window of so many chunks."""
         self._planner.left_with(window)
 
     def share_device(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Yields the sampler's chunks. Where memory is short the VAE is off the device while they are made: each has the other's room."""
+        """Yields the sampler's chunks; where memory is short, the VAE is off the device while each is sampled."""
         while True:
-            if self._parks and self._vae is not None:
+            if self._parks_vae and self._vae is not None:
                 self._vae.park()
             chunk = next(chunks, None)
             if chunk is None:
                 return
-            if self._parks:
+            if self._parks_vae:
                 empty_cache(self._device)
             yield chunk
 
     def _vae_needs(self) -> tuple[int, int]:
-        """Bytes of the VAE, and of a tile on its way through it."""
+        """Returns the bytes of the VAE's weights, and those that a tile takes on its way through it."""
         vae = self._vae or load_vae(self._files.required("vae"), "meta", self._vae_dtype)
         scores = makes_scores(self._device, self._vae_dtype, vae.config)
         return vae.nbytes, tile_bytes(vae.config, Tiling(), self._vae_dtype, scores)
 
-    def _held(self) -> int:
-        """Bytes that these models have on the device."""
-        held = self._transformer.nbytes if self._transformer else 0
-        return held + (self._vae.device_bytes if self._vae else 0)
+    def _loaded_bytes(self) -> int:
+        """Returns the bytes that these models have on the device."""
+        loaded = self._transformer.nbytes if self._transformer else 0
+        return loaded + (self._vae.device_bytes if self._vae else 0)

@@ -1,8 +1,9 @@
-"""A run on disk: what it needs to go on bit for bit in another process, whenever this one ends.
+"""A run on disk: all it needs to be resumed bit for bit by another process, whenever this one ends.
 
-A folder holds run.json (the settings, to be read by people too), inputs.safetensors (captions and given latents, so that going on
-needs neither text encoder nor picture), chunk-00000.safetensors and so on (finished latents) and state.safetensors (where
-it stands). Every file is written whole or not at all, the state last: what it speaks of is there.
+A folder holds run.json (the settings, readable by people too), inputs.safetensors (captions and prefix latents, so that
+resuming needs neither text encoder nor picture), chunk-00000.safetensors and so on (finished latents) and
+state.safetensors (the sampler's state). Every file is written whole or not at all, the state last: whatever it refers
+to is there.
 """
 
 import json
@@ -24,137 +25,138 @@ from .identity import differences, run_key
 _FORMAT = 1
 _SETTINGS, _INPUTS, _STATE, _PARTIALS = "run.json", "inputs.safetensors", "state.safetensors", "partials.json"
 _CHUNKS = "chunk-?????.safetensors"
-_MOST_WAITING = 64  # files that could not be written and are kept for another try: memory must not grow with the video
-_ANEW = "To begin anew, give --overwrite instead of --resume, or remove that folder."
+_ENVIRONMENT = "how"  # its name in a state's header
+_MOST_UNWRITTEN = 64  # files that are kept in memory for another try: memory must not grow with the video
+_START_OVER = "To start over, give --overwrite instead of --resume, or remove that folder."
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Where a saved run stands.
+    """How far a saved run is.
 
     Attributes:
         state: the sampler's, on the CPU.
-        finished: chunks that are finished and on disk.
-        how: what decides the last bits beside the settings, as `RunStore.save` was given it.
+        finished: number of chunks that are finished and on disk.
+        environment: what decides the last bits beside the settings, as it was given to `RunStore.save`.
     """
 
     state: SamplerState
     finished: int
-    how: dict[str, Any]
+    environment: dict[str, Any]
 
 
 class RunStore:
-    """One run's folder. Nothing is read or written before a method is called; no folder is made before there is a state to save.
+    """One run's folder; it is made with the first state that is saved.
 
-    A folder that cannot be written never ends the run: it is reported once, the last good state stays, and every later
-    `save` tries again.
+    A folder that cannot be written never ends the run: the user is told once, the last good state stays, and every
+    later `save` tries again.
 
     Attributes:
         folder: where it is.
-        saved: what `open` found to resume.
-        report: is told, in a sentence, what a user should know.
+        saved: what `open` found to resume; None for a new run.
+        on_notice: called with a sentence that the user should read.
     """
 
-    def __init__(self, folder: str | Path, report: Callable[[str], None] | None = None) -> None:
-        """By default a report is a UserWarning."""
+    def __init__(self, folder: str | Path, on_notice: Callable[[str], None] | None = None) -> None:
+        """Touches no file; without `on_notice` a notice is a UserWarning."""
         self.folder = Path(folder).expanduser().absolute()
         self.saved: Saved | None = None
-        self.report = report or (lambda text: warn(text, stacklevel=4))
-        self._reported = False
+        self.on_notice = on_notice or (lambda text: warn(text, stacklevel=4))
+        self._noticed = False  # that the folder cannot be written
         self._key = ""
-        self._waiting: dict[str, bytes] = {}  # by name, in the order in which they are to be written
+        self._unwritten: dict[str, bytes] = {}  # files by name, in the order in which they are to be written
         self._written: set[str] = set()
-        self._saved_at = _place(SamplerState())
+        self._saved_at = _position(SamplerState())
 
     @property
     def exists(self) -> bool:
-        """Whether a state is saved here."""
+        """Returns whether a state is saved here."""
         try:
             return self._path(_STATE).is_file()
         except OSError:  # a folder that cannot be looked into
             return False
 
     def open(self, settings: Mapping[str, Any]) -> None:
-        """Begins a run of these settings, or makes ready to resume the one that is saved here; `saved` tells which.
+        """Starts a run of these settings, or reads the one that is saved here to be resumed; `saved` tells which.
 
         Args:
-            settings: JSON values by readable names; `run_settings.UNKNOWN` agrees with every value.
+            settings: JSON values by readable names; `identity.UNKNOWN` agrees with every value.
 
         Raises:
-            MagiError: the saved run has other settings, each is named with both values; or its files are damaged.
+            MagiError: the saved run has other settings, each named with both values; or its files are damaged.
         """
-        self.saved, self._waiting, self._written, self._saved_at = None, {}, set(), _place(SamplerState())
+        self.saved, self._unwritten, self._written, self._saved_at = None, {}, set(), _position(SamplerState())
         if self.exists:
             found = self._settings()
             if different := differences(json.loads(json.dumps(settings)), found):
                 raise MagiError(
                     f"The run saved in {str(self.folder)!r} has other settings: {'; '.join(different)}. "
-                    f"Give the saved run's settings. {_ANEW}"
+                    f"Give the saved run's settings. {_START_OVER}"
                 )
             self._key = run_key(found)
             self.saved = self._read_state()
-            self._saved_at = _place(self.saved.state)
+            self._saved_at = _position(self.saved.state)
             self._written = {_SETTINGS, *map(_chunk_name, range(self.saved.finished))}
         else:
-            self.discard()  # what a run left that ended before its first state
+            self.discard()  # files of a run that ended before its first state was saved
             self._key = run_key(settings)
             text = json.dumps({"format": _FORMAT, "settings": settings}, indent=1, ensure_ascii=False)
-            self._waiting[_SETTINGS] = text.encode(errors="backslashreplace")  # what no UTF-8 is, as JSON's escapes
+            self._unwritten[_SETTINGS] = text.encode(errors="backslashreplace")  # lone surrogates, as JSON escapes
 
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def keep_inputs(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keeps what the run was given beside its settings; it is written with the first state."""
+        """Keeps the run's input tensors, captions and prefix; they are written with the first state."""
         if self.saved is None:
-            self._waiting[_INPUTS] = self._pack(tensors)
+            self._unwritten[_INPUTS] = self._pack(tensors)
 
     def add(self, chunk: Chunk) -> None:
         """Keeps a finished chunk; it is written with the next state."""
         if self._key:
-            self._waiting[_chunk_name(chunk.index)] = self._pack({"latents": chunk.latents.float()})
-        if len(self._waiting) > _MOST_WAITING:  # the states to come would speak of chunks that are lost
-            self._key, self._waiting = "", {}
+            self._unwritten[_chunk_name(chunk.index)] = self._pack({"latents": chunk.latents.float()})
+        if len(self._unwritten) > _MOST_UNWRITTEN:  # later states would refer to lost chunks: nothing more is saved
+            self._key, self._unwritten = "", {}
 
-    def save(self, state: SamplerState, finished: int, how: Mapping[str, Any]) -> None:
-        """Saves where the run stands, after all that was added. Never raises for want of space or rights.
+    def save(self, state: SamplerState, finished: int, environment: Mapping[str, Any]) -> None:
+        """Saves the state, after all chunks that were added. A full disk or missing rights never raise.
 
         Args:
             state: the sampler's.
-            finished: chunks that had been finished, and added, when it stood there.
-            how: JSON values that decide the last bits, to be compared when it goes on.
+            finished: number of chunks that were finished, and added, by then.
+            environment: JSON values that decide the last bits, to be compared when the run is resumed.
         """
-        if not self._key or _place(state) == self._saved_at:
+        if not self._key or _position(state) == self._saved_at:
             return
         try:
             if lost := sorted(name for name in self._written if not self._path(name).is_file()):
                 raise FileNotFoundError(f"{lost[0]} has been removed")
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in list(self._waiting):
-                write_whole(self._path(name), self._waiting[name])
+            for name in list(self._unwritten):
+                write_whole(self._path(name), self._unwritten[name])
                 self._written.add(name)
-                del self._waiting[name]
+                del self._unwritten[name]
             tensors = {f"window.{c}": x for c, x in state.window.items()}
             tensors |= {f"clean.{c}": x for c, x in state.clean.items()}
-            content = {**_place(state), "finished": finished, "how": dict(how)}
+            content = {**_position(state), "finished": finished, _ENVIRONMENT: dict(environment)}
             write_whole(self._path(_STATE), self._pack(tensors, content))
         except (OSError, RuntimeError) as error:  # RuntimeError: the device failed, and with it the copy from there
-            if not self._reported:
-                self._reported = True
-                self.report(
-                    f"The state of the run cannot be saved in {str(self.folder)!r} ({error}). The run goes on; "
-                    f"it is tried again, and what was saved before stays."
+            if not self._noticed:
+                self._noticed = True
+                self.on_notice(
+                    f"The state of the run cannot be saved in {str(self.folder)!r} ({error}). The run continues; "
+                    f"saving is tried again, and what was saved before stays."
                 )
         else:
-            self._saved_at = _place(state)
+            self._saved_at = _position(state)
 
-    def remember(self, partial: Path) -> None:
-        """Notes an unfinished video beside the folder, which is of no use once the run is finished."""
-        with suppress(OSError):  # it would only be left lying
+    def note_partial(self, partial: Path) -> None:
+        """Notes the name of an unfinished video beside the folder, to be removed once the run is finished."""
+        with suppress(OSError):  # without the note that file stays, which does no harm
             names = sorted({*self._partial_names(), partial.name})
             write_whole(self._path(_PARTIALS), json.dumps(names).encode())
 
     def partials(self) -> list[Path]:
-        """The videos that were noted."""
+        """Returns the paths of the unfinished videos that were noted."""
         return [self.folder.with_name(name) for name in self._partial_names()]
 
     def discard(self) -> None:
@@ -167,12 +169,12 @@ class RunStore:
             if self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
         except OSError as error:
-            self.report(f"The saved run in {str(self.folder)!r} could not be removed ({error}). Remove it by hand.")
+            self.on_notice(f"The saved run in {str(self.folder)!r} could not be removed ({error}). Remove it by hand.")
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
     def inputs(self) -> dict[str, torch.Tensor] | None:
-        """What the saved run was given, None where none is saved.
+        """Returns the tensors that `keep_inputs` was given for the saved run; None where none is saved.
 
         Raises:
             MagiError: its files are damaged.
@@ -183,7 +185,7 @@ class RunStore:
         return self._read(_INPUTS)[0]
 
     def chunks(self) -> Iterator[Chunk]:
-        """The saved run's finished chunks, each read when its turn comes.
+        """Yields the saved run's finished chunks in order, each read when its turn comes.
 
         Raises:
             MagiError: a file is damaged or missing.
@@ -193,19 +195,21 @@ class RunStore:
 
     def _read_state(self) -> Saved:
         tensors, content = self._read(_STATE)
-        held: dict[str, dict[int, torch.Tensor]] = {"window": {}, "clean": {}}
+        latents: dict[str, dict[int, torch.Tensor]] = {"window": {}, "clean": {}}
         try:
             for name, x in sorted(tensors.items()):
                 kind, _, chunk = name.partition(".")
-                held[kind][int(chunk)] = x
+                latents[kind][int(chunk)] = x
             state = SamplerState(
-                window=held["window"], clean=held["clean"], **{k: content[k] for k in _place(SamplerState())}
+                window=latents["window"],
+                clean=latents["clean"],
+                **{k: content[k] for k in _position(SamplerState())},
             )
-            saved = Saved(state, int(content["finished"]), dict(content["how"]))
+            saved = Saved(state, int(content["finished"]), dict(content[_ENVIRONMENT]))
         except (KeyError, ValueError, TypeError) as error:
             raise self._damaged(_STATE, f"it lacks {error}") from error
         sizes = {tuple(x.shape[3:]) for x in tensors.values()}
-        for index in range(saved.finished):  # every one is looked at now, before anything expensive
+        for index in range(saved.finished):  # every file is checked now, before anything expensive
             sizes.add(tuple(self._chunk(index).shape[3:]))
         if len(sizes) > 1:
             raise self._damaged(_STATE, "its latents and those of the chunks are of different sizes")
@@ -252,14 +256,14 @@ class RunStore:
             return []
 
     def _damaged(self, name: str, why: str) -> MagiError:
-        return MagiError(f"The saved run in {str(self.folder)!r} cannot be resumed: {name}: {why}. {_ANEW}")
+        return MagiError(f"The saved run in {str(self.folder)!r} cannot be resumed: {name}: {why}. {_START_OVER}")
 
     def _path(self, name: str) -> Path:
         return self.folder / name
 
 
-def _place(state: SamplerState) -> dict[str, int | None]:
-    """Where in its schedule a state stands."""
+def _position(state: SamplerState) -> dict[str, int | None]:
+    """Returns where in its schedule a state is."""
     return {"iteration": state.iteration, "window_size": state.window_size, "done": state.done}
 
 

@@ -1,4 +1,4 @@
-"""Which device to compute on, how much room it has, and telling that memory ran out."""
+"""Which device to compute on, how much memory it has free, and what to do when it runs out."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,15 +9,16 @@ from ..errors import MagiError
 
 T = TypeVar("T")
 
-_SAID = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-)  # Not every backend raises the error made for it: Metal; the CPU on Windows; elsewhere
+# In messages of backends that raise a plain RuntimeError: Metal; the CPU on Windows; the CPU elsewhere
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:
-    """The named device, or the best there is: CUDA (NVIDIA, AMD), XPU, MPS, CPU. Raises MagiError if it is not there."""
+    """Returns the named device, or the best there is: CUDA (NVIDIA, AMD), XPU, MPS, CPU.
+
+    Raises:
+        MagiError: the named device is not there.
+    """
     if device is None:
         return torch.device(next((kind for kind in ("cuda", "xpu", "mps") if _is_available(kind)), "cpu"))
     try:
@@ -37,7 +38,7 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes on an accelerator; None where memory is the host's own."""
+    """Returns the free bytes of an accelerator's memory; None on a CPU."""
     if device.type in ("cuda", "xpu"):
         return int(getattr(torch, device.type).mem_get_info(device)[0])
     if device.type == "mps":
@@ -46,7 +47,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Gives memory that torch holds but does not use back to the device."""
+    """Gives memory that torch has cached but does not use back to the device."""
     if device.type in ("cuda", "xpu"):
         # torch takes no device here. It empties all of them today; with this one current it is among them in any case.
         with getattr(torch, device.type).device(device):
@@ -56,7 +57,7 @@ def empty_cache(device: torch.device) -> None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all it was given."""
+    """Waits until the device has done all work in its queue."""
     if device.type in ("cuda", "xpu"):
         getattr(torch, device.type).synchronize(device)
     elif device.type == "mps":  # there is only one, and torch takes none
@@ -64,19 +65,19 @@ def synchronize(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device or the host had too little memory left."""
+    """Returns whether an exception means that a device or the host ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def retry_with_less(work: Callable[[], T], shrink: Callable[[BaseException], None]) -> T:
-    """Returns what `work` does; whenever memory runs out, `shrink` has it take less and it runs again.
+    """Returns what `work` returns; whenever memory runs out, `shrink` has it take less and it runs again.
 
     Args:
         work: may be run any number of times.
-        shrink: is given the error that said so. It raises MagiError where nothing is left to give up; where it runs out of
-            memory itself, it is called again.
+        shrink: called with the out-of-memory error. It raises MagiError where nothing is left to give up; where it runs
+            out of memory itself, it is called again.
     """
     failed: BaseException | None = None
     while True:

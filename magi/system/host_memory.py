@@ -11,14 +11,14 @@ _LIMITS = (("memory.max", "memory.stat", "anon"), ("memory/memory.limit_in_bytes
 
 
 def free_host_memory() -> int | None:
-    """Returns the bytes of RAM that can be had without swapping, within a container's limit; None where the system does not tell."""
+    """Returns the bytes of RAM that are free without swapping, within a container's limit; None if that is unknown."""
     free = _available()
     limits = [limit for files in _LIMITS if (limit := _left_in_cgroup(*files)) is not None]
     return free if free is None else min(free, *limits, free)
 
 
 def memory_beside(device: torch.device) -> int | None:
-    """Returns the free host memory for a device's work; None for devices that would read weights from the file just as fast."""
+    """Returns the free bytes of RAM for a device's layers and K/V; None for devices that read the file just as fast."""
     return free_host_memory() if device.type in ("cuda", "cpu") else None
 
 
@@ -30,7 +30,7 @@ def _available() -> int | None:
 
 
 def _left_in_cgroup(limit: str, stat: str, used: str) -> int | None:
-    """Returns the bytes a container may still take, pages of files not counted; None without a limit."""
+    """Returns the bytes that a container may still take, files' pages not counted; None without a limit."""
     try:
         counts = dict(line.split() for line in (_CGROUPS / stat).read_text(encoding="ascii").splitlines())
         return max(0, int((_CGROUPS / limit).read_text(encoding="ascii")) - int(counts[used]))

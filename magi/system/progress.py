@@ -1,4 +1,4 @@
-"""The callback by which long work tells how far it is, and is ended by its caller."""
+"""The callback by which long work reports its progress, and by which its caller can end it."""
 
 from collections.abc import Callable
 

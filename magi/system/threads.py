@@ -1,4 +1,4 @@
-"""Work in a thread of its own, which can be watched and left behind."""
+"""Work in a thread of its own, which can be polled and abandoned."""
 
 import math
 import threading
@@ -9,13 +9,14 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_TICK = 0.1  # seconds between two looks at whether the user has cancelled
+_TICK = 0.1  # seconds between two checks whether the user has cancelled
 
 
 def start(work: Callable[[], T], name: str) -> Future[T]:
     """Runs `work` in a daemon thread of its own and returns the future of its outcome.
 
-    An executor's threads would not do: Python waits for them before it exits, and a wait for the network may take minutes.
+    An executor's threads would not do: Python waits for them before it exits, and a wait for the network may take
+    minutes.
     """
     done: Future[T] = Future()
 
@@ -34,16 +35,16 @@ def start(work: Callable[[], T], name: str) -> Future[T]:
 
 
 class Worker(Generic[T]):
-    """Work in a thread of its own: a wait for the network can be neither interrupted nor reported on, but left behind."""
+    """Work in a thread of its own: a wait for the network can be abandoned, though not interrupted."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._done = start(work, "magi-worker")
 
     def result(self, on_tick: Callable[[], None], most: float = math.inf) -> T:
-        """Returns or raises what the work does. `on_tick` is called ten times per second; what it raises leaves the work behind.
+        """Returns or raises what the work does; calls `on_tick` ten times per second, and abandons it if that raises.
 
         Raises:
-            TimeoutError: it takes more than `most` seconds, and is left behind.
+            TimeoutError: the work takes more than `most` seconds, and is abandoned.
         """
         end = time.monotonic() + most
         while not self._done.done():
@@ -63,7 +64,7 @@ class Worker(Generic[T]):
 
 
 def pause(seconds: float, on_tick: Callable[[], None]) -> None:
-    """Waits; `on_tick` is called ten times per second and may raise."""
+    """Waits for `seconds`; `on_tick` is called ten times per second and may raise."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(_TICK, left))

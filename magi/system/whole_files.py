@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, synced and renamed; read with a check of every byte."""
+"""Files that are whole or not there: written under another name, synced and renamed; read with a checksum."""
 
 import hashlib
 import json
@@ -61,14 +61,14 @@ def sync_file(path: Path) -> None:
 
 
 def pack(tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]) -> bytes:
-    """A safetensors file of tensors from any device and of `content`, JSON, in its header; with a checksum over all."""
-    held = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    """Returns the bytes of a safetensors file of tensors, with `content`, JSON values, and a checksum in its header."""
+    on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     text = json.dumps(content, sort_keys=True)
-    return save(held, {_CONTENT: text, _CHECKSUM: _checksum(held, text)})
+    return save(on_cpu, {_CONTENT: text, _CHECKSUM: _checksum(on_cpu, text)})
 
 
 def unpack(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What `pack` was given, the tensors on the CPU.
+    """Returns the tensors, on the CPU, and the content that `pack` was given.
 
     Raises:
         DamagedFileError: the bytes are not a file that `pack` made, or not all of it.
@@ -86,7 +86,7 @@ def unpack(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def file_fingerprint(path: str | Path) -> str:
-    """64 hexadecimal digits that tell a file from others: of its size and five MB spread evenly over it, or of all it has.
+    """Returns 64 hexadecimal digits that identify a file: a hash of its size and of five MB spread evenly over it.
 
     Raises:
         OSError: it cannot be read.
@@ -105,7 +105,7 @@ def file_fingerprint(path: str | Path) -> str:
 
 
 def tensor_digest(*tensors: torch.Tensor) -> str:
-    """SHA-256 of tensors' types, shapes and values: 64 hexadecimal digits."""
+    """Returns the SHA-256 of the tensors' types, shapes and values: 64 hexadecimal digits."""
     return _checksum({str(i): x.detach().cpu().contiguous() for i, x in enumerate(tensors)}, "")
 
 
@@ -118,7 +118,7 @@ def _checksum(tensors: Mapping[str, torch.Tensor], text: str) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Has the system note a renaming for good. Windows cannot, nor can some network drives."""
+    """Syncs a folder, so that a renaming in it survives a crash. Windows cannot, nor can some network drives."""
     if os.name == "nt":
         return
     with suppress(OSError):

@@ -78,9 +78,9 @@ _EDGES = _rules(
 
 
 def clean_caption(text: str) -> str:
-    """The prompt as the text encoder has to see it: lower case, no addresses, file names, mark-up or stray characters.
+    """Cleans a prompt as training captions were: lower case, no addresses, file names, mark-up or stray characters.
 
-    Two passes, as the model's training had them; a third could still change the text. The result may be empty.
+    The rules are applied twice, as in training; a third time could still change the text. The result may be empty.
     """
     text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate (a broken command line) fits no encoder
     return _one_pass(_one_pass(text))

@@ -1,4 +1,4 @@
-"""Text embeddings kept on disk, so that a prompt met before needs no text encoder."""
+"""Text embeddings kept on disk, so that a prompt that was encoded before needs no text encoder."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ _ABANDONED_SECONDS = 3600.0  # a temporary file older than this belongs to a pro
 
 
 def embedding_key(text: str, fingerprint: str, **options: str | int | float | bool) -> str:
-    """The key of a text's embedding: 64 hexadecimal digits from which the text cannot be read back.
+    """Returns the key of a text's embedding: 64 hexadecimal digits from which the text cannot be read back.
 
     Args:
         text: as the encoder gets it (after cleaning).
@@ -37,13 +37,13 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int = 1 << 30) -> None:
-        """Nothing is made or read yet. `limit_bytes`: the most that the embeddings may take in all."""
+        """Makes and reads nothing yet; `limit_bytes` is the most that the embeddings may take in all."""
         self.folder = Path(folder).expanduser()
         self.limit_bytes = limit_bytes
         self._warned = False
 
     def get(self, key: str) -> torch.Tensor | None:
-        """The embedding put under `key`, float32 on the CPU, or None. A damaged file is removed."""
+        """Returns the embedding under `key`, float32 (tokens, width) on the CPU, or None; a damaged file is removed."""
         file = self._file(key)
         try:
             # Read rather than mapped: a mapped file cannot be replaced or removed on Windows.
@@ -65,18 +65,18 @@ class EmbeddingCache:
         return embeds
 
     def put(self, key: str, embeds: torch.Tensor) -> None:
-        """Keeps `embeds` under `key`, as float32 (exact for float32 and bfloat16). Never raises for want of space or rights."""
+        """Keeps `embeds` under `key`, as float32. A folder that cannot be written is one warning, not an error."""
         embeds = embeds.detach().to("cpu", torch.float32).contiguous()
         self._write(self._file(key), save({_TENSOR: embeds, _CHECKSUM: _checksum(embeds)}))
         self._trim()
 
     def remember(self, source: str, fingerprint: str) -> None:
-        """Notes the fingerprint of the encoder's files at `source`, for `recall` when they are away."""
+        """Notes the fingerprint of the encoder's files at `source`, for `recall` when they are missing."""
         if self.recall(source) != fingerprint:
             self._write(self._note(source), fingerprint.encode())
 
     def recall(self, source: str) -> str | None:
-        """The fingerprint last noted for `source`, or None."""
+        """Returns the fingerprint last noted for `source`, or None."""
         try:
             return self._note(source).read_text(encoding="utf-8")
         except (OSError, ValueError):
@@ -123,11 +123,11 @@ class EmbeddingCache:
         if not self._warned:
             self._warned = True
             warn(
-                f"The folder of cached text embeddings {str(self.folder)!r} {what}. Work goes on; prompts may be encoded again.",
+                f"The folder of cached text embeddings {str(self.folder)!r} {what}. Work continues; prompts may be encoded again.",
                 stacklevel=4,
             )
 
 
 def _checksum(embeds: torch.Tensor) -> torch.Tensor:
-    """(32,) uint8; safetensors itself notices a file cut short, but not bytes gone bad."""
+    """Returns a SHA-256 as uint8 (32,); safetensors itself finds a truncated file, but no changed bytes."""
     return torch.tensor(list(hashlib.sha256(embeds.numpy().tobytes()).digest()), dtype=torch.uint8)

@@ -10,7 +10,7 @@ from ..system.progress import OnProgress
 from .clean import clean_caption
 from .embedding_cache import EmbeddingCache, embedding_key
 from .encoder import MAX_TOKENS, TextEncoder, encoder_fingerprint
-from .t5_checkpoint import find_t5_files, t5_is_away
+from .t5_checkpoint import find_t5_files, t5_is_missing
 
 
 def encode_prompts(
@@ -28,18 +28,18 @@ def encode_prompts(
     stream: bool | None = None,
     make_room: Callable[[int], None] | None = None,
 ) -> list[torch.Tensor]:
-    """The embedding of each text, in order; equal texts are encoded once, and T5 is freed before this returns.
+    """Returns the embedding of each text, in order; equal texts are encoded once, and T5 is freed before this returns.
 
     Where the cache holds all of them, T5 is neither loaded nor even needed on disk.
 
     Args:
-        texts: the prompts, one a chunk or one for all.
+        texts: the prompts, one per chunk or one for all.
         encoder: path of the T5 weights; with `tokenizer`, `device` and `dtype` as `TextEncoder.load` takes them.
         cache: where embeddings are looked up and kept; each as soon as it is done.
         clean: apply the caption cleaning. Without it texts go to T5 as they are.
         max_tokens: longer texts are cut off, with a warning.
         channels: width of the embedding of a blank text, where no other text tells it.
-        progress: counts the tensors placed while T5 loads, then anew the encoder blocks done over all texts.
+        progress: counts the tensors placed while T5 loads, then again from 0 the encoder blocks done over all texts.
         stream: with `make_room`, where T5's weights wait, as `TextEncoder.load` takes them.
         make_room: see `stream`; called only if T5 is loaded.
 
@@ -82,13 +82,13 @@ def check_encoder(
     dtype: torch.dtype | None = None,
     max_tokens: int = MAX_TOKENS,
 ) -> None:
-    """Refuses an encoder that is away and that `encode_prompts` with these arguments will need; cheap, as for a plan.
+    """Raises MagiError where `encode_prompts` will need an encoder that is missing; reads no weights.
 
     Raises:
-        MagiError: a text is not in the cache, and the weights are not there.
+        MagiError: a text is not in the cache, and the weights are missing.
     """
     wanted = [text for text in _prepared(_listed(texts), clean) if text]
-    if wanted and t5_is_away(encoder):
+    if wanted and t5_is_missing(encoder):
         keys = _keys(wanted, encoder, tokenizer, dtype, cache, max_tokens)
         if len(_cached(keys, cache)) < len(keys):
             find_t5_files(encoder)  # raises, and says where it should be
@@ -110,13 +110,13 @@ def _keys(
     cache: EmbeddingCache | None,
     max_tokens: int,
 ) -> dict[str, str]:
-    """Text -> its key in the cache."""
+    """Returns the cache key of each text, by text."""
     fingerprint = encoder_fingerprint(encoder, tokenizer, dtype, cache)
     return {text: embedding_key(text, fingerprint, max_tokens=max_tokens) for text in texts}
 
 
 def _cached(keys: dict[str, str], cache: EmbeddingCache | None) -> dict[str, torch.Tensor]:
-    """Text -> embedding, of those that the cache holds."""
+    """Returns the embeddings that the cache holds, by text."""
     found = {text: cache.get(key) for text, key in keys.items()} if cache else {}
     return {text: embeds for text, embeds in found.items() if embeds is not None}
 

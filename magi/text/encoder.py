@@ -1,8 +1,9 @@
 """The T5 v1.1 text encoder: a prompt in, one vector per token out.
 
-Weights stay as they are stored and mapped from disk; where that type is not the one computed in, each layer is converted
-when it runs. So the 4.7 billion parameters never stand in memory twice, and a float16 file, whose activations T5 is known
-to overflow, is computed in float32 like every other. A device too small for all of them gets each layer in its turn.
+Weights stay as they are stored and mapped from disk; where that type is not the one computed in, each layer is
+converted when it runs. So the 4.7 billion parameters are never in memory twice, and a float16 file, whose activations
+T5 is known to overflow, is computed in float32 like every other. A device too small for all of them gets each layer in
+its turn.
 """
 
 import gc
@@ -21,7 +22,7 @@ from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, retry_with_less
 from ..system.progress import OnProgress
 from .embedding_cache import EmbeddingCache
-from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5, t5_is_away
+from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5, t5_is_missing
 from .t5_model import WORKING_BYTES, build_t5, resident_bytes
 from .t5_tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
@@ -48,7 +49,7 @@ class TextEncoder:
         stream: bool,
         progress: OnProgress | None,
     ) -> None:
-        """Use `load`."""
+        """Builds the model; use `load`, which checks the arguments."""
         self.d_model = checkpoint.shape.d_model
         self.num_blocks = checkpoint.shape.num_layers
         self.device = device
@@ -79,14 +80,15 @@ class TextEncoder:
                 float32, bfloat16, float16, float8 or scaled float8).
             tokenizer: folder or file of the tokenizer, where it is not beside the weights.
             device: where it runs; the CPU by default, where the weights are only mapped.
-            dtype: what is computed in, torch.float32 (default, as the public implementation) or torch.bfloat16. Weights wider than
-                this are narrowed, others stay as they are stored: bfloat16 halves what a float32 file takes on a card.
+            dtype: the type to compute in, torch.float32 (default, as the public implementation) or torch.bfloat16.
+                Weights wider than this are narrowed, others stay as they are stored: bfloat16 halves what a float32
+                file takes on a card.
             progress: counts the tensors placed.
-            stream: the weights stay mapped on the host, and each layer's is brought to the device when it runs: slower, the
-                same to the bit. None: where they do not fit into what is free on the device, or turn out not to. On the CPU
-                it keeps no narrowed copies of wider weights.
-            make_room: called with the bytes of device memory wanted for all weights and for running, before what is free is
-                looked at; not on the CPU, nor if `stream` is True.
+            stream: the weights stay mapped on the host, and each layer's is brought to the device when it runs: slower,
+                the same to the bit. None: where they do not fit into what is free on the device, or turn out not to. On
+                the CPU it keeps no narrowed copies of wider weights.
+            make_room: called with the bytes of device memory wanted for all weights and for running, before the
+                free memory is read; not on the CPU, nor if `stream` is True.
 
         Raises:
             MagiError: files missing or damaged, not a T5 v1.1, no tokenizer or another model's, a device or dtype that
@@ -94,21 +96,21 @@ class TextEncoder:
         """
         dtype = _compute_dtype(dtype)
         target = _usable_device(device)
-        find_t5_files(path)  # where all is away, the weights are to be told of first
-        words = load_tokenizer(find_tokenizer(path, tokenizer))
+        find_t5_files(path)  # where all is missing, the error should be about the weights
+        text_tokenizer = load_tokenizer(find_tokenizer(path, tokenizer))
         checkpoint = read_t5(path)
-        if words.vocab_size > checkpoint.shape.vocab_size:
+        if text_tokenizer.vocab_size > checkpoint.shape.vocab_size:
             raise MagiError(
-                f"The tokenizer {str(words.file)!r} has {words.vocab_size:,} entries, the text encoder {str(path)!r} only "
+                f"The tokenizer {str(text_tokenizer.file)!r} has {text_tokenizer.vocab_size:,} entries, the text encoder {str(path)!r} only "
                 f"{checkpoint.shape.vocab_size:,}: they belong to different models. Give the tokenizer of t5-v1_1-xxl."
             )
         key = encoder_fingerprint(path, tokenizer, dtype)
         if stream is None:
             stream = not _fits(resident_bytes(checkpoint, target, dtype) + WORKING_BYTES, target, make_room)
-        return cls(checkpoint, words, target, dtype, key, stream, progress)
+        return cls(checkpoint, text_tokenizer, target, dtype, key, stream, progress)
 
     def encode(self, text: str, *, max_tokens: int = MAX_TOKENS, progress: OnProgress | None = None) -> torch.Tensor:
-        """The encoder's output for one text, as is: clean it first.
+        """Returns the encoder's output for one text, which is taken as it is: clean it first.
 
         Only the text's own tokens are run. That equals a run padded to `max_tokens` and masked, as T5's positions are
         relative, and is a hundred times less work for a sentence.
@@ -160,7 +162,7 @@ class TextEncoder:
         return hidden[0].to("cpu", torch.float32)
 
     def _stream(self, error: BaseException) -> None:
-        """Has the weights wait on the host from now on. Raises MagiError where they do so already."""
+        """Keeps the weights on the host from now on. Raises MagiError where they are there already."""
         if self.streaming:
             raise MagiError(
                 f"The text encoder does not fit into the memory of {self.device}. "
@@ -185,40 +187,45 @@ def encoder_fingerprint(
     dtype: torch.dtype | None = None,
     cache: EmbeddingCache | None = None,
 ) -> str:
-    """What `TextEncoder.load(...).fingerprint` would be, without loading anything.
+    """Returns what `TextEncoder.load(...).fingerprint` would be, 64 hexadecimal digits, without loading anything.
 
-    It is the same for the same weights and tokenizer computed in the same dtype, wherever the files lie and whatever they
-    are called. Only a few MB are read: sizes, headers and samples of the files.
+    It is the same for the same weights and tokenizer computed in the same dtype, wherever the files lie and whatever
+    they are called. Only a few MB are read: sizes, headers and samples of the files.
 
     Args:
         path: as `TextEncoder.load` takes it, like `tokenizer` and `dtype`.
         tokenizer: likewise.
         dtype: likewise.
-        cache: notes what is found in each place; where the files are away (an unplugged drive, a cleaned-up disk), what was
-            found there last is taken.
+        cache: notes what is found in each place; where the files are missing (an unplugged drive, a cleaned-up disk),
+            what was found there last is taken.
 
     Raises:
-        MagiError: the weights or the tokenizer are not there, nor noted, or `dtype` cannot be computed in.
+        MagiError: the weights or the tokenizer are neither there nor noted, or `dtype` cannot be computed in.
     """
-    # A note stands for one place: the weights' path, the tokenizer's path, or "beside these weights". Only what is wholly away
-    # is taken from a note, and the weights apart from the tokenizer; so whatever is there is looked at, and one that was
-    # changed never gets another's embeddings.
+    # A note stands for one place: the weights' path, the tokenizer's path, or "beside these weights". Only what is
+    # wholly missing is taken from a note, the weights apart from the tokenizer; so all files that are there are hashed,
+    # and changed ones never get the embeddings of the old ones.
     weights = Path(path).expanduser().resolve()
-    words = Path(tokenizer).expanduser().resolve() if tokenizer else f"beside {weights}"
-    prints = [
-        _noted(cache, f"weights {weights}", t5_is_away(path), lambda: _hash_weights(path)),
-        _noted(cache, f"tokenizer {words}", _tokenizer_is_away(path, tokenizer), lambda: _hash_words(path, tokenizer)),
+    tokenizer_place = Path(tokenizer).expanduser().resolve() if tokenizer else f"beside {weights}"
+    fingerprints = [
+        _noted(cache, f"weights {weights}", t5_is_missing(path), lambda: _hash_weights(path)),
+        _noted(
+            cache,
+            f"tokenizer {tokenizer_place}",
+            _tokenizer_is_missing(path, tokenizer),
+            lambda: _hash_tokenizer(path, tokenizer),
+        ),
     ]
-    return hashlib.sha256(" ".join(["t5", str(_compute_dtype(dtype)), *prints]).encode()).hexdigest()
+    return hashlib.sha256(" ".join(["t5", str(_compute_dtype(dtype)), *fingerprints]).encode()).hexdigest()
 
 
-def _noted(cache: EmbeddingCache | None, place: str, away: bool, look: Callable[[], str]) -> str:
-    """What a look at the files gives, noted; if they are away, what is noted, or the error of the look at nothing."""
-    noted = cache.recall(place) if cache and away else None
+def _noted(cache: EmbeddingCache | None, place: str, missing: bool, read: Callable[[], str]) -> str:
+    """Returns the hash that `read` makes of a place's files, and notes it; the one noted before if they are missing."""
+    noted = cache.recall(place) if cache and missing else None
     if noted:
         return noted
     try:
-        found = look()
+        found = read()
     except OSError as error:
         raise MagiError(f"The text encoder cannot be read: {error}. Check the disk that it is on.") from error
     if cache:
@@ -226,7 +233,7 @@ def _noted(cache: EmbeddingCache | None, place: str, away: bool, look: Callable[
     return found
 
 
-def _tokenizer_is_away(path: str | Path, tokenizer: str | Path | None) -> bool:
+def _tokenizer_is_missing(path: str | Path, tokenizer: str | Path | None) -> bool:
     try:
         find_tokenizer(path, tokenizer)
     except MagiError:
@@ -234,7 +241,7 @@ def _tokenizer_is_away(path: str | Path, tokenizer: str | Path | None) -> bool:
     return False
 
 
-def _hash_words(path: str | Path, tokenizer: str | Path | None) -> str:
+def _hash_tokenizer(path: str | Path, tokenizer: str | Path | None) -> str:
     return hashlib.sha256(find_tokenizer(path, tokenizer).read_bytes()).hexdigest()
 
 

@@ -45,7 +45,7 @@ class T5Shape:
     layer_norm_epsilon: float = 1e-6
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor of such an encoder."""
+        """Returns the shape of every tensor of such an encoder, by name."""
         inner = self.num_heads * self.d_kv
         shapes: dict[str, tuple[int, ...]] = {
             _EMBEDDING: (self.vocab_size, self.d_model),
@@ -78,7 +78,7 @@ class T5Checkpoint:
 
 
 def find_t5_files(path: str | Path) -> list[Path]:
-    """The weight files of a folder or file, in a stable order; nothing of them is read.
+    """Returns the weight files of a folder or file, in a stable order; only an index is read.
 
     Raises:
         MagiError: nothing is there, a shard is missing, or the folder holds several checkpoints.
@@ -99,7 +99,7 @@ def find_t5_files(path: str | Path) -> list[Path]:
             f"The folder {str(path)!r} holds no text encoder: neither a .safetensors nor a pytorch_model*.bin file is in it. "
             "Give the t5-v1_1-xxl folder or a t5xxl file; `python -m magi download` fetches the official one."
         )
-    encoders = {_SHARD_NUMBER.sub("", file.name): file.name for file in reversed(files)}  # one for all shards of one
+    encoders = {_SHARD_NUMBER.sub("", file.name): file.name for file in reversed(files)}  # one entry per set of shards
     if len(encoders) > 1:
         raise MagiError(
             f"The folder {str(path)!r} holds several text encoders: {first_few(sorted(encoders.values()))}. Give one of these files, or "
@@ -108,8 +108,8 @@ def find_t5_files(path: str | Path) -> list[Path]:
     return files
 
 
-def t5_is_away(path: str | Path) -> bool:
-    """Whether not one weight file of a folder, index or file is there; of some that are left, others may have been changed."""
+def t5_is_missing(path: str | Path) -> bool:
+    """Returns whether all weight files of a folder, index or file are missing, not only some of them."""
     path = Path(path).expanduser()
     folder = path.parent if path.name.endswith(".index.json") else path
     if not folder.is_dir():
@@ -202,7 +202,7 @@ def _shape_of(tensors: dict[str, torch.Tensor], path: Path) -> T5Shape:
 
 
 def _with_config(shape: T5Shape, file: Path) -> T5Shape:
-    """`shape` with what only the config.json beside the weights knows, where there is one."""
+    """Returns `shape` with what only the config.json beside the weights knows, where there is one."""
     if not file.is_file():
         return shape
     try:
@@ -236,7 +236,7 @@ def _check(tensors: dict[str, torch.Tensor], scales: dict[str, torch.Tensor], sh
             for name, tensor in tensors.items()
             if not tensor.is_floating_point()
         ],
-        "scaled in a way that cannot be used (one scale a linear layer, or one an output, can)": [
+        "scaled in a way that cannot be used (one scale per linear layer, or one per output, can)": [
             name
             for name, scale in scales.items()
             if not _LINEAR.search(name) or name not in expected or scale.numel() not in (1, expected[name][0])

@@ -1,4 +1,4 @@
-"""transformers' T5 encoder over weights as they are stored: on the device, or on the host and copied over as they are needed."""
+"""transformers' T5 encoder over weights as they are stored: on the device, or on the host and uploaded when needed."""
 
 from dataclasses import asdict
 from functools import lru_cache
@@ -17,7 +17,7 @@ _EMBEDDING = "shared.weight"
 
 
 def resident_bytes(checkpoint: T5Checkpoint, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that all weights take on the device."""
+    """Returns the bytes that all weights take on the device."""
     return sum(t.numel() * _kept(t, device, dtype).itemsize for t in checkpoint.tensors.values())
 
 
@@ -28,14 +28,15 @@ def build_t5(
     stream: bool = False,
     progress: OnProgress | None = None,
 ) -> nn.Module:
-    """The encoder of a checkpoint, for use on `device`, its results the same to the bit however the weights come.
+    """Builds the encoder of a checkpoint, for use on `device`; its results are the same to the bit, streamed or not.
 
     Args:
         checkpoint: the weights, mapped.
         device: where it runs.
-        dtype: what is computed in; see `TextEncoder.load`.
-        stream: leave the weights of linear layers and the embedding mapped on the host. Each is brought to the device, and
-            to no wider than `dtype`, when it runs, and dropped again; of the embedding only the rows that are looked up.
+        dtype: the type to compute in; see `TextEncoder.load`.
+        stream: leave the weights of linear layers and the embedding mapped on the host. Each is brought to the device,
+            and to no wider than `dtype`, when it runs, and dropped again; of the embedding only the rows that are
+            looked up.
         progress: counts the tensors placed.
 
     Raises:
@@ -75,14 +76,14 @@ def build_t5(
 
 
 def place(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor on the device, in its own dtype if that is no wider than `dtype`: on the CPU then the mapped one itself."""
+    """Returns the tensor on the device, narrowed to `dtype` if it is wider; otherwise on the CPU the mapped one."""
     return tensor.to(_kept(tensor, device, dtype)).to(device)
 
 
 class _StoredLinear(nn.Module):
     """A linear layer without bias whose weight (out, in) comes to the input's device and dtype when it runs.
 
-    `scale` multiplies the output: one number, or one an output.
+    `scale` multiplies the output: one number, or one per output.
     """
 
     # T5's MLP converts its input to `wo.weight`'s dtype where that is a tensor, which would be float8 here.
@@ -102,7 +103,7 @@ class _StoredLinear(nn.Module):
 
 
 class _StoredEmbedding(nn.Module):
-    """A lookup table (entries, width) of which only the rows looked up are converted to `dtype` and brought to the device."""
+    """A lookup table (entries, width), of which only the rows looked up are converted to `dtype` and uploaded."""
 
     stored: torch.Tensor
 
@@ -135,7 +136,7 @@ def _empty(checkpoint: T5Checkpoint) -> Any:
 
 
 def _kept(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What a stored tensor is kept in on a device: no wider than `dtype`, and a type that the device has."""
+    """Returns the dtype to keep a stored tensor in: no wider than `dtype`, and one that the device has."""
     kept = tensor.dtype if tensor.dtype.itemsize <= dtype.itemsize else dtype
     if kept.itemsize == 1 and not _holds(device, kept):
         return torch.bfloat16  # holds every float8 value exactly

@@ -30,16 +30,16 @@ class Tokenizer:
     pieces: Callable[[str], list[int]]
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`, the end token last."""
+        """Returns the token ids of `text`, the end token last."""
         return [*self.pieces(text.encode("utf-8", "replace").decode("utf-8")), self.end_id]
 
     def fingerprint(self) -> str:
-        """Hash of the file: two tokenizers with the same one give the same tokens."""
+        """Returns the SHA-256 of the file: two tokenizers with the same one give the same tokens."""
         return hashlib.sha256(self.file.read_bytes()).hexdigest()
 
 
 def find_tokenizer(weights: str | Path, tokenizer: str | Path | None = None) -> Path:
-    """The tokenizer file to use: `tokenizer` (file or folder) if given, else the one beside the weights.
+    """Returns the tokenizer file to use: `tokenizer` (file or folder) if given, else the one beside the weights.
 
     Beside means in the folder of the weights, in `tokenizer/` below it, or in `tokenizer/` next to it.
 
@@ -70,7 +70,7 @@ def find_tokenizer(weights: str | Path, tokenizer: str | Path | None = None) -> 
 
 
 def load_tokenizer(file: Path) -> Tokenizer:
-    """Reads spiece.model, tokenizer.json, or the tokenizer_config.json of a ByT5Tokenizer (which has no vocabulary file).
+    """Reads spiece.model, tokenizer.json, or the tokenizer_config.json of a ByT5Tokenizer, which has no vocabulary.
 
     Raises:
         MagiError: the file is unreadable or no T5 tokenizer.

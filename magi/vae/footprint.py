@@ -55,7 +55,7 @@ def next_smaller(tiling: Tiling) -> Tiling | None:
 
 
 def makes_scores(device: torch.device, dtype: torch.dtype, config: VAEConfig) -> bool:
-    """Tells whether torch's only attention kernel on this device materializes the matrix of scores."""
+    """Returns whether torch's only attention kernel on this device materializes the matrix of scores."""
     head = torch.zeros(1, 1, 64, config.embed_dim // config.num_heads, device=device, dtype=dtype)
     try:
         with torch.no_grad():

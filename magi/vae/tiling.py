@@ -114,7 +114,7 @@ def recut(blocks: Iterable[torch.Tensor], length: int) -> Iterator[torch.Tensor]
 
     The last piece may be shorter. At most one piece and the current block are kept.
     """
-    held: list[torch.Tensor] = []
+    parts: list[torch.Tensor] = []
     count = 0
     for block in blocks:
         start = 0
@@ -122,12 +122,12 @@ def recut(blocks: Iterable[torch.Tensor], length: int) -> Iterator[torch.Tensor]
             part = block[:, :, start : start + length - count]
             start += part.shape[2]
             count += part.shape[2]
-            held.append(part)
+            parts.append(part)
             if count == length:
-                yield _joined(held)  # (B, C, length, H, W)
-                held, count = [], 0
-    if held:
-        yield _joined(held)
+                yield _joined(parts)  # (B, C, length, H, W)
+                parts, count = [], 0
+    if parts:
+        yield _joined(parts)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""T5 through ComfyUI's own CLIP objects: the t5xxl file that people have for other models."""
+"""T5 through ComfyUI's own CLIP objects, for the t5xxl file that people have for other models."""
 
 import hashlib
 from typing import Any
@@ -13,19 +13,19 @@ from .progress import NodeProgress
 
 MAX_TOKENS = 800
 _WIDTH = 4096
-_SAMPLE = 64  # values of each tensor that tell one file from another
+_SAMPLE = 64  # values of each tensor that identify the weights
 # The kinds of CLIP whose embedding is T5's alone; flux's other encoder gives only what MAGI-1 does not use.
 _KINDS = ({"t5xxl"}, {"t5xxl", "l"})
 
 
 def encode_with_clip(clip: Any, texts: list[str], clean: bool, progress: NodeProgress) -> list[torch.Tensor]:
-    """Embeddings (tokens, 4096) float32 on the CPU of each text, from the disk where they were made before.
+    """Returns the embedding of each text, float32 (tokens, 4096) on the CPU, from the cache on disk where it is there.
 
     Raises:
         MagiError: the CLIP is not T5 v1.1 XXL.
     """
     if set(clip.tokenize("a", disable_weights=True)) not in _KINDS:
-        raise _other(clip)
+        raise _wrong_clip()
     cache = EmbeddingCache(host.cache_folder() / "text")
     fingerprint = _fingerprint(clip, progress)
     found: dict[str, torch.Tensor] = {}
@@ -35,39 +35,38 @@ def encode_with_clip(clip: Any, texts: list[str], clean: bool, progress: NodePro
             key = embedding_key(prepared, fingerprint, max_tokens=MAX_TOKENS)
             embeds = cache.get(key) if prepared else torch.zeros(0, _WIDTH)
             if embeds is None:
-                progress.say("running the text encoder", at_once=True)
+                progress.show_text("running the text encoder", at_once=True)
                 embeds = _encode(clip, prepared)
                 cache.put(key, embeds)
             found[text] = embeds
-        progress.at("encode", done / len(texts))
+        progress.move("encode", done / len(texts))
     return [found[text] for text in texts]
 
 
 def _encode(clip: Any, text: str) -> torch.Tensor:
     # T5's positions are relative: without padding there is nothing to mask, and the result is the same.
     tokens = clip.tokenize(text, disable_weights=True, tokenizer_options={"t5xxl_min_length": 1})
-    ((*words, end),) = tokens["t5xxl"]
-    tokens["t5xxl"] = [[*words[: MAX_TOKENS - 1], end]]
+    ((*text_tokens, end),) = tokens["t5xxl"]
+    tokens["t5xxl"] = [[*text_tokens[: MAX_TOKENS - 1], end]]
     embeds = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)["cond"]
     if embeds.shape[-1] != _WIDTH:
-        raise _other(clip)
+        raise _wrong_clip()
     return embeds[0, : len(tokens["t5xxl"][0])].float().cpu()
 
 
 def _fingerprint(clip: Any, progress: NodeProgress) -> str:
-    """Tells one set of weights from another by a sample of each tensor."""
+    """Returns 64 hexadecimal digits that identify T5's weights, from a sample of each tensor."""
     digest = hashlib.sha256(b"native clip ")
     weights = clip.cond_stage_model.state_dict()
     for done, (name, tensor) in enumerate(sorted(weights.items()), 1):
         if ".t5xxl." in f".{name}" or name.startswith("t5xxl"):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.flatten()[:_SAMPLE].double().cpu().numpy().tobytes())
-        progress.at("load", done / len(weights))
+        progress.move("load", done / len(weights))
     return digest.hexdigest()
 
 
-def _other(clip: Any) -> MagiError:
-
+def _wrong_clip() -> MagiError:
     return MagiError(
         "This CLIP is not T5 v1.1 XXL, which MAGI-1 was trained with. In Load CLIP choose a t5xxl file (fp16, or an fp8 one) "
         "and the type mochi or ltxv."

@@ -18,14 +18,14 @@ from ...magi.system.device import is_out_of_memory
 Interrupted = comfy.model_management.InterruptProcessingException  # raised where the user has cancelled
 FOLDER = "magi1"  # below ComfyUI's models/: the tree that `python -m magi download` makes
 _PREVIEW_SIZE = 512
-_WATCH_SECONDS = 0.01
+_POLL_SECONDS = 0.01  # of the flag for a cancel
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
 def register_folder() -> None:
-    """Makes models/magi1 known to ComfyUI, beside what extra_model_paths.yaml says of it."""
+    """Registers models/magi1 with ComfyUI, beside the folders that extra_model_paths.yaml names for it."""
     default = str(home())
     paths, extensions = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
     paths = [*paths, *([] if default in paths else [default])]
@@ -33,32 +33,32 @@ def register_folder() -> None:
 
 
 def home() -> Path:
-    """The folder that MAGI-1's files belong in."""
+    """Returns the folder that MAGI-1's files belong in."""
     return Path(folder_paths.models_dir) / FOLDER
 
 
 def model_folders(kind: str = FOLDER) -> list[Path]:
-    """The folders in which ComfyUI looks for models of a kind."""
+    """Returns the folders in which ComfyUI finds models of a kind."""
     return [Path(p) for p in folder_paths.get_folder_paths(kind)]
 
 
 def model_names(kind: str) -> list[str]:
-    """The files there, relative, with forward slashes on every system."""
+    """Returns the files in those folders, relative to them, with forward slashes on every system."""
     return [name.replace("\\", "/") for name in folder_paths.get_filename_list(kind)]
 
 
 def cache_folder() -> Path:
-    """Where embeddings and the embedded model are kept."""
+    """Returns the folder in which embeddings, unfinished runs and the embedded model are kept."""
     return Path(folder_paths.get_user_directory()) / FOLDER
 
 
 def temp_folder() -> Path:
-    """Where files stay until ComfyUI ends."""
+    """Returns the folder for files that ComfyUI removes when it ends."""
     return Path(folder_paths.get_temp_directory())
 
 
 def t5_tokenizer() -> Path:
-    """The tokenizer of T5 that ComfyUI ships for its own text encoders."""
+    """Returns the folder of the T5 tokenizer that ComfyUI ships for its own text encoders."""
     return Path(comfy.model_management.__file__).parent / "text_encoders" / "t5_tokenizer"
 
 
@@ -66,17 +66,17 @@ def t5_tokenizer() -> Path:
 
 
 def device() -> torch.device:
-    """What ComfyUI computes on."""
+    """Returns the device that ComfyUI computes on."""
     return comfy.model_management.get_torch_device()
 
 
 def vae_device() -> torch.device:
-    """What ComfyUI computes VAEs on: the same, unless it was started with --cpu-vae."""
+    """Returns the device that ComfyUI computes VAEs on: the same, unless it was started with --cpu-vae."""
     return comfy.model_management.vae_device()
 
 
 def usable_memory() -> int | None:
-    """Device memory in bytes that could be had if everything else were evicted; None where it is the host's own."""
+    """Returns the device memory in bytes that is free if ComfyUI evicts all models, less its reserve; None on a CPU."""
     where = device()
     if where.type == "cpu":
         return None
@@ -88,13 +88,13 @@ def usable_memory() -> int | None:
 
 
 def make_room(nbytes: int) -> None:
-    """Has ComfyUI evict models until so much of the device is free."""
+    """Has ComfyUI evict models until `nbytes` of device memory are free."""
     comfy.model_management.free_memory(nbytes, device())
 
 
 @contextmanager
 def device_work(what: str, remedy: str) -> Iterator[None]:
-    """Around heavy work: what torch then holds unused goes back to the device, and running out of memory is said clearly.
+    """Wraps heavy work: turns running out of memory into a clear error, and empties torch's cache at the end.
 
     Raises:
         MagiError: the device ran out of memory doing `what`; it names the `remedy`.
@@ -110,7 +110,7 @@ def device_work(what: str, remedy: str) -> Iterator[None]:
 
 
 def release() -> None:
-    """Gives what torch holds but does not use back to the device."""
+    """Gives memory that torch has cached but does not use back to the device."""
     comfy.model_management.soft_empty_cache()
 
 
@@ -118,27 +118,31 @@ def release() -> None:
 
 
 def check_interrupt() -> None:
-    """Raises `Interrupted` if the user has cancelled. The cancel stays known, for nodes that run beside this one; the next run forgets it."""
+    """Raises `Interrupted` if the user has cancelled.
+
+    ComfyUI's flag stays set until the next run, for nodes that run beside this one.
+    """
     if comfy.model_management.processing_interrupted():
         raise Interrupted
 
 
 @contextmanager
 def interrupt_watched() -> Iterator[Callable[[], bool]]:
-    """For work in a thread: gives what tells whether the user has cancelled, also where a node beside it is told first.
+    """Yields a function that returns whether the user has cancelled, for work in a thread beside other nodes.
 
-    ComfyUI takes a cancel for done once one node has been told of it. Hardly any node asks as often as this does.
+    ComfyUI clears its flag once one node has raised for it. This polls it more often than nearly any node does, and
+    remembers.
     """
-    found, over = threading.Event(), threading.Event()
+    cancelled, over = threading.Event(), threading.Event()
 
     def watch() -> None:
-        while not over.wait(_WATCH_SECONDS):
+        while not over.wait(_POLL_SECONDS):
             if comfy.model_management.processing_interrupted():
-                found.set()
+                cancelled.set()
 
     threading.Thread(target=watch, name="magi-interrupt", daemon=True).start()
     try:
-        yield found.is_set
+        yield cancelled.is_set
     finally:
         over.set()
 
@@ -150,7 +154,7 @@ def show_progress(node_id: str | None, value: int, total: int, picture: torch.Te
         preview = ("JPEG", Image.fromarray(picture.numpy()), _PREVIEW_SIZE)
     try:
         comfy.utils.ProgressBar(total, node_id=node_id).update_absolute(value, total, preview)
-    except Interrupted:  # ComfyUI asks here, too, and takes it for done then
+    except Interrupted:  # ComfyUI checks for a cancel here, too, and has cleared its flag: set it again
         comfy.model_management.interrupt_current_processing()
         raise
 

@@ -16,14 +16,14 @@ from ...magi.media.video_decoder import TimedFrame
 from ...magi.media.video_reader import probe, read_video, resample
 from ...magi.system.host_memory import free_host_memory
 
-LEAST = 8  # frames of two latents: a single one is taken for a picture
+MIN_FRAMES = 8  # two latent frames: a single one is taken for a picture
 FPS = 24
-_WHOLE = 0.5  # seconds by which two ways of telling a file's length may differ
+_TOLERANCE = 0.5  # seconds by which two readings of a file's length may differ
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip that can be read in any size: a file where there is one, as its end is then all that is decoded."""
+    """A clip that can be read in any size: a file, of which only the end needs decoding, or its frames."""
 
     width: int
     height: int
@@ -33,19 +33,19 @@ class Clip:
 
     @classmethod
     def of(cls, video: Any, fps: float = FPS) -> "Clip":
-        """From a VIDEO, or an IMAGE batch of `fps` frames per second.
+        """Returns the clip of a VIDEO, or of an IMAGE batch of `fps` frames per second.
 
         Raises:
-            MagiError: a file that cannot be read.
+            MagiError: its file cannot be read.
         """
         if isinstance(video, torch.Tensor):
             return cls(video.shape[2], video.shape[1], images=video, fps=Fraction(fps).limit_denominator(1001))
-        # Asked of a video that is no file, this would encode it.
+        # Only of a VideoFromFile: any other video would be encoded for this.
         source = video.get_stream_source() if isinstance(video, InputImpl.VideoFromFile) else None
         if isinstance(source, str):
             info = probe(source)
-            # A video may be a part of its file; then it alone knows which.
-            if info.seconds is None or abs(video.get_duration() - info.seconds) < _WHOLE:
+            # A VIDEO may be a part of its file, and only it knows which.
+            if info.seconds is None or abs(video.get_duration() - info.seconds) < _TOLERANCE:
                 return cls(info.width, info.height, file=source)
         parts = video.get_components()
         return cls(parts.images.shape[2], parts.images.shape[1], images=parts.images, fps=Fraction(parts.frame_rate))
@@ -58,15 +58,15 @@ class Clip:
         tail_seconds: float | None = None,
         progress: Callable[[int, int | None], None] | None = None,
     ) -> torch.Tensor:
-        """Frames uint8 (T, height, width, 3) at 24 per second, of the last `tail_seconds` or all.
+        """Returns frames, uint8 (T, height, width, 3) at 24 per second, of the last `tail_seconds` or of all.
 
-        `progress` is called while a file is read; what it raises ends that.
+        `progress` is called with (frames, frames in all or None) while a file is read; what it raises ends the reading.
         """
         if self.file is not None:
             return read_video(
                 self.file, FPS, tail_seconds=tail_seconds, progress=progress, height=height, width=width, mode=fit
             )
-        assert self.images is not None  # noqa: S101 (one of them is)
+        assert self.images is not None  # noqa: S101 (a clip has a file or images)
         shown = _frames_shown(len(self.images), self.fps)
         if tail_seconds is not None:
             shown = shown[-max(1, round(tail_seconds * FPS)) :]
@@ -74,13 +74,13 @@ class Clip:
 
 
 def _frames_shown(count: int, fps: Fraction) -> list[int]:
-    """Which of `count` frames, `fps` per second, stands at each tick of 24 per second."""
+    """Returns which of `count` frames, `fps` per second, is shown at each tick of 24 per second."""
     frames = (TimedFrame(i / fps, 1 / fps, partial(torch.tensor, i)) for i in range(count))
     return [int(frame.load()) for frame in resample(frames, Fraction(FPS))]
 
 
 def frames_of(images: torch.Tensor) -> torch.Tensor:
-    """IMAGE (T, H, W, C) in 0..1 -> uint8 (T, H, W, 3); what is transparent is put over white."""
+    """Converts an IMAGE batch, (T, H, W, C) in 0..1, to frames, uint8 (T, H, W, 3); transparency is laid over white."""
     frames = torch.empty(images.shape, dtype=torch.uint8)
     for image, frame in zip(images, frames, strict=True):  # one by one: no second float copy of a whole clip
         frame.copy_(image.mul(255).round().clamp(0, 255))
@@ -88,12 +88,16 @@ def frames_of(images: torch.Tensor) -> torch.Tensor:
 
 
 def images_of(frames: torch.Tensor) -> torch.Tensor:
-    """uint8 (T, H, W, 3) -> IMAGE, float32 in 0..1."""
+    """Converts frames, uint8 (T, H, W, 3), to an IMAGE batch, float32 in 0..1."""
     return frames.float().div_(255)
 
 
 def check_room(count: int, height: int, width: int, remedy: str) -> None:
-    """Raises MagiError where the host has no memory for so many images: it may not be refused before it is filled."""
+    """Raises MagiError, with the remedy, unless an IMAGE batch of this size fits in RAM.
+
+    Allocating it would not tell: a system may grant memory that it does not have, and end the process when it is
+    filled.
+    """
     needed, free = 12 * count * height * width, free_host_memory()
     if free is not None and needed > free:
         raise MagiError(
@@ -103,13 +107,13 @@ def check_room(count: int, height: int, width: int, remedy: str) -> None:
 
 
 def latent_tail(latent: dict[str, Any], seconds: float) -> dict[str, torch.Tensor]:
-    """The end of a LATENT."""
+    """Returns a LATENT of the last `seconds`, of two latent frames at least."""
     samples = check_latent(latent)
-    return {"samples": samples[:, :, -max(LEAST // 4, round(seconds * FPS / 4)) :]}
+    return {"samples": samples[:, :, -max(MIN_FRAMES // 4, round(seconds * FPS / 4)) :]}
 
 
 def check_latent(latent: dict[str, Any]) -> torch.Tensor:
-    """A LATENT's samples, (1, 16, T, h, w) float32. Raises MagiError for those of other models."""
+    """Returns a LATENT's samples, float32 (1, 16, T, h, w). Raises MagiError for those of other models."""
     samples = latent["samples"]
     if samples.ndim != 5 or samples.shape[:2] != (1, 16) or 0 in samples.shape:
         raise MagiError(

@@ -1,4 +1,4 @@
-"""What the loaders' menus offer, and where it lies. Names use forward slashes, so that a workflow works on every system."""
+"""The loaders' menus and the files that they name, with forward slashes, so that a workflow works on every system."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ from ...magi.model_files.embedded import embedded_files
 from ...magi.model_files.locate import SPECIAL_TOKENS, ModelFiles, released_weights, special_tokens_near
 from ...magi.text.embedding_cache import EmbeddingCache
 from ...magi.text.encoder import encoder_fingerprint
-from ...magi.text.t5_checkpoint import t5_is_away
+from ...magi.text.t5_checkpoint import t5_is_missing
 from ...magi.text.t5_tokenizer import find_tokenizer
 from . import host
 
@@ -27,25 +27,25 @@ _PACK = Path(__file__).resolve().parents[2]
 
 
 def model_menu() -> list[str]:
-    """The demo, the released models (whether they are there or not), and what else lies in the folders for models."""
+    """Returns the demo, the released models, there or not, and other files in the folders for models."""
     return [EMBEDDED, *RELEASED, *_found("diffusion_models")]
 
 
 def vae_menu() -> list[str]:
-    """The demo's VAE, the official one, and files in the folders for VAEs."""
+    """Returns the demo's VAE, the official one, and files in the folders for VAEs."""
     return [EMBEDDED, VAE, *_found("vae")]
 
 
 def encoder_menu() -> list[str]:
-    """The demo's text encoder, the official one, and files in the folders for text encoders."""
+    """Returns the demo's text encoder, the official one, and files in the folders for text encoders."""
     return [EMBEDDED, TEXT_ENCODER, *_found("text_encoders")]
 
 
 def find_model(name: str) -> Path:
-    """The transformer of a name in the menu.
+    """Returns the path of the transformer with a name of the menu.
 
     Raises:
-        MagiError: it is not there; it says which folder it belongs in and where it can be had.
+        MagiError: it is not there; the message says which folder it belongs in and where to download it.
     """
     if name == EMBEDDED:
         return _embedded().transformer
@@ -60,7 +60,7 @@ def find_model(name: str) -> Path:
 
 
 def find_vae(name: str) -> Path:
-    """The VAE of a name in the menu; raises MagiError where it is not there."""
+    """Returns the path of the VAE with a name of the menu. Raises MagiError where it is not there."""
     if name == EMBEDDED:
         return _embedded().required("vae")
     if name == VAE:
@@ -69,9 +69,9 @@ def find_vae(name: str) -> Path:
 
 
 def find_encoder(name: str) -> tuple[Path, Path | None]:
-    """The text encoder of a name in the menu and its tokenizer (None: beside it).
+    """Returns the paths of the text encoder with a name of the menu and of its tokenizer (None: beside the encoder).
 
-    One that is away is where it was when it was last used, since prompts in the cache need none of its files.
+    Where the files are missing, the path is that of the last use, since prompts in the cache need none of them.
 
     Raises:
         MagiError: it is not there and was never used.
@@ -82,7 +82,7 @@ def find_encoder(name: str) -> tuple[Path, Path | None]:
         host.model_folders() if name == TEXT_ENCODER else [*host.model_folders(), *host.model_folders("text_encoders")]
     )
     places = [folder / name for folder in folders if _stays_inside(name)]
-    if all(t5_is_away(path) for path in places):
+    if all(t5_is_missing(path) for path in places):
         for path in places:
             for tokenizer in (None, *_tokenizers()):
                 if is_known(path, tokenizer):
@@ -96,32 +96,32 @@ def find_encoder(name: str) -> tuple[Path, Path | None]:
 
 
 def is_known(encoder: Path, tokenizer: Path | None) -> bool:
-    """Whether an encoder is away, but was used before with this tokenizer, or one in its place."""
+    """Returns whether an encoder's files are missing, but it was used before with the tokenizer at this path."""
     try:
-        return t5_is_away(encoder) and bool(encoder_fingerprint(encoder, tokenizer, cache=text_cache()))
+        return t5_is_missing(encoder) and bool(encoder_fingerprint(encoder, tokenizer, cache=text_cache()))
     except MagiError:
         return False
 
 
 def text_cache() -> EmbeddingCache:
-    """Where embeddings of prompts are kept."""
+    """Returns the cache of prompts' embeddings."""
     return EmbeddingCache(host.cache_folder() / "text")
 
 
 def special_tokens_of(model: Path) -> Path | None:
-    """The special tokens that go with a transformer, None where they are not there."""
+    """Returns the path of the special tokens for a transformer; None where they are not there."""
     return special_tokens_near(model, [model.parent, *host.model_folders()])
 
 
 def find_special_tokens(model: Path) -> Path:
-    """The special tokens that go with a transformer.
+    """Returns the path of the special tokens for a transformer.
 
     Raises:
-        MagiError: they are not there; it says where they belong and where they can be had.
+        MagiError: they are not there; the message says where they belong and where to download them.
     """
     found = special_tokens_of(model)
     if found is None:
-        raise _error(
+        raise MagiError(
             f"Style, duration and negative tokens need {SPECIAL_TOKENS} (3 MB), which is not in {host.home()}. "
             f"Download {SPECIAL_TOKENS_URL} into that folder, or switch these tokens off."
         )
@@ -129,12 +129,11 @@ def find_special_tokens(model: Path) -> Path:
 
 
 def _embedded() -> ModelFiles:
-
     return embedded_files(host.cache_folder())
 
 
 def _tokenizer(encoder: Path) -> Path | None:
-    """Where a single file has no tokenizer beside it: the official one, else the one that ComfyUI itself ships."""
+    """Returns None where the tokenizer is beside the encoder; else the path of the official one or of ComfyUI's."""
     for folder in (None, *_tokenizers()):
         try:
             find_tokenizer(encoder, folder)
@@ -157,7 +156,7 @@ def _official(place: str, what: str, files: str, item: str) -> Path:
 
 
 def _places(place: str) -> Iterator[Path]:
-    """The folders of this name in the official tree, in all folders for MAGI-1's models."""
+    """Yields the existing folders of this name in the official tree, in all folders for MAGI-1's models."""
     return (folder / place for folder in host.model_folders() if (folder / place).is_dir())
 
 
@@ -165,34 +164,28 @@ def _find(name: str, kind: str) -> Path:
     for folder in (*host.model_folders(), *host.model_folders(kind)):
         if (folder / name).exists() and _stays_inside(name):
             return folder / name
-    raise _error(
+    raise MagiError(
         f"There is no {name!r} in {host.home()} or {host.model_folders(kind)[0]}. Choose another one, or put it there and reload the page."
     )
 
 
 def _stays_inside(name: str) -> bool:
-    """Whether a name, which may come from a stranger's workflow file, does not lead out of the folders."""
+    """Returns whether a name stays inside the folders; it may come from a stranger's workflow file."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _found(kind: str) -> list[str]:
-    """Files, and folders of shards instead of the shards, in a native folder and our own (outside the official tree)."""
+    """Returns files, and folders instead of shards, in a native folder and our own, without the official tree."""
     own = [name for name in host.model_names(host.FOLDER) if not name.startswith("ckpt/")]
     names = [n for n in (*own, *host.model_names(kind)) if n.lower().endswith((".safetensors", ".sft"))]
     folded = (name.rpartition("/")[0] if _SHARD.search(name) and "/" in name else name for name in names)
     return list(dict.fromkeys(folded))
 
 
-def _missing(what: str, place: str, files: str, item: str) -> Exception:
-
+def _missing(what: str, place: str, files: str, item: str) -> MagiError:
     home = host.home()
     more = " (with the VAE, text encoder and special tokens)" if item in RELEASED else ""
-    return _error(
+    return MagiError(
         f"{what} is not in {home / place}.\nDownload {files} from {HUB}/{REPOSITORY}/tree/main/{place} into that folder.\n"
         f'Or fetch it{more} with this, run in {_PACK}:\n"{sys.executable}" -m magi download {item} --folder "{home}"'
     )
-
-
-def _error(message: str) -> Exception:
-
-    return MagiError(message)

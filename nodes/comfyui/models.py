@@ -1,4 +1,4 @@
-"""What the loaders hand on: files that were found and checked, and weights that are read when a node needs them."""
+"""What the loaders' outputs carry: files that were checked, and weights that are read when a node needs them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +18,11 @@ from ...magi.system.host_memory import memory_beside
 from ...magi.transformer.weights import Precision
 from ...magi.vae.video_vae import load_vae
 from . import host
-from .memory import Held, Managed
+from .memory import LoadableModel, WholeModelPatcher
 
 
-class MagiTransformer(Held):
-    """The transformer, wholly on the device or streamed to it, as the run that is to come allows."""
+class MagiTransformer(LoadableModel):
+    """The transformer, wholly on the device or streamed to it, as the next run's placement has it."""
 
     def __init__(
         self,
@@ -33,17 +33,17 @@ class MagiTransformer(Held):
         options: MemoryOptions,
         compiled: bool = False,
     ) -> None:
-        """Reads headers only; `config` fits the file."""
+        """Reads the header only; `config` must fit the file."""
         super().__init__()
         self.path, self._config = path, config
         self.precision, self.attention, self.compiled = precision, attention, compiled
         with Checkpoint(path) as checkpoint:
             self._sizes = weight_sizes(checkpoint.tensors, config.model, host.device(), precision)
         self._planner = Planner(options)
-        self.placement: Placement | None = None  # of the run that is to come
+        self.placement: Placement | None = None  # of the next run
 
     def plan(self, run: MagiConfig, given: int, may_narrow: bool = False) -> Placement:
-        """Returns what goes where in a run, if all that is evictable makes room for it.
+        """Returns what goes where in a run, given the memory that is free once ComfyUI has evicted all its models.
 
         Args:
             run: with its size, length and window.
@@ -53,24 +53,24 @@ class MagiTransformer(Held):
         Raises:
             MagiError: the run cannot fit.
         """
-        if self.content is not None:
-            self._planner.learn(self.content, self._sizes)
+        if self.loaded is not None:
+            self._planner.learn(self.loaded, self._sizes)
         return self._place(run, given, host.usable_memory(), may_narrow)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights that are on the device at a time."""
-        if self.content is not None:
-            return int(self.content.nbytes)
+        """Returns the bytes of the weights that are on the device at a time, or will be when loaded."""
+        if self.loaded is not None:
+            return int(self.loaded.nbytes)
         return self.placement.weight_bytes if self.placement else self._sizes.total
 
     def fits(self, room: float) -> bool:
-        """Whether what is loaded may stay: too many layers can be dropped, a few too few are no reason to read all again."""
-        could = len(self._for(room).on_device)
-        return len(self.content.blocks.on_device) >= could - max(2, len(self.content.blocks) // 8)
+        """Returns whether the loaded layers may stay: spare ones can be dropped, and a few missing ones do no harm."""
+        wanted = len(self._placement_for(room).on_device)
+        return len(self.loaded.blocks.on_device) >= wanted - max(2, len(self.loaded.blocks) // 8)
 
     def read(self, room: float) -> Any:
-        """The transformer, as many of its layers on the device as the room allows."""
+        """Returns the transformer, with as many of its layers on the device as `room` bytes allow."""
         return load_transformer(
             self.path,
             self._config,
@@ -78,43 +78,43 @@ class MagiTransformer(Held):
             progress=self.progress,
             precision=self.precision,
             attention=self.attention,
-            placement=self._for(room),
+            placement=self._placement_for(room),
             compiled=self.compiled,
         )
 
     def load(self, room: float) -> None:
-        """Also has what this run wants and needs no reading: fewer layers on the device, keys elsewhere, other token blocks."""
-        before = self.content
+        """Loads it, and applies what needs no reading: fewer resident layers, where the K/V are, the token block."""
+        before = self.loaded
         super().load(room)
-        wanted, model = self._for(room), self.content
+        wanted, model = self._placement_for(room), self.loaded
         staying = sorted(model.blocks.on_device)
         if len(staying) > len(wanted.on_device):
             model.blocks.keep_on_device([staying[i] for i in spread(len(staying), len(wanted.on_device))])
         model.cache_device, model.token_block = wanted.cache, wanted.token_block
-        if model is before:  # a few layers fewer than there is room for may have been left
+        if model is before:  # it may have a few layers less on the device than there is room for
             wanted = replace(wanted, on_device=tuple(sorted(model.blocks.on_device)))
         self._planner.begin(replace(wanted, run=self._planned.run))
 
     def drop(self) -> None:
-        """Also learns from how the last run has left it."""
-        if self.content is not None:
-            self._planner.learn(self.content, self._sizes)
+        """Drops the weights, after learning from the token block and layers that the last run ended with."""
+        if self.loaded is not None:
+            self._planner.learn(self.loaded, self._sizes)
         self._planner.end()
         super().drop()
 
     def left_with(self, window: int) -> None:
-        """Notes that a run had to denoise fewer chunks at a time, so many in the end."""
+        """Notes that memory ran out and the run ended with a window of so many chunks."""
         self._planner.left_with(window)
 
     @property
     def _planned(self) -> Placement:
-        """Returns the placement of the run that is to come; without one ComfyUI loads it for the model's own settings."""
+        """Returns the placement of the next run; without a run, that for the model's own settings."""
         if self.placement is None:
             self.placement = self.plan(self._config, 0)
         return self.placement
 
-    def _for(self, room: float) -> Placement:
-        """The placement with `room` bytes for weights besides what is spared for the work; the planned one where that is too little."""
+    def _placement_for(self, room: float) -> Placement:
+        """Returns the placement with `room` bytes for weights beside working memory; the planned one if none fits."""
         planned, usable = self._planned, host.usable_memory()
         if usable is None:
             return planned
@@ -137,14 +137,14 @@ class Model:
     name: str
     config: MagiConfig
     special_tokens: SpecialTokens | None
-    patcher: Managed
+    patcher: WholeModelPatcher
 
     @property
     def transformer(self) -> MagiTransformer:
-        """The managed transformer."""
-        held = self.patcher.held
-        assert isinstance(held, MagiTransformer)  # noqa: S101 (made so)
-        return held
+        """Returns the transformer that the patcher loads and drops."""
+        transformer = self.patcher.loadable
+        assert isinstance(transformer, MagiTransformer)  # noqa: S101 (the loader node makes it so)
+        return transformer
 
     def __repr__(self) -> str:
         return f"MAGI-1 model {self.name!r}"
@@ -152,7 +152,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A T5 text encoder's files and where to run it; it is loaded for a prompt that is not in the cache, and freed again."""
+    """A T5 text encoder's files and where to run it; it is loaded for prompts that are not in the cache, and freed."""
 
     path: Path
     tokenizer: Path | None
@@ -160,29 +160,29 @@ class Encoder:
     dtype: torch.dtype
 
 
-class MagiVideoVAE(Held):
+class MagiVideoVAE(LoadableModel):
     """The VAE's weights."""
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        """Finds damaged and wrong files by their header.
+        """Reads the header only.
 
         Raises:
-            MagiError: the file is not a MAGI-1 VAE.
+            MagiError: the file is damaged or not a MAGI-1 VAE.
         """
         super().__init__()
         self._path, self._dtype = path, dtype
-        # On the meta device nothing is read, but all that is missing is found.
+        # On the meta device no weights are read, but missing tensors are found.
         self._nbytes = load_vae(path, "meta", dtype).nbytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights."""
+        """Returns the bytes of the weights."""
         return self._nbytes
 
     def fits(self, room: float) -> bool:
-        """It has no other way to be loaded."""
+        """Returns True: there is only one way to load it."""
         return True
 
     def read(self, room: float) -> Any:
-        """The VAE."""
+        """Returns the VAE on the device."""
         return load_vae(self._path, host.vae_device(), self._dtype, self.progress)

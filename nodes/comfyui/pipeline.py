@@ -1,4 +1,4 @@
-"""The pipeline over ComfyUI's memory manager: what `MagiPipeline` would load itself, ComfyUI loads and evicts."""
+"""`MagiPipeline` over ComfyUI's memory manager, which loads and evicts the models in place of `ResidentModels`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,10 +20,10 @@ _PREVIEW = Tiling(frames=4)  # of one latent frame
 
 
 class ManagedModels:
-    """A transformer, and a VAE for previews, in ComfyUI's memory, as a pipeline takes its models.
+    """A transformer, and a VAE for previews, that ComfyUI loads and evicts: the `Models` of a pipeline.
 
     Attributes:
-        preview_vae: the VAE, while it is on the device together with the transformer; else None.
+        preview_vae: the VAE, where there was room to load it beside the transformer; else None.
     """
 
     def __init__(self, model: Model, vae: Any = None) -> None:
@@ -33,11 +33,11 @@ class ManagedModels:
         self.preview_vae: VideoVAE | None = None
 
     def place(self, run: MagiConfig, given: int, may_narrow: bool) -> Placement:
-        """Returns what goes where in a run, if ComfyUI evicts what it can for it."""
+        """Returns what goes where in a run, given the memory that is free once ComfyUI has evicted all its models."""
         return self._model.transformer.plan(run, given, may_narrow)
 
     def transformer(self, placement: Placement, progress: OnProgress | None = None) -> Transformer:
-        """Returns the transformer, laid out for the placement's run; the VAE comes along where that changes nothing for it."""
+        """Returns the transformer, placed as `placement` says; the VAE is loaded beside it where both fit."""
         self._model.transformer.placement = placement
         patcher, working = self._model.patcher, placement.spare_bytes
         if self._vae is not None:
@@ -49,7 +49,7 @@ class ManagedModels:
         return memory.load(patcher, working=working, progress=progress)[0]
 
     def left_with(self, window: int) -> None:
-        """Notes that the run had to denoise fewer chunks at a time, so many in the end."""
+        """Notes that memory ran out and the run ended with a window of so many chunks."""
         self._model.transformer.left_with(window)
 
     def share_device(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -63,15 +63,15 @@ class ManagedModels:
 
 
 def managed_pipeline(model: Model, config: MagiConfig, models: ManagedModels) -> MagiPipeline:
-    """Returns a pipeline from captions and latents to latents, with a loader's model and settings for it."""
-    held = model.transformer
+    """Returns a pipeline from captions and latents to latents, over a loader's model and with its settings."""
+    transformer = model.transformer
     return MagiPipeline(
-        ModelFiles(held.path),
+        ModelFiles(transformer.path),
         config,
         device=host.device(),
-        precision=held.precision,
-        attention=held.attention,
-        compiled=held.compiled,
+        precision=transformer.precision,
+        attention=transformer.attention,
+        compiled=transformer.compiled,
         models=models,
         special_tokens=model.special_tokens,
     )

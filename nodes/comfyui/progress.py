@@ -1,4 +1,4 @@
-"""A node's bar, line of text and preview over the phases of its work; every report asks for a cancel."""
+"""A node's bar, line of text and preview over the phases of its work; every move of the bar checks for a cancel."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,56 +8,60 @@ import torch
 from . import host
 
 _STEPS = 1000
-_SECONDS = 0.2  # between two lines of text
+_TEXT_SECONDS = 0.2  # between two lines of text
 
 
 class NodeProgress:
-    """Reports of one run of a node."""
+    """What a user sees of one run of a node."""
 
     def __init__(self, node_id: str | None, **shares: float) -> None:
-        """`shares`: the phases in the order of the work, each with its part of the bar."""
+        """Takes the phases in the order of the work, each with its share of the bar."""
         total = sum(shares.values())
         self._node_id = node_id
         self._shares: Mapping[str, float] = {name: share / total for name, share in shares.items()}
-        self._at = 0
-        self._said = -_SECONDS
+        self._position = 0  # of the bar, up to _STEPS
+        self._text_shown = -_TEXT_SECONDS  # time.monotonic()
 
     def phase(self, name: str, text: str = "") -> Callable[[float, float], None]:
-        """A callback (done, total) for a phase; `text` is shown with the part that is done."""
+        """Returns a callback (done, total) that moves the bar in a phase, and shows `text` with the percentage."""
 
-        def report(done: float, total: float) -> None:
-            self.at(name, done / max(total, 1e-9))
+        def on_progress(done: float, total: float) -> None:
+            self.move(name, done / max(total, 1e-9))
             if text:
-                self.say(f"{text}: {done / max(total, 1e-9):.0%}")
+                self.show_text(f"{text}: {done / max(total, 1e-9):.0%}")
 
-        return report
+        return on_progress
 
-    def at(self, name: str, part: float, picture: torch.Tensor | None = None) -> None:
-        """Moves the bar to `part` (0 .. 1) of a phase, never back; raises if the user has cancelled."""
+    def move(self, name: str, part: float, picture: torch.Tensor | None = None) -> None:
+        """Moves the bar to `part`, 0 to 1, of a phase, never back; shows `picture`, uint8 (H, W, 3), as the preview.
+
+        Raises:
+            Interrupted: the user has cancelled.
+        """
         host.check_interrupt()
         names = list(self._shares)
         before = sum(self._shares[other] for other in names[: names.index(name)])
-        at = int(_STEPS * (before + self._shares[name] * min(part, 1)) + 1e-6)
-        if at > self._at or picture is not None:
-            self._at = max(at, self._at)
-            host.show_progress(self._node_id, self._at, _STEPS, picture)
+        position = int(_STEPS * (before + self._shares[name] * min(part, 1)) + 1e-6)
+        if position > self._position or picture is not None:
+            self._position = max(position, self._position)
+            host.show_progress(self._node_id, self._position, _STEPS, picture)
 
-    def say(self, text: str, at_once: bool = False) -> None:
-        """Writes a line under the node; those that come too fast are left out."""
+    def show_text(self, text: str, at_once: bool = False) -> None:
+        """Shows a line under the node; at most five per second, the others are left out unless `at_once`."""
         now = time.monotonic()
-        if at_once or now - self._said >= _SECONDS:
-            self._said = now
+        if at_once or now - self._text_shown >= _TEXT_SECONDS:
+            self._text_shown = now
             host.show_text(self._node_id, text)
 
 
 class Clock:
-    """How long a phase that can be measured will still take."""
+    """Estimates the time that a phase will still take."""
 
     def __init__(self) -> None:
-        self._start: tuple[float, float] | None = None
+        self._start: tuple[float, float] | None = None  # time and part at the first call
 
     def left(self, part: float) -> str:
-        """ ", 01:23 left" once there is something to judge by, else ""."""
+        """Returns ", 01:23 left" for a phase of which `part`, 0 to 1, is done; "" while it is too early to tell."""
         now = time.monotonic()
         if self._start is None:
             self._start = (now, part)

@@ -1,4 +1,4 @@
-"""Says in one line what this ComfyUI or its Python lacks, before anything is imported that would fail for want of it."""
+"""Checks for what ComfyUI or its Python lacks, before anything is imported that needs it; each problem is one line."""
 
 import importlib.metadata
 import importlib.util
@@ -13,7 +13,7 @@ _LINE = re.compile(r"(?P<name>[\w.-]+)\s*(?:>=\s*(?P<version>[\d.]+))?\s*(?:#.*)
 
 
 def check_comfyui() -> None:
-    """Raises ImportError where ComfyUI is too old for these nodes."""
+    """Raises ImportError, with the remedy, where ComfyUI is too old for these nodes."""
     try:
         from comfyui_version import __version__ as version
     except ImportError:
@@ -23,7 +23,7 @@ def check_comfyui() -> None:
 
 
 def check_packages(requirements: Path = REQUIREMENTS) -> None:
-    """Raises ImportError naming the packages of `requirements` that are missing or too old. Imports none of them."""
+    """Raises ImportError, with the remedy, for `requirements` that are missing or too old; imports none of them."""
     problems = {}
     for line in requirements.read_text(encoding="utf-8").splitlines():
         match = _LINE.fullmatch(line.strip())
@@ -45,7 +45,7 @@ def _problem(name: str, least: str | None) -> str | None:
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return None  # installed by other means than pip: it is there, its version is not known
+        return None  # installed by other means than pip: present, in an unknown version
     if least and _numbers(version) < _numbers(least):
         return f"{name} is {version}, needs {least} or newer"
     return None
@@ -59,6 +59,6 @@ def _is_there(module: str) -> bool:
 
 
 def _numbers(version: str) -> list[int]:
-    """`2.5.1+cu124` and `0.8.0rc1` as what counts in "at least": [2, 5, 1], [0, 8, 0]."""
+    """Returns the release numbers of a version: [2, 5, 1] of `2.5.1+cu124`, [0, 8, 0] of `0.8.0rc1`."""
     release = re.match(r"[\d.]*", version)
     return [int(number) for number in release[0].split(".") if number] if release else []

@@ -1,4 +1,4 @@
-"""Work that waits for others, in a thread beside ComfyUI's loop: other nodes run meanwhile."""
+"""Work that waits for the network, in a thread beside ComfyUI's event loop: other nodes run meanwhile."""
 
 import asyncio
 import contextvars
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 async def in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
-    """Returns or raises what `work(left)` does.
+    """Runs `work(abandoned)` in a thread of its own, and returns or raises what it does.
 
-    `left()` tells it whether nobody waits any more: ComfyUI has ended the graph, as it does when another node fails. The
-    thread is not one of the loop's own, for which ComfyUI would wait then.
+    `abandoned()` returns whether the result is no longer awaited: ComfyUI has ended the graph, as it does when another
+    node fails. The thread is not one of the event loop's own, which ComfyUI would then wait for.
     """
-    left = threading.Event()
-    context = contextvars.copy_context()  # this node's, by which ComfyUI knows whose progress it is
+    abandoned = threading.Event()
+    context = contextvars.copy_context()  # of this node, by which ComfyUI knows whose progress is shown
     try:
-        return await asyncio.wrap_future(start(lambda: context.run(work, left.is_set), "magi-node"))
+        return await asyncio.wrap_future(start(lambda: context.run(work, abandoned.is_set), "magi-node"))
     finally:
-        left.set()
+        abandoned.set()

@@ -105,8 +105,8 @@ def test_random_weights_have_the_official_layout_and_do_not_change(fp8, tiny_con
 @pytest.mark.parametrize("distill", [True, False])
 def test_all_figures_are_there(options, distill, settings, tiny_config):
     wanted = settings(config=tiny_config(distill=distill, shape=LONG), dtype=torch.float32, **options)
-    loads, beats = [], []
-    result = run_bench(wanted, lambda *x: loads.append(x), lambda *x: beats.append(x))
+    loads, calls = [], []
+    result = run_bench(wanted, lambda *x: loads.append(x), lambda *x: calls.append(x))
     iterations = options.get("iterations", 1)
     assert len(result.seconds) == iterations
     assert min(result.seconds) <= result.seconds_per_iteration <= max(result.seconds)
@@ -119,9 +119,9 @@ def test_all_figures_are_there(options, distill, settings, tiny_config):
     assert result.heavy_share is None
     assert loads == ([] if "offload" in options else [(1, 2), (2, 2)])
     total = iterations + options.get("warmup", 0)
-    assert {beat[1] for beat in beats} == {total}
-    assert all(0 < fraction <= 1 for _, _, fraction in beats)
-    assert beats[-1][0] == total - 1
+    assert {call[1] for call in calls} == {total}
+    assert all(0 < fraction <= 1 for _, _, fraction in calls)
+    assert calls[-1][0] == total - 1
 
 
 def test_work_and_time_are_those_of_the_same_iteration(settings, monkeypatch):
@@ -184,9 +184,9 @@ def test_a_cancel_ends_it(settings):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_bench(settings(), load_progress=cancel)
+        run_bench(settings(), on_load=cancel)
     with pytest.raises(KeyboardInterrupt):
-        run_bench(settings(), heartbeat=cancel)
+        run_bench(settings(), on_progress=cancel)
 
 
 # The command
@@ -204,10 +204,10 @@ def result(monkeypatch):
 
     seen = {}
 
-    def measured(wanted, load_progress, heartbeat):
+    def measured(wanted, on_load, on_progress):
         seen["settings"] = wanted
-        load_progress(1, 2)
-        heartbeat(0, 3, 0.5)
+        on_load(1, 2)
+        on_progress(0, 3, 0.5)
         return seen.get("result", RESULT)
 
     monkeypatch.setattr(command, "run_bench", measured)

@@ -1,4 +1,4 @@
-"""A run that was killed anywhere goes on in another process and ends in the same bytes; so does one that was interrupted."""
+"""A run that was killed anywhere is resumed in another process and ends in the same bytes; so does one that was interrupted."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_killed_from_outside(magi, home, whole, tmp_path):
     assert "magi.run" in left
     status, stderr = magi("--resume")
     assert status == 0, stderr
-    assert re.search(r"[123] of 3 chunks are finished and taken over", stderr)
+    assert re.search(r"[123] of 3 chunks are finished", stderr)
     assert (tmp_path / "magi.mp4").read_bytes() == whole
 
 
@@ -117,14 +117,14 @@ def whole(home, tmp_path_factory) -> bytes:
 @pytest.fixture
 def interrupt(monkeypatch):
     """(iteration) -> the next run is interrupted in that one, as by Ctrl-C."""
-    report = generate.Bars.__call__
+    show = generate.Bars.__call__
 
     def at(iteration: int) -> None:
-        def called(bars, stage):
-            if stage.sampled and stage.sampled.iteration == iteration:
-                monkeypatch.setattr(generate.Bars, "__call__", report)
+        def called(bars, phase):
+            if phase.sampled and phase.sampled.iteration == iteration:
+                monkeypatch.setattr(generate.Bars, "__call__", show)
                 raise KeyboardInterrupt
-            report(bars, stage)
+            show(bars, phase)
 
         monkeypatch.setattr(generate.Bars, "__call__", called)
 
@@ -145,7 +145,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(magi, interrupt, whole, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["magi.partial.mp4", "magi.run"]
     status, stderr = magi("--resume")
     assert status == 0
-    assert "2 of 3 chunks are finished and taken over, chunk 3 is begun" in stderr
+    assert "2 of 3 chunks are finished, chunk 3 is in progress" in stderr
     assert (tmp_path / "magi.mp4").read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["magi.mp4"], "also the unfinished video of before is gone"
 
@@ -221,8 +221,8 @@ def kept_run(home, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("kept")
     Image.open(PHOTO).resize((96, 64)).save(folder / "cat.png")
 
-    def stop(stage):
-        if stage.sampled and stage.sampled.iteration == 2:
+    def stop(phase):
+        if phase.sampled and phase.sampled.iteration == 2:
             raise KeyboardInterrupt
 
     pipe = MagiPipeline.embedded(home, device="cpu")
@@ -252,15 +252,15 @@ def test_python_goes_on_with_what_the_command_line_began_and_back(magi, kept, tm
     with pytest.raises(MagiError, match=r"unfinished run in .*magi\.run.*resume=True"):
         pipe.generate(**request, state=kept)
     whole = torch.cat([clip.frames for clip in pipe.generate(**request)])
-    stages = []
-    clips = list(pipe.generate(**request, state=kept, resume=True, progress=stages.append))
-    sampled = [(stage.done, stage.total) for stage in stages if stage.name == "sample"]
+    phases = []
+    clips = list(pipe.generate(**request, state=kept, resume=True, progress=phases.append))
+    sampled = [(phase.done, phase.total) for phase in phases if phase.name == "sample"]
     assert min(sampled) >= (1, 6), "the bar begins where the run does"
     assert clips[0].first_frame == 0
     assert torch.equal(torch.cat([clip.frames for clip in clips]), whole)
     assert not kept.exists()
     again = list(pipe.generate(**request, state=kept, resume=True))
-    assert torch.equal(torch.cat([clip.frames for clip in again]), whole), "there was nothing to go on with"
+    assert torch.equal(torch.cat([clip.frames for clip in again]), whole), "there was nothing to resume"
 
 
 def test_a_new_run_does_not_destroy_an_unfinished_one_unless_it_is_told_to(magi, kept, whole, tmp_path):
@@ -285,7 +285,7 @@ def test_a_mistake_in_a_new_run_leaves_the_unfinished_one(magi, kept):
 def test_nothing_to_go_on_with_is_a_note(magi, whole, tmp_path):
     status, stderr = magi("--resume")
     assert status == 0
-    assert "note: No state of this run is saved, so it begins with the first chunk." in stderr
+    assert "note: No state of this run is saved, so it starts with the first chunk." in stderr
     assert (tmp_path / "magi.mp4").read_bytes() == whole
 
 
@@ -306,7 +306,7 @@ def test_all_chunks_are_there_and_no_transformer_is_needed(magi, whole, tmp_path
     monkeypatch.setattr(resident_models, "load_transformer", lambda *_, **__: pytest.fail("a model is loaded"))
     status, stderr = magi("--resume", "--overwrite")
     assert status == 0
-    assert "3 of 3 chunks are finished and taken over\n" in stderr
+    assert "3 of 3 chunks are finished\n" in stderr
     assert (tmp_path / "magi.mp4").read_bytes() == whole
 
 
@@ -341,5 +341,5 @@ def test_the_demo_goes_on_too(home, tmp_path, monkeypatch, interrupt, capsys):
     interrupt(3)
     assert main(demo) == 130
     assert main([*demo, "--resume"]) == 0
-    assert "0 of 2 chunks are finished and taken over, chunk 1 is begun" in capsys.readouterr().err
+    assert "0 of 2 chunks are finished, chunk 1 is in progress" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["demo.mp4"]

@@ -138,10 +138,10 @@ def test_what_was_half_read_is_not_kept(comfy, monkeypatch):
 def test_every_report_asks_for_a_cancel(comfy):
     """Also one that is too small to move the bar, as most are in a long video."""
     progress = comfy.module("nodes.comfyui.progress").NodeProgress("1", sample=1.0)
-    progress.at("sample", 0.5)
+    progress.move("sample", 0.5)
     comfy.management.interrupt_current_processing()
     with pytest.raises(comfy.management.InterruptProcessingException):
-        progress.at("sample", 0.5)
+        progress.move("sample", 0.5)
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_every_bar_only_grows_and_reaches_its_end(comfy):
 def test_a_bar_never_goes_back(comfy):
     progress = comfy.module("nodes.comfyui.progress").NodeProgress("1", load=1.0, sample=3.0)
     for name, part in (("sample", 0.5), ("load", 0.5), ("sample", 0.4), ("sample", 2.0)):
-        progress.at(name, part, torch.zeros(2, 2, 3, dtype=torch.uint8))
+        progress.move(name, part, torch.zeros(2, 2, 3, dtype=torch.uint8))
     assert bars(comfy)["1"] == [0.625, 0.625, 0.625, 1.0]
 
 

@@ -66,11 +66,11 @@ def test_streaming_by_choice(comfy, card, deep):
     graph["memory"] = node("Magi1MemoryOptions", streaming="off", cache="host")
     comfy.run(filled(comfy, graph))
     whole = transformer(comfy).model_size()
-    assert transformer(comfy).model.content.cache_device == "host"
+    assert transformer(comfy).model.loaded.cache_device == "host"
     graph["memory"]["inputs"] |= {"streaming": "on", "cache": "device"}
     comfy.run(graph)
     assert transformer(comfy).model_size() < whole
-    assert transformer(comfy).model.content.cache_device == "device"
+    assert transformer(comfy).model.loaded.cache_device == "device"
 
 
 def test_precision_and_attention_are_those_that_were_chosen(comfy, deep):
@@ -81,7 +81,7 @@ def test_precision_and_attention_are_those_that_were_chosen(comfy, deep):
         graph["model"]["inputs"]["precision"] = precision
         comfy.run(graph)
         sizes.append(transformer(comfy).model_size())
-        assert transformer(comfy).model.content.attention == "math"
+        assert transformer(comfy).model.loaded.attention == "math"
     wide, half, stored = sizes
     assert half < 0.6 * wide
     assert half < stored < 0.7 * wide, "of a float32 file, as here, the rest stays float32"

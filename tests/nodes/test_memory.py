@@ -55,7 +55,7 @@ def test_everything_can_be_unloaded(comfy, reads):
     graph = text_to_video(comfy)
     before = comfy.run(graph)["decode"][0]
     models = comfy.management.loaded_models()
-    weights = [weakref.ref(model.model.content) for model in models]
+    weights = [weakref.ref(model.model.loaded) for model in models]
     assert len(weights) == 2
     comfy.management.unload_all_models()
     gc.collect()
@@ -101,7 +101,7 @@ def test_models_go_with_the_workflow(comfy):
     """A queued workflow of something else drops what ComfyUI kept of ours."""
     graph = text_to_video(comfy)
     comfy.run(graph)
-    weights = [weakref.ref(model.model.content) for model in comfy.management.loaded_models()]
+    weights = [weakref.ref(model.model.loaded) for model in comfy.management.loaded_models()]
     comfy.run({"image": node("Magi1DemoImage")})
     gc.collect()
     assert [ref() for ref in weights] == [None, None]
@@ -166,7 +166,7 @@ def test_no_model_stays_unseen_when_another_cannot_be_read(comfy, monkeypatch, p
         comfy.run(graph)
     listed = comfy.management.loaded_models()
     for patcher in patchers:
-        assert (patcher.model.content is not None) == any(patcher is model for model in listed)
+        assert (patcher.model.loaded is not None) == any(patcher is model for model in listed)
     monkeypatch.undo()
     assert comfy.run(graph)["decode"][0].shape[0] == 24
 

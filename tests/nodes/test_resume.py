@@ -1,4 +1,4 @@
-"""The sampler keeps its run: the very same one, queued after a cancel, a failure or a crash, goes on where it stopped."""
+"""The sampler keeps its run: the very same one, queued after a cancel, a failure or a crash, resumes where it stopped."""
 
 import gc
 import logging
@@ -110,7 +110,7 @@ def test_memory_that_runs_out_is_made_do_with(comfy, steps, whole, caplog):
 def test_a_window_that_became_smaller_shows_how_far_it_is(cancel, comfy, steps, monkeypatch):
     """With a window of 1 there are twice as many iterations as had been announced."""
     monkeypatch.setattr(comfy.module("magi.transformer.model").Transformer, "shrink", lambda self: None)
-    monkeypatch.setattr(comfy.module("nodes.comfyui.progress"), "_SECONDS", 0)
+    monkeypatch.setattr(comfy.module("nodes.comfyui.progress"), "_TEXT_SECONDS", 0)
     full = [5, 0]  # iterations before which memory runs out
 
     def fail(index):

@@ -288,8 +288,8 @@ def test_a_kept_run_goes_on_without_any_text_encoder(files, tmp_path):
     own = dataclasses.replace(files, text_encoder=folder)
     request = {**SMALL, "seconds": 2}
 
-    def interrupt(stage):
-        if stage.name == "sample" and stage.done >= 3:
+    def interrupt(phase):
+        if phase.name == "sample" and phase.done >= 3:
             raise KeyboardInterrupt
 
     whole = torch.cat([clip.frames for clip in load(own).generate(**request)])
@@ -310,14 +310,14 @@ def test_layers_left_in_the_file_give_the_same_video(files, pipe):
 # Progress
 
 
-def test_stages_come_in_order_with_their_totals(files):
+def test_phases_come_in_order_with_their_totals(files):
     pipe, seen = load(files), []
     clips = list(pipe.generate(**SMALL, image=PHOTO, seconds=3, progress=seen.append))
-    order = list(dict.fromkeys(stage.name for stage in seen))
+    order = list(dict.fromkeys(phase.name for phase in seen))
     assert order == ["text", "prefix", "load", "sample", "decode"]
     for name in ("text", "prefix", "load"):
-        stages = [(s.done, s.total) for s in seen if s.name == name]
-        assert stages[-1][0] == stages[-1][1], name
+        steps = [(phase.done, phase.total) for phase in seen if phase.name == name]
+        assert steps[-1][0] == steps[-1][1], name
     sample = [s for s in seen if s.name == "sample"]
     assert {s.total for s in sample} == {6}  # one step a stage, three chunks, a window of four
     assert [s.done for s in sample] == sorted(s.done for s in sample)
@@ -340,19 +340,19 @@ class Cancelled(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["text", "prefix", "load", "sample", "decode"])
-def test_an_exception_from_progress_stops_at_once(stage, files, pipe):
+@pytest.mark.parametrize("phase", ["text", "prefix", "load", "sample", "decode"])
+def test_an_exception_from_progress_stops_at_once(phase, files, pipe):
     own, seen = load(files), []
 
     def cancel(event):
         seen.append(event.name)
-        if event.name == stage:
+        if event.name == phase:
             raise Cancelled
 
     with pytest.raises(Cancelled):
         made(own, progress=cancel, image=PHOTO, seconds=2)
-    assert seen.count(stage) == 1
-    assert seen[-1] == stage
+    assert seen.count(phase) == 1
+    assert seen[-1] == phase
     assert torch.equal(made(own, seconds=1), made(pipe, seconds=1)), "the next run is as good as any"
 
 

@@ -316,7 +316,7 @@ def total(card, models, monkeypatch):
     def make(nbytes: int | None) -> ResidentModels:
         both = models()
         both.total = nbytes
-        free = lambda device: None if both.total is None else both.total - both._held()  # noqa: E731
+        free = lambda device: None if both.total is None else both.total - both._loaded_bytes()  # noqa: E731
         monkeypatch.setattr(resident_models, "free_memory", free)
         monkeypatch.setattr(resident_models, "memory_beside", lambda device: 10**11)
         return both

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from magi.errors import MagiError
-from magi.runs.autosave import Keeper
+from magi.runs.autosave import Autosave
 from magi.runs.identity import UNKNOWN, config_settings
 from magi.runs.store import RunStore
 from magi.sampling.prepare import make_sampler
@@ -35,10 +35,10 @@ def go(model, tiny_caption):
     """(store, seconds=0, stop=None) -> digests of the chunks of a run that is kept there; `stop(event)` may raise."""
 
     def run(store, seconds=0.0, stop=None, model=model):
-        keeper = Keeper(store, model, seconds)
+        autosave = Autosave(store, model, seconds)
 
         def progress(event):
-            keeper.save_if_due()
+            autosave.save_if_due()
             if stop:
                 stop(event)
 
@@ -47,11 +47,11 @@ def go(model, tiny_caption):
             caption=tiny_caption(),
             style_tokens=(),
             duration_tokens=False,
-            state=keeper.state,
+            state=autosave.state,
             progress=progress,
-            heartbeat=lambda _: keeper.save_if_due(),
+            heartbeat=lambda _: autosave.save_if_due(),
         )
-        return [tensor_digest(chunk.latents) for chunk in keeper.chunks(sampler)]
+        return [tensor_digest(chunk.latents) for chunk in autosave.chunks(sampler)]
 
     return run
 
@@ -115,7 +115,7 @@ def test_what_was_saved_is_there_again(folder):
     assert torch.equal(again.saved.state.window[3], saved.window[3])
     assert set(again.saved.state.window) == {2, 3}
     assert torch.equal(again.saved.state.clean[1], chunks[0])
-    assert (again.saved.finished, again.saved.how) == (2, {"device": "cpu"})
+    assert (again.saved.finished, again.saved.environment) == (2, {"device": "cpu"})
     for i, chunk in enumerate(again.chunks()):
         assert chunk.index == i
         assert chunk.latents.dtype == torch.float32
@@ -152,14 +152,14 @@ def test_other_files_in_the_folder_stay(stopped):
 
 def test_unfinished_videos_that_were_noted(stopped):
     store = RunStore(stopped)
-    store.remember(stopped.parent / "clip.partial.mp4")
-    store.remember(stopped.parent / "clip.partial-2.mp4")
+    store.note_partial(stopped.parent / "clip.partial.mp4")
+    store.note_partial(stopped.parent / "clip.partial-2.mp4")
     assert RunStore(stopped).partials() == [stopped.parent / f"clip.partial{n}.mp4" for n in ("-2", "")]
     (stopped / "partials.json").write_text('["../../etc/hosts"]')
     assert RunStore(stopped).partials() == []
 
 
-# -- going on -----------------------------------------------------------------------------------------------------------
+# -- resuming ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1000.0])
@@ -207,7 +207,7 @@ def test_the_transformer_computes_in_the_blocks_it_did(go, model, folder, monkey
 
 def test_another_version_of_torch_is_a_note(go, stopped, whole, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "1.0")
-    with pytest.warns(UserWarning, match=r"on cpu with torch .* goes on on cpu with torch 1\.0.*last bits"):
+    with pytest.warns(UserWarning, match=r"on cpu with torch .* resumed on cpu with torch 1\.0.*last bits"):
         assert go(opened(stopped)) == whole
 
 
@@ -268,7 +268,7 @@ def test_damaged_files_are_found_before_anything_runs(stopped, tmp_path, name, d
         file.mkdir()
     else:
         file.write_bytes(content[damage])
-    with pytest.raises(MagiError, match=rf"cannot be resumed: {name}: .*begin anew"):
+    with pytest.raises(MagiError, match=rf"cannot be resumed: {name}: .*start over"):
         opened(stopped)
 
 
@@ -366,17 +366,17 @@ def test_settings_of_a_config(tiny_config):
 
 
 def test_a_full_disk_lets_the_run_go_on_and_the_last_state_stays(go, folder, whole, file_size_limit):
-    reports = []
-    store = opened(folder, report=reports.append)
+    notices = []
+    store = opened(folder, on_notice=notices.append)
     with pytest.raises(Stop):
         go(store, stop=stop_at(5))
     good = (folder / "state.safetensors").read_bytes()
-    again = opened(folder, report=reports.append)
+    again = opened(folder, on_notice=notices.append)
     with file_size_limit(3_000):
         assert go(again) == whole
-    assert len(reports) == 1
-    assert "The run goes on" in reports[0]
-    assert str(folder) in reports[0]
+    assert len(notices) == 1
+    assert "The run continues" in notices[0]
+    assert str(folder) in notices[0]
     assert (folder / "state.safetensors").read_bytes() == good
     assert not [name for name in names(folder) if name.endswith(".tmp")]
     assert go(opened(folder)) == whole
@@ -385,7 +385,7 @@ def test_a_full_disk_lets_the_run_go_on_and_the_last_state_stays(go, folder, who
 @pytest.mark.parametrize("function", ["replace", "open", "mkdir"])
 def test_when_there_is_room_again_nothing_is_missing(go, folder, whole, monkeypatch, function):
     """Chunks that could not be written wait for the next try."""
-    reports, store = [], opened(folder, report=lambda text: reports.append(text))
+    notices, store = [], opened(folder, on_notice=lambda text: notices.append(text))
     working, full = getattr(Path, function), [True]
 
     def fails(self, *args, **options):
@@ -401,8 +401,8 @@ def test_when_there_is_room_again_nothing_is_missing(go, folder, whole, monkeypa
     monkeypatch.setattr(Path, function, fails)
     with pytest.raises(Stop):
         go(store, stop=stop)
-    assert len(reports) == 1
-    assert "No space left" in reports[0]
+    assert len(notices) == 1
+    assert "No space left" in notices[0]
     again = opened(folder)
     assert (again.saved.state.iteration, again.saved.finished) == (5, 2)
     assert go(again) == whole
@@ -410,7 +410,7 @@ def test_when_there_is_room_again_nothing_is_missing(go, folder, whole, monkeypa
 
 def test_a_file_in_the_place_of_the_folder(go, folder, whole):
     folder.write_text("mine")
-    with pytest.warns(UserWarning, match="cannot be saved in .*clip.run.*The run goes on") as caught:
+    with pytest.warns(UserWarning, match="cannot be saved in .*clip.run.*The run continues") as caught:
         assert go(opened(folder)) == whole
     assert len(caught) == 1, "said once"
     assert folder.read_text() == "mine"
@@ -428,11 +428,11 @@ def test_a_folder_that_vanishes_midway(go, folder, whole):
 
 def test_what_waits_to_be_written_does_not_grow_without_end(folder):
     folder.write_text("in the way")
-    store = opened(folder, report=lambda _: None)
+    store = opened(folder, on_notice=lambda _: None)
     for i in range(200):
         store.add(Chunk(i, torch.zeros(1, 16, 1, 2, 2)))
         store.save(state(i + 1), i + 1, {})
-    assert len(store._waiting) < 100
+    assert len(store._unwritten) < 100
     folder.unlink()
     store.save(state(300), 200, {})
     assert not store.exists, "a state that speaks of chunks that are lost would be worse than none"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from magi.errors import MagiError
-from magi.runs.autosave import Keeper
+from magi.runs.autosave import Autosave
 from magi.runs.store import RunStore
 from magi.sampling.prepare import make_sampler
 from magi.sampling.schedule import Schedule
@@ -249,15 +249,15 @@ def test_its_saved_state_resumes_bit_for_bit(stop, narrow, tmp_path):
         return store, narrow(**options)
 
     store, run = kept(RunStore(tmp_path), at=[5], progress=interrupt)
-    keeper = Keeper(store, run._model)
+    autosave = Autosave(store, run._model)
     with pytest.raises(KeyboardInterrupt):
-        list(keeper.chunks(run))
+        list(autosave.chunks(run))
     store = RunStore(tmp_path)
     store.open({"a": "setting"})
     assert (store.saved.state.window_size, store.saved.state.iteration) == (2, stop - 6)
     rest = narrow(state=store.saved.state)
-    keeper = Keeper(store, rest._model)
-    made = of(keeper.chunks(rest))
+    autosave = Autosave(store, rest._model)
+    made = of(autosave.chunks(rest))
     assert list(made) == list(wanted)
     assert all(torch.equal(made[i], wanted[i]) for i in wanted)
     assert len(rest.events) == len(whole.events) - stop + 1, "nothing is made twice"

@@ -29,7 +29,7 @@ from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from magi.model_files.embedded import embedded_files
 from magi.model_files.load import load_transformer
 from magi.runs import store
-from magi.runs.autosave import Keeper
+from magi.runs.autosave import Autosave
 from magi.runs.store import RunStore
 from magi.sampling.captions import Caption
 from magi.sampling.prepare import make_sampler
@@ -82,7 +82,7 @@ def tiny(folder: Path) -> dict:
     """One run of a small random model, saved after every step: digests of all its chunks."""
     store, steps = RunStore(folder / "clip.run"), []
     store.open({"seed": 1})
-    keeper = Keeper(store, model(), seconds=0)
+    autosave = Autosave(store, model(), seconds=0)
     begun = store.saved.state.iteration if store.saved else 0
     sampler = make_sampler(
         model(),
@@ -90,10 +90,10 @@ def tiny(folder: Path) -> dict:
         style_tokens=(),
         duration_tokens=False,
         seed=1,
-        state=keeper.state,
-        progress=lambda event: (keeper.save_if_due(), steps.append(event.iteration)),
+        state=autosave.state,
+        progress=lambda event: (autosave.save_if_due(), steps.append(event.iteration)),
     )
-    made = [tensor_digest(chunk.latents) for chunk in keeper.chunks(sampler)]
+    made = [tensor_digest(chunk.latents) for chunk in autosave.chunks(sampler)]
     return {"result": made, "begun": begun, "steps": len(steps), "total": sampler.total}
 
 

@@ -90,10 +90,10 @@ def test_abandoned_temporary_files_are_swept(tmp_path):
     assert files(tmp_path) == sorted([f"{KEY}.safetensors", new.name])
 
 
-def test_folder_that_cannot_be_made_warns_once_and_work_goes_on(tmp_path):
+def test_folder_that_cannot_be_made_warns_once_and_work_continues(tmp_path):
     (tmp_path / "file").write_text("in the way")
     cache = EmbeddingCache(tmp_path / "file")
-    with pytest.warns(UserWarning, match=r"file.*Work goes on"):
+    with pytest.warns(UserWarning, match=r"file.*Work continues"):
         cache.put(KEY, embeds())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
