@@ -14,13 +14,13 @@ from ..vae.video_vae import VideoVAE
 class Models(Protocol):
     """The transformer and VAE of a pipeline, and the memory they lie in."""
 
-    def place(self, run: MagiConfig, given: int, may_narrow: bool) -> Placement:
+    def place(self, run: MagiConfig, prefix_frames: int, allow_smaller_window: bool) -> Placement:
         """Returns what goes where in a run, from headers and free memory; nothing is loaded.
 
         Args:
             run: settings with its size, length and window.
-            given: latent frames that come before what is made.
-            may_narrow: a smaller window may be taken where nothing else helps.
+            prefix_frames: latent frames that come before what is made.
+            allow_smaller_window: a smaller window may be taken where nothing else helps.
 
         Raises:
             MagiError: the run cannot fit.

@@ -202,7 +202,9 @@ class MagiPipeline:
         return replace(plan, run=plan.run.with_window(placement.window), placement=placement)
 
     def _placement(self, plan: Plan) -> Placement:
-        return self._models.place(plan.config, plan.run.prefix_frames, may_narrow=plan.request.window_size is None)
+        return self._models.place(
+            plan.config, plan.run.prefix_frames, allow_smaller_window=plan.request.window_size is None
+        )
 
     def _text_arguments(self, request: Request) -> dict[str, Any]:
         """Returns what decides the prompts' embeddings, for `encode_prompts` and `check_encoder`."""

@@ -53,13 +53,13 @@ class ResidentModels:
         self._vae: VideoVAE | None = None
         self._parks_vae = False  # whether the VAE leaves the device while the transformer works
 
-    def place(self, run: MagiConfig, given: int, may_narrow: bool) -> Placement:
+    def place(self, run: MagiConfig, prefix_frames: int, allow_smaller_window: bool) -> Placement:
         """Returns what goes where in a run, from headers and free memory; what is loaded here counts as free.
 
         Args:
             run: with its size, length and window.
-            given: latent frames of an image or clip that come before what is made.
-            may_narrow: a smaller window may be taken where nothing else helps.
+            prefix_frames: latent frames of an image or clip that come before what is made.
+            allow_smaller_window: a smaller window may be taken where nothing else helps.
 
         Raises:
             MagiError: the run cannot fit.
@@ -74,7 +74,9 @@ class ResidentModels:
             self._planner.learn(self._transformer, sizes)
 
         def placed(**vae: int) -> Placement:
-            return self._planner.place(run, sizes, room, given, free_host=host, allow_smaller_window=may_narrow, **vae)
+            return self._planner.place(
+                run, sizes, room, prefix_frames, free_host=host, allow_smaller_window=allow_smaller_window, **vae
+            )
 
         self._parks_vae = False
         if room is None:

@@ -42,20 +42,20 @@ class MagiTransformer(LoadableModel):
         self._planner = Planner(options)
         self.placement: Placement | None = None  # of the next run
 
-    def plan(self, run: MagiConfig, given: int, may_narrow: bool = False) -> Placement:
+    def plan(self, run: MagiConfig, prefix_frames: int, allow_smaller_window: bool = False) -> Placement:
         """Returns what goes where in a run, given the memory that is free once ComfyUI has evicted all its models.
 
         Args:
             run: with its size, length and window.
-            given: latent frames of an image or clip that come before what is made.
-            may_narrow: a smaller window may be taken where nothing else helps.
+            prefix_frames: latent frames of an image or clip that come before what is made.
+            allow_smaller_window: a smaller window may be taken where nothing else helps.
 
         Raises:
             MagiError: the run cannot fit.
         """
         if self.loaded is not None:
             self._planner.learn(self.loaded, self._sizes)
-        return self._place(run, given, host.usable_memory(), may_narrow)
+        return self._place(run, prefix_frames, host.usable_memory(), allow_smaller_window)
 
     @property
     def nbytes(self) -> int:
@@ -125,9 +125,13 @@ class MagiTransformer(LoadableModel):
         except MagiError:
             return planned
 
-    def _place(self, run: MagiConfig, given: int, free: int | None, may_narrow: bool = False) -> Placement:
+    def _place(
+        self, run: MagiConfig, prefix_frames: int, free: int | None, allow_smaller_window: bool = False
+    ) -> Placement:
         beside = memory_beside(host.device())
-        return self._planner.place(run, self._sizes, free, given, free_host=beside, allow_smaller_window=may_narrow)
+        return self._planner.place(
+            run, self._sizes, free, prefix_frames, free_host=beside, allow_smaller_window=allow_smaller_window
+        )
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ class ManagedModels:
         self._vae = None if vae is None else magi_vae(vae)
         self.preview_vae: VideoVAE | None = None
 
-    def place(self, run: MagiConfig, given: int, may_narrow: bool) -> Placement:
+    def place(self, run: MagiConfig, prefix_frames: int, allow_smaller_window: bool) -> Placement:
         """Returns what goes where in a run, given the memory that is free once ComfyUI has evicted all its models."""
-        return self._model.transformer.plan(run, given, may_narrow)
+        return self._model.transformer.plan(run, prefix_frames, allow_smaller_window)
 
     def transformer(self, placement: Placement, progress: OnProgress | None = None) -> Transformer:
         """Returns the transformer, placed as `placement` says; the VAE is loaded beside it where both fit."""

@@ -127,7 +127,7 @@ def test_a_card_with_room_for_both(card, models, parked, sizes, vae_and_tile):
     roomy = place(RUN, sizes, 10**12, other_model_bytes=vae_and_tile[1])
     card.free = roomy.needed_bytes + vae_and_tile[0]
     both = models()
-    assert both.place(RUN, 0, may_narrow=True) == roomy
+    assert both.place(RUN, 0, allow_smaller_window=True) == roomy
     assert both.vae.device_bytes > 0
     assert through(both, parked) == STAYS
     assert card.emptied == 1, "it costs time"
@@ -137,7 +137,7 @@ def test_a_card_with_room_for_both(card, models, parked, sizes, vae_and_tile):
 def test_a_byte_less_and_the_vae_gives_way(run, card, models, parked, sizes, vae_and_tile):
     card.free = place(run, sizes, 10**12, other_model_bytes=vae_and_tile[1]).needed_bytes + vae_and_tile[0] - 1
     both = models()
-    placed = both.place(run, 0, may_narrow=True)
+    placed = both.place(run, 0, allow_smaller_window=True)
     assert placed == place(run, sizes, card.free, other_model_bytes=sum(vae_and_tile))
     assert placed.working_bytes >= sum(vae_and_tile), "between two chunks it comes back"
     assert through(both, []) == STAYS, "there is none yet"
@@ -152,7 +152,7 @@ def test_what_was_chosen_for_the_last_run_does_not_hold_for_the_next(card, model
     little = smallest(RUN, sizes, other_model_bytes=sum(vae_and_tile)).needed_bytes
     for free, steps in ((little, GIVES_WAY), (10**10, STAYS), (little, GIVES_WAY), (None, STAYS)):
         card.free = free if free is None else free - both.vae.device_bytes
-        both.place(RUN, 0, may_narrow=True)
+        both.place(RUN, 0, allow_smaller_window=True)
         parked.clear()
         assert through(both, parked) == steps
 
@@ -160,7 +160,7 @@ def test_what_was_chosen_for_the_last_run_does_not_hold_for_the_next(card, model
 def test_a_smaller_token_block_by_hand_does_not_drive_the_vae_away(card, models, parked):
     card.free = 10**10
     both = models(token_block=64)
-    assert both.place(RUN, 0, may_narrow=True).token_block == 64
+    assert both.place(RUN, 0, allow_smaller_window=True).token_block == 64
     assert both.vae
     assert through(both, parked) == STAYS
 
@@ -169,14 +169,14 @@ def test_what_is_loaded_counts_as_free(card, models, sizes, vae_and_tile):
     alone = place(RUN, sizes, 10**12, other_model_bytes=vae_and_tile[1])
     card.free = alone.needed_bytes + vae_and_tile[0]
     both = models()
-    placed = both.place(RUN, 0, may_narrow=False)
+    placed = both.place(RUN, 0, allow_smaller_window=False)
     card.free -= both.transformer(placed).nbytes + both.vae.device_bytes
-    assert both.place(RUN, 0, may_narrow=False) == placed
+    assert both.place(RUN, 0, allow_smaller_window=False) == placed
 
 
 def test_the_hosts_own_memory_moves_nothing(card, models, parked, reads):
     both = models()
-    placed = both.place(RUN, 0, may_narrow=True)
+    placed = both.place(RUN, 0, allow_smaller_window=True)
     assert not placed.streaming
     assert reads == []
     assert both.vae
@@ -186,7 +186,7 @@ def test_the_hosts_own_memory_moves_nothing(card, models, parked, reads):
 def test_no_room_is_an_error_before_anything_is_loaded(card, models, reads):
     card.free = 10**6
     with pytest.raises(MagiError, match=r"free are 0\.0 GB\. Try a smaller size"):
-        models().place(RUN, 0, may_narrow=True)
+        models().place(RUN, 0, allow_smaller_window=True)
     assert reads == []
 
 
@@ -196,17 +196,17 @@ def test_a_window_that_was_asked_for_is_kept(card, models, sizes, vae_and_tile):
         for n in (2, 4)
     )
     card.free = (two + four) // 2
-    assert models().place(RUN, 0, may_narrow=True).window == 2
+    assert models().place(RUN, 0, allow_smaller_window=True).window == 2
     with pytest.raises(MagiError, match="with a window of 4 needs"):
-        models().place(RUN, 0, may_narrow=False)
+        models().place(RUN, 0, allow_smaller_window=False)
 
 
 def test_given_chunks_and_options_are_passed_on(card, models, sizes):
     card.free = 10**10
     short = RUN.with_runtime(num_frames=24)
-    alone, after = (models().place(short, given, may_narrow=True) for given in (0, 48))
+    alone, after = (models().place(short, given, allow_smaller_window=True) for given in (0, 48))
     assert after.working_bytes - alone.working_bytes > 2 * kv_bytes(short, 48)
-    placed = models(cache="host", token_block=32, streaming=True).place(RUN, 0, may_narrow=True)
+    placed = models(cache="host", token_block=32, streaming=True).place(RUN, 0, allow_smaller_window=True)
     assert (placed.cache, placed.token_block, placed.on_device) == ("host", 32, ())
 
 
@@ -214,7 +214,7 @@ def test_given_chunks_and_options_are_passed_on(card, models, sizes):
 
 
 def placed(models: ResidentModels, config: MagiConfig = RUN):
-    return models.place(config, 0, may_narrow=True)
+    return models.place(config, 0, allow_smaller_window=True)
 
 
 def test_a_run_like_the_last_reads_nothing(card, models, reads):
@@ -354,7 +354,7 @@ def test_a_later_run_is_no_larger_than_what_the_last_was_left_with(times, free, 
         again = placed(both, run)
         assert no_larger(announced(again), left)
         assert laid_out(both.transformer(again)) == announced(again), "what is announced is so"
-    assert both.place(LARGE, 0, may_narrow=True).window == LARGE.runtime.window_size
+    assert both.place(LARGE, 0, allow_smaller_window=True).window == LARGE.runtime.window_size
 
 
 def test_memory_that_runs_out_again_takes_still_more_away(total):
@@ -393,8 +393,8 @@ def test_a_window_that_became_smaller_is_planned_unless_another_was_asked_for(to
     both = total(10**10)
     after_shortage(both, 9)
     both.left_with(2)
-    assert both.place(LARGE, 0, may_narrow=False).window == 4
-    assert both.place(LARGE, 0, may_narrow=True).window <= 2
+    assert both.place(LARGE, 0, allow_smaller_window=False).window == 4
+    assert both.place(LARGE, 0, allow_smaller_window=True).window <= 2
 
 
 def test_layers_that_found_no_room_while_they_were_read_are_not_tried_again(total, monkeypatch):
