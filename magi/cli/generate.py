@@ -20,7 +20,7 @@ from ..runs.store import RunStore
 from ..sampling.special_tokens import STYLES
 from ..text.embedding_cache import EmbeddingCache
 from .arguments import parse_bytes, parse_size
-from .progress import Bars
+from .bars import Bars
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ram", metavar="SIZE", help="free host memory, e.g. 16GB (default: what is free here)")
     parser.add_argument("--fp8-storage", action="store_true", help="keep bf16 layers in float8")
     parser.add_argument(
-        "--offload", choices=("auto", "on", "off"), default="auto", help="fetch layers (default: as many as must)"
+        "--offload", choices=("auto", "on", "off"), default="auto", help="stream layers (default: as many as must)"
     )
     parser.add_argument(
-        "--cache", choices=("auto", "device", "host"), default="auto", help="where finished chunks' keys are kept"
+        "--cache", choices=("auto", "device", "host"), default="auto", help="where finished chunks' K/V are kept"
     )
     parser.add_argument("--token-block", type=int, help="tokens that are taken through a layer at a time")
     machine = Machine()
@@ -139,7 +139,7 @@ def _table(
     runtime, staying = config.runtime, len(p.on_device)
     fetched = p.layers - staying
     resident = sum(sizes.packed[i] for i in p.on_device)
-    keys = p.layers * kv_bytes(config.with_runtime(window_size=p.window), 0, sizes.itemsize)
+    cache = p.layers * kv_bytes(config.with_runtime(window_size=p.window), 0, sizes.itemsize)
     in_file = fetched - len(p.on_host)
     rows = [
         ("model", f"{name}, {_gb(p.total_weight_bytes)} of weights in {p.layers} layers"),
@@ -147,16 +147,16 @@ def _table(
         ("card", card),
         ("free RAM", "unknown" if ram is None else _gb(ram)),
         ("", ""),
-        ("layers there", f"{staying} stay, {_gb(resident)}"),
-        ("on their way", f"{fetched} are fetched, {p.slots if fetched else 0} there at a time, {_gb(p.weight_bytes - resident - sizes.outer)}"),
+        ("layers there", f"{staying} stay on the card, {_gb(resident)}"),
+        ("streamed", f"{fetched} layers, {p.slots if fetched else 0} on the card at a time, {_gb(p.weight_bytes - resident - sizes.outer)}"),
         ("other weights", _gb(sizes.outer)),
-        ("work", f"{_gb(p.working_bytes)}, {p.token_block} tokens at a time" + (", with all keys" if p.cache == "device" else "")),
+        ("work", f"{_gb(p.working_bytes)}, {p.token_block} tokens at a time" + (", with the K/V cache" if p.cache == "device" else "")),
         ("peak", f"{_gb(p.device_bytes)} predicted, {_gb(p.needed_bytes)} with the reserve"),
         ("", ""),
-        ("in RAM", f"{len(p.on_host)} layers and {'the keys' if p.cache == 'host' else 'no keys'}, {_gb(p.host_bytes)}"),
+        ("in RAM", f"{len(p.on_host)} layers and {'the' if p.cache == 'host' else 'no'} K/V cache, {_gb(p.host_bytes)}"),
         ("from the file", f"{in_file} layers" + (" at every step" if in_file else "")),
-        ("keys", f"{_gb(keys)} on the {p.cache}, whatever the length of the video"),
-        ("slow-down", f"{p.slowdown - 1:.0%} over everything on the card, if it does {machine.tflops:g} TFLOP/s, its bus {machine.host_bandwidth / 1e9:g} and the file {machine.file_bandwidth / 1e9:g} GB/s"),
+        ("K/V cache", f"{_gb(cache)} on the {p.cache}, whatever the length of the video"),
+        ("slow-down", f"{p.slowdown - 1:.0%} over everything on the card, at {machine.tflops:g} TFLOP/s, and {machine.host_bandwidth / 1e9:g} GB/s from RAM, {machine.file_bandwidth / 1e9:g} GB/s from the file"),
     ]  # fmt: skip
     if p.window != runtime.window_size:
         rows.insert(2, ("", f"a window of {runtime.window_size} would not fit: the video differs from one with that"))

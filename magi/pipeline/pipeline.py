@@ -34,7 +34,7 @@ from ..transformer.compiled import check_compile
 from ..transformer.weights import Precision
 from ..vae.video_vae import load_vae
 from .models import Models
-from .progress import OnPhase, Phase, phase_callback
+from .phases import OnPhase, Phase, phase_callback
 from .request import Media, Plan, Request, captions_of, make_plan, prompt_settings, request_settings
 from .resident_models import ResidentModels
 

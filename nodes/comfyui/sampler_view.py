@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 
 from ...magi.media.frames import from_model
-from ...magi.pipeline.progress import Phase
+from ...magi.pipeline.phases import Phase
 from ...magi.pipeline.request import Plan
 from ...magi.runs.store import Saved
 from ...magi.sampling.state import ProgressEvent

@@ -71,17 +71,17 @@ def test_the_table_says_what_is_placed(memory, ram, plan, quant):
     assert table["model"] == f"24B_distill_quant, {gb(sizes.total)} of weights in 48 layers"
     assert table["run"] == "1280x720, 120 frames, window of 4"
     assert (table["card"], table["free RAM"]) == (f"{memory[:-2]}.0 GB", f"{ram[:-2]}.00 GB")
-    assert table["layers there"] == f"{len(p.on_device)} stay, {gb(staying)}"
-    assert table["on their way"].startswith(f"{fetched} are fetched, {p.slots if fetched else 0} there at a time, ")
-    assert table["on their way"].endswith(gb(p.weight_bytes - staying - sizes.outer))
+    assert table["layers there"] == f"{len(p.on_device)} stay on the card, {gb(staying)}"
+    assert table["streamed"].startswith(f"{fetched} layers, {p.slots if fetched else 0} on the card at a time, ")
+    assert table["streamed"].endswith(gb(p.weight_bytes - staying - sizes.outer))
     assert table["work"].startswith(f"{gb(p.working_bytes)}, {p.token_block} tokens at a time")
-    assert ("with all keys" in table["work"]) == (p.cache == "device")
+    assert ("with the K/V cache" in table["work"]) == (p.cache == "device")
     assert table["peak"] == f"{gb(p.device_bytes)} predicted, {gb(p.needed_bytes)} with the reserve"
-    keys = "the keys" if p.cache == "host" else "no keys"
-    assert table["in RAM"] == f"{len(p.on_host)} layers and {keys}, {gb(p.host_bytes)}"
+    cache = "the K/V cache" if p.cache == "host" else "no K/V cache"
+    assert table["in RAM"] == f"{len(p.on_host)} layers and {cache}, {gb(p.host_bytes)}"
     from_file = fetched - len(p.on_host)
     assert table["from the file"] == f"{from_file} layers" + " at every step" * (from_file > 0)
-    assert table["keys"].startswith(f"{gb(48 * kv_bytes(config))} on the {p.cache}")
+    assert table["K/V cache"].startswith(f"{gb(48 * kv_bytes(config))} on the {p.cache}")
     assert table["slow-down"].startswith(f"{p.slowdown - 1:.0%} over")
 
 
@@ -120,7 +120,7 @@ def test_the_forecast_is_for_the_machine_that_is_named(plan, quant):
     placed = place(*quant, 8 * GB, free_host=16 * GB, machine=Machine(900, 1.5e9, 0.5e9))
     assert json.loads(text)["slowdown"] == placed.slowdown > 1.2
     _, table, _ = plan(*QUANT, "--memory", "8GB", "--ram", "16GB", *speeds)
-    assert rows(table)["slow-down"].endswith("if it does 900 TFLOP/s, its bus 1.5 and the file 0.5 GB/s")
+    assert rows(table)["slow-down"].endswith("at 900 TFLOP/s, and 1.5 GB/s from RAM, 0.5 GB/s from the file")
 
 
 def test_cards_without_float8_units_and_float8_storage(plan, quant):
@@ -155,7 +155,7 @@ def test_the_models_own_window_may_give_way_and_one_that_is_asked_for_may_not(pl
     assert "window of 2" in table["run"]
     assert "a window of 4 would not fit: the video differs" in text
     config = MagiConfig.preset("4.5B_base").with_runtime(video_size_h=720, video_size_w=1280, window_size=2)
-    assert table["keys"].startswith(gb(34 * kv_bytes(config)))
+    assert table["K/V cache"].startswith(gb(34 * kv_bytes(config)))
     status, text, error = plan(*run, "--window", 4)
     assert (status, text) == (1, "")
     assert "with a window of 4 needs about" in error

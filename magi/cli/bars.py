@@ -4,7 +4,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from ..pipeline.progress import Phase
+from ..pipeline.phases import Phase
 
 _TITLES = {
     "text": "text encoder",
