@@ -187,5 +187,5 @@ def _missing(what: str, place: str, files: str, item: str) -> MagiError:
     more = " (with the VAE, text encoder and special tokens)" if item in RELEASED else ""
     return MagiError(
         f"{what} is not in {home / place}.\nDownload {files} from {HUB}/{REPOSITORY}/tree/main/{place} into that folder.\n"
-        f'Or fetch it{more} with this, run in {_PACK}:\n"{sys.executable}" -m magi download {item} --folder "{home}"'
+        f'Or fetch it{more} with this:\n"{sys.executable}" "{_PACK}" download {item} --folder "{home}"'
     )

@@ -102,7 +102,7 @@ def test_the_key_goes_where_it_is_looked_for(comfy, read):
 def test_the_commands_of_the_remote_page_are_understood(read):
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     remote_command.add_arguments(parser)
-    lines = re.findall(r"^python -m magi remote (.*)$", read("Magi1Remote"), re.MULTILINE)
+    lines = re.findall(r"^python PACK remote (.*)$", read("Magi1Remote"), re.MULTILINE)
     given = [parser.parse_args(line.split()) for line in lines]
     assert [(args.save_key, args.fake_server) for args in given] == [(True, False), (False, True)]
     assert f"`http://127.0.0.1:{given[1].port}`" in read("Magi1Remote")

@@ -1,6 +1,7 @@
 """Where the loaders look for files, what their menus offer, and what they say of missing and wrong files."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,16 @@ def test_a_released_model_that_is_not_there(comfy, name):
     assert "inference_weight" in said
     assert f"{HUB}/ckpt/magi/{name}" in said
     assert f"download {name}" in said
+
+
+def test_the_command_of_a_missing_model_runs_as_it_stands(comfy, tmp_path):
+    """From any folder, and in a Python that ignores the current one, as that of portable ComfyUI does."""
+    command = shlex.split(problem(comfy, MODEL, model="4.5B_distill").splitlines()[-1])
+    python, *rest = command
+    assert (python, rest[1:3]) == (sys.executable, ["download", "4.5B_distill"])
+    arguments = [python, "-I", *rest[:2], "--help"]
+    shown = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "--folder" in shown.stdout
 
 
 @pytest.mark.parametrize(
