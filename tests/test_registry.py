@@ -125,6 +125,7 @@ def test_the_package_holds_what_runs_and_nothing_else(checkout, package):
     folders = {"magi", "nodes", "web", "workflows"}
     assert {file.partition("/")[0] for file in files} - {*folders} == {
         "__init__.py",
+        "__main__.py",
         "LICENSE",
         "README.md",
         "pyproject.toml",
