@@ -178,7 +178,7 @@ class RealComfy(Comfy):
         self.nodes = {k: v for k, v in self._nodes.NODE_CLASS_MAPPINGS.items() if before.get(k) is not v}
         self._add_sink()
         options = inspect.signature(self._execution.PromptExecutor).parameters
-        extra = {"cache_args": {"lru": 0, "ram": 16.0}} if "cache_args" in options else {}
+        extra = {"cache_args": {"lru": 0, "ram": 16.0, "ram_inactive": 0}} if "cache_args" in options else {}
         self._executor = self._execution.PromptExecutor(self._server, **extra)
         self._executed: list[str] = []
 
