@@ -19,22 +19,31 @@ def ids(page):
     return page.name
 
 
+def anchors(page):
+    """The names under which GitHub links to a page's headings."""
+    lines = page.read_text(encoding="utf-8").split("\n")
+    return {
+        re.sub(r"[^\w\- ]", "", line.lstrip("# ")).lower().replace(" ", "-") for line in lines if line.startswith("#")
+    }
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
-    anchors = {
-        re.sub(r"[^\w\- ]", "", line.lstrip("# ")).lower().replace(" ", "-")
-        for line in text.split("\n")
-        if line.startswith("#")
-    }
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = link.partition("#")
         if "://" in link:
             continue
-        if path:
-            assert (page.parent / path).exists(), link
-        else:
-            assert anchor in anchors, link
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_lines_are_no_longer_than_in_the_code(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in text.split("\n") if len(line) > 120 and not line.startswith("|")] == []  # a table's may
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
