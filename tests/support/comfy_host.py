@@ -234,6 +234,8 @@ class RealComfy(Comfy):
 
     def _outputs_of(self, id: str) -> tuple:
         cached = self._executor.caches.outputs.get(id)
+        if inspect.isawaitable(cached):  # newer versions answer with a coroutine
+            cached = asyncio.run(cached)
         lists = getattr(cached, "outputs", cached)  # newer versions keep more than the outputs
         return tuple(values[0] for values in lists)
 
