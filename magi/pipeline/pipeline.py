@@ -366,6 +366,7 @@ class MagiPipeline:
             on_notice: called with a sentence if memory runs out and the run takes less; None issues a warning.
         """
         assert plan.captions is not None  # noqa: S101 (see `plan`)
+        assert plan.prefix is None  # noqa: S101 (it is encoded)
         transformer = self._models.transformer(
             plan.placement or self._placement(plan), phase_callback(progress, "load")
         )

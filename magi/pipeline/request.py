@@ -153,7 +153,9 @@ def make_plan(
         latents = request.latents
         explicit = (request.height is not None, request.width is not None)
         with_size_of(
-            {"latents": latents}, config.with_runtime(video_size_h=request.height, video_size_w=request.width), explicit
+            {"tensor of latents": latents},
+            config.with_runtime(video_size_h=request.height, video_size_w=request.width),
+            explicit,
         )
     elif request.image is None and request.video is None:
         latents = None
@@ -199,6 +201,10 @@ def _check_alternatives(request: Request) -> None:
     starts = [name for name in ("image", "video", "latents") if getattr(request, name) is not None]
     if len(starts) > 1:
         raise MagiError(f"Both {' and '.join(starts)} are given to start from. Give one of them.")
+    if request.latents is not None and request.area is not None:
+        raise MagiError(
+            f"Both latents and an area ({request.area}) are given. Leave out the area: the latents' size counts."
+        )
     if request.captions is not None and request.texts:
         raise MagiError("Both a prompt and captions are given. Give one of them.")
 

@@ -145,7 +145,9 @@ class ResidentModels:
             yield chunk
 
     def _vae_needs(self) -> tuple[int, int]:
-        """Returns the bytes of the VAE's weights, and those that a tile takes on its way through it."""
+        """Returns the bytes of the VAE's weights, and those that a tile takes on its way through it; 0 without a VAE."""
+        if self._files.vae is None:
+            return 0, 0
         vae = self._vae or load_vae(self._files.required("vae"), "meta", self._vae_dtype)
         scores = makes_scores(self._device, self._vae_dtype, vae.config)
         return vae.nbytes, tile_bytes(vae.config, Tiling(), self._vae_dtype, scores)

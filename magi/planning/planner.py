@@ -23,14 +23,14 @@ class Shortage:
     took: int
     free: int | None
 
-    def trusts(self, placement: Placement) -> bool:
-        """Returns whether a placement may be tried with the memory that is free now.
+    def trusts(self, placement: Placement, reserved: int) -> bool:
+        """Returns whether a placement may be tried with the memory that is free now, less what is reserved of it.
 
         What the run was left with is known to fit, and every byte that has become free since adds to it. What takes as much as
         both together or more may be what ran out already, whatever the forecast says: it was wrong then, too.
         """
         free = placement.run.free
-        grown = 0 if free is None or self.free is None else free - self.free
+        grown = 0 if free is None or self.free is None else free - reserved - self.free
         return placement.device_bytes < self.took + grown
 
 
@@ -77,7 +77,7 @@ class Planner:
             )
 
         found, short = within(None), self._shortage
-        return found if short is None or short.trusts(found) else within(short.limit)
+        return found if short is None or short.trusts(found, reserved) else within(short.limit)
 
     def begin(self, placement: Placement) -> None:
         """Notes that the transformer is laid out so, for the placement's run."""

@@ -22,6 +22,7 @@ from magi.pipeline.pipeline import MagiPipeline, Request
 from magi.pipeline.request import make_plan
 from magi.planning import planner
 from magi.runs.store import RunStore
+from magi.sampling.captions import Caption
 from magi.sampling.schedule import Schedule
 from magi.sampling.special_tokens import SpecialTokens
 from magi.text import encode
@@ -303,6 +304,27 @@ def test_a_kept_run_goes_on_without_any_text_encoder(files, tmp_path):
     assert torch.equal(torch.cat([clip.frames for clip in again]), whole)
 
 
+@pytest.mark.parametrize("free", [None, 10**10], ids=["host", "card"])
+@pytest.mark.parametrize("start", [None, "image", "clip"])
+def test_captions_and_latents_need_neither_text_encoder_nor_vae(start, free, pipe, files, monkeypatch):
+    media = {None: {}, "image": {"image": PHOTO}, "clip": {"video": numbered(32)}}[start]
+    plan = pipe.plan(Request(**SMALL, **media, seconds=2))
+    encoded = pipe.encode(plan)
+    whole = [chunk.latents for chunk in pipe.sample(encoded)]
+    captions = [Caption(e) for e in encode.encode_prompts([SMALL["prompt"]], files.text_encoder)]
+    alone = MagiPipeline(ModelFiles(files.transformer, special_tokens=files.special_tokens), pipe.config, device="cpu")
+    monkeypatch.setattr(resident_models, "free_memory", lambda device: free)
+    size = {"height": 32, "width": 48, "num_steps": 4, "seconds": 2}
+    own = alone.plan(Request(captions=captions, latents=encoded.latents, **size))
+    assert (own.frames, own.chunks) == (plan.frames, plan.chunks)
+    chunks = [chunk.latents for chunk in alone.sample(own)]
+    assert torch.equal(torch.cat(chunks, dim=2), torch.cat(whole, dim=2))
+    with pytest.raises(MagiError, match=r"without a text encoder\. Make it with one, or give captions"):
+        alone.plan(Request(**SMALL))
+    with pytest.raises(MagiError, match=r"without a VAE\. Make it with one"):
+        list(alone.run(own))
+
+
 def test_layers_left_in_the_file_give_the_same_video(files, pipe):
     assert torch.equal(made(load(files, offload=True), seconds=1), made(pipe, seconds=1))
 
@@ -377,6 +399,7 @@ def nothing_is_loaded(monkeypatch):
 
 
 IMAGE = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+LATENTS = torch.zeros(1, 16, 2, 4, 6)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +435,12 @@ IMAGE = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
         ({"image": IMAGE.float()}, "image is torch.float32.*give torch.uint8"),
         ({"video": numbered(24)[..., :1]}, r"video is .*\(24, 32, 32, 1\).*give torch.uint8"),
         ({"video": numbered(24)[:0]}, r"video is .*\(0, 32, 32, 3\).*one frame"),
+        ({"latents": LATENTS, "height": 64}, "tensor of latents is 48x32 pixels, the video 48x64.*same size"),
+        ({"latents": LATENTS[0]}, r"tensor of latents has the shape \(16, 2, 4, 6\); it must be \(1, 16, frames"),
+        ({"latents": LATENTS[:, :, :0]}, r"tensor of latents has the shape \(1, 16, 0, 4, 6\)"),
+        ({"latents": LATENTS, "area": "480p"}, r"latents and an area \(480p\) are given.*Leave out the area"),
+        ({"latents": LATENTS, "image": IMAGE}, "Both image and latents are given.*Give one"),
+        ({"captions": [Caption(torch.zeros(3, 64))]}, "Both a prompt and captions.*Give one"),
         ({"image": "no such file.png"}, "no such file.png.*Check the path"),
         ({"video": "no such file.mp4"}, "no such file.mp4.*Check the path"),
         ({"video": PHOTO}, r"cat\.jpg.*Use it as an image"),

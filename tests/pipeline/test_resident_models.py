@@ -389,6 +389,23 @@ def test_a_run_that_takes_no_more_than_the_last_was_left_with_is_not_held_back(t
     assert placed(both, LARGE).streaming, "it is not forgotten"
 
 
+def test_what_the_vae_takes_has_not_become_free_since_memory_ran_out(total, sizes, vae_and_tile):
+    """Where the run that ran out had the VAE off the device, what it was left with is not known to fit beside it."""
+    beside = place(LARGE, sizes, 10**12, other_model_bytes=vae_and_tile[1])
+    both = total(beside.needed_bytes + vae_and_tile[0] - 1)
+    _, left = after_shortage(both, 1)
+    assert both._parks_vae
+    known = place(LARGE, sizes, 10**12, MemoryOptions(token_block=left[0])).device_bytes
+
+    def fits_alone_only(run: MagiConfig) -> bool:
+        return 0 < known - place(run, sizes, 10**12, other_model_bytes=vae_and_tile[1]).device_bytes < vae_and_tile[0]
+
+    sides = range(1120, 1440, 16)
+    runs = (LARGE.with_runtime(video_size_h=height, video_size_w=width) for height in sides for width in sides)
+    both.place(next(run for run in runs if fits_alone_only(run)), 0, allow_smaller_window=True)
+    assert both._parks_vae
+
+
 def test_a_window_that_became_smaller_is_planned_unless_another_was_asked_for(total):
     both = total(10**10)
     after_shortage(both, 9)

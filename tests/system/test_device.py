@@ -1,3 +1,4 @@
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from magi.errors import MagiError
 from magi.system import device
-from magi.system.device import empty_cache, free_memory, pick_device, synchronize
+from magi.system.device import empty_cache, free_memory, pick_device, retry_with_less, synchronize
 
 
 @pytest.fixture
@@ -90,3 +91,52 @@ def test_metal_has_one_device_and_takes_none(monkeypatch):
 def test_a_cpu_has_nothing_to_wait_for_or_to_give_back():
     synchronize(torch.device("cpu"))
     empty_cache(torch.device("cpu"))
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("MPS backend out of memory"),
+    RuntimeError("DefaultCPUAllocator: not enough memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+def test_work_runs_again_with_less_when_memory_runs_out(error):
+    """Nothing of an attempt that failed is alive when the next one starts, or less could not help."""
+    attempts: list[weakref.ref] = []
+    calls = []
+
+    def work():
+        held = torch.zeros(3)
+        attempts.append(weakref.ref(held))
+        if len(calls) < 3:
+            raise error
+        return "done"
+
+    def shrink(failed):
+        assert failed is error
+        assert [ref() for ref in attempts] == [None] * len(attempts)
+        calls.append(len(attempts))
+        if len(calls) == 1:
+            raise error  # it may run out itself
+
+    assert retry_with_less(work, shrink) == "done"
+    assert calls == [1, 1, 2]
+
+
+def test_other_errors_and_the_end_of_all_remedies_are_raised():
+    def fails(error):
+        def work(*_):
+            raise error
+
+        return work
+
+    for error in (RuntimeError("shapes do not match"), ValueError("out of memory"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught:
+            retry_with_less(fails(error), lambda _: pytest.fail("memory did not run out"))
+        assert caught.value is error
+    full, nothing_left = MemoryError(), MagiError("It ran out of memory. Try a smaller size.")
+    with pytest.raises(MagiError) as caught:
+        retry_with_less(fails(full), fails(nothing_left))
+    assert caught.value is nothing_left
