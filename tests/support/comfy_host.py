@@ -178,7 +178,7 @@ class RealComfy(Comfy):
         self.nodes = {k: v for k, v in self._nodes.NODE_CLASS_MAPPINGS.items() if before.get(k) is not v}
         self._add_sink()
         options = inspect.signature(self._execution.PromptExecutor).parameters
-        extra = {"cache_args": {"lru": 0, "ram": 16.0}} if "cache_args" in options else {}
+        extra = {"cache_args": {"lru": 0, "ram": 16.0, "ram_inactive": 16.0}} if "cache_args" in options else {}
         self._executor = self._execution.PromptExecutor(self._server, **extra)
         self._executed: list[str] = []
 
@@ -233,7 +233,8 @@ class RealComfy(Comfy):
         return {id: self._outputs_of(id) for id in graph}
 
     def _outputs_of(self, id: str) -> tuple:
-        cached = self._executor.caches.outputs.get(id)
+        outputs = self._executor.caches.outputs
+        cached = getattr(outputs, "get_local", outputs.get)(id)  # in newer versions `get` is a coroutine
         lists = getattr(cached, "outputs", cached)  # newer versions keep more than the outputs
         return tuple(values[0] for values in lists)
 
