@@ -16,8 +16,10 @@ from typing import Any, TypeVar, get_args, get_origin
 from .errors import MagiError
 
 LATENT_CHANNELS = 16
-SPATIAL_DOWNSAMPLE = 8  # pixels a latent, by the VAE's patch
-TEMPORAL_DOWNSAMPLE = 4  # frames a latent, likewise
+SPATIAL_DOWNSAMPLE = 8  # pixels per latent pixel along height and along width, by the VAE's patch
+TEMPORAL_DOWNSAMPLE = 4  # video frames per latent frame, likewise
+FPS = 24
+CAPTION_TOKENS = 800  # of a prompt, at most
 LATENT_SCALE = 0.18215  # latents outside the VAE = its means * this
 SHORTCUT_MODES = ("8,16,16", "16,16,8")
 
@@ -67,7 +69,7 @@ class ModelConfig:
     out_channels: int = LATENT_CHANNELS
     cond_hidden_ratio: float = 0.25
     caption_channels: int = 4096
-    caption_max_length: int = 800
+    caption_max_length: int = CAPTION_TOKENS
     xattn_cond_hidden_ratio: float = 1.0
     cond_gating_ratio: float = 1.0
     gated_linear_unit: bool = False  # SwiGLU; GELU otherwise
@@ -119,7 +121,7 @@ class RuntimeConfig:
     video_size_w: int = 720
     num_steps: int = 64
     window_size: int = 4  # chunks denoised at a time
-    fps: int = 24
+    fps: int = FPS
     chunk_width: int = 6  # latent frames a chunk
     t5_pretrained: str = ""
     t5_device: str = "cpu"

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..magi.config import FPS, LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 from ..magi.errors import MagiError
 from ..magi.media.frames import check_size, complete_size, nearest_size, size_for, to_model
 from ..magi.media.frames import fit as fit_frames
@@ -72,7 +73,9 @@ class Magi1TextToVideo(_Sized):
     def execute(cls, size: str, shape: str, width: int, height: int) -> io.NodeOutput:
         """Returns latents of zeros, (1, 16, 1, height / 8, width / 8), of which only the size counts."""
         height, width = _target_size(size, width, height, _SHAPES[shape])
-        return io.NodeOutput({"samples": torch.zeros(1, 16, 1, height // 8, width // 8)})
+        return io.NodeOutput(
+            {"samples": torch.zeros(1, LATENT_CHANNELS, 1, height // SPATIAL_DOWNSAMPLE, width // SPATIAL_DOWNSAMPLE)}
+        )
 
 
 class Magi1ImageToVideo(_Sized):
@@ -148,7 +151,7 @@ class Magi1VideoToVideo(_Sized):
                 schema.advanced(
                     io.Float.Input(
                         "fps",
-                        default=24.0,
+                        default=float(FPS),
                         min=1.0,
                         max=240.0,
                         step=0.001,
@@ -170,7 +173,7 @@ class Magi1VideoToVideo(_Sized):
         width: int,
         height: int,
         fit: str,
-        fps: float = 24.0,
+        fps: float = FPS,
         vae: Any = None,
     ) -> io.NodeOutput:
         """Returns the latents of the clip's end, (1, 16, T, height / 8, width / 8): encoded, or cut from a LATENT."""
@@ -188,7 +191,7 @@ class Magi1VideoToVideo(_Sized):
                 "For a single picture use MAGI-1 Image to Video."
             )
         # Whole latents that end where the clip ends: frames too many are dropped at the beginning.
-        return io.NodeOutput(_encoded(vae, frames[len(frames) % 4 :], progress))
+        return io.NodeOutput(_encoded(vae, frames[len(frames) % TEMPORAL_DOWNSAMPLE :], progress))
 
 
 def _encoded(vae: Any, frames: torch.Tensor, progress: NodeProgress) -> dict[str, torch.Tensor]:

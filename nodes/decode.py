@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from comfy_api.latest import InputImpl, Types, io
 
+from ..magi.config import FPS, SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 from ..magi.errors import MagiError
 from ..magi.vae.tiling import Tiling
 from .comfyui import host, media, schema
@@ -76,10 +77,10 @@ class Magi1VAEDecode(io.ComfyNode):
     ) -> io.NodeOutput:
         """Returns the frames as one IMAGE batch, after those of `before` where it is connected, and a VIDEO of them."""
         latents, tiling = media.check_latent(samples), Tiling(tile_frames, tile_size)
-        chosen = (
-            None if tiling == Tiling() else tiling
-        )  # None: the published one, or a smaller one where memory is short
-        made, height, width = 4 * latents.shape[2], 8 * latents.shape[3], 8 * latents.shape[4]
+        # None: the published one, or a smaller one where memory is short.
+        chosen = None if tiling == Tiling() else tiling
+        made = TEMPORAL_DOWNSAMPLE * latents.shape[2]
+        height, width = (SPATIAL_DOWNSAMPLE * side for side in latents.shape[3:])
         progress, clock = NodeProgress(cls.hidden.unique_id, read=0.05, load=0.1, decode=0.85), Clock()
         clip = None
         if before is not None:
@@ -103,8 +104,8 @@ class Magi1VAEDecode(io.ComfyNode):
                 frames[end : end + len(part)] = part
                 end += len(part)
                 progress.move("decode", (end - first) / made, part[-1].mul(255).round().to(torch.uint8).cpu())
-        progress.show_text(f"{len(frames)} frames, {len(frames) / media.FPS:g} s, {width}x{height}", at_once=True)
-        components = Types.VideoComponents(images=frames, frame_rate=Fraction(media.FPS))
+        progress.show_text(f"{len(frames)} frames, {len(frames) / FPS:g} s, {width}x{height}", at_once=True)
+        components = Types.VideoComponents(images=frames, frame_rate=Fraction(FPS))
         return io.NodeOutput(frames, InputImpl.VideoFromComponents(components))
 
 

@@ -152,9 +152,10 @@ def run_bench(
     options = MemoryOptions(settings.budget, settings.offload, pinned=None if settings.model else True)
     sizes = weight_sizes(source.tensors, settings.config.model, device, dtype=settings.dtype)
     free = None if on_cpu else free_memory(device)
+    chunk_frames = runtime.chunk_width * runtime.temporal_downsample_factor
     # The timed part of a video: as many chunks as are ever in the window, and one that is finished.
     placement = place(
-        settings.config.with_runtime(num_frames=24 * 2 * runtime.window_size),
+        settings.config.with_runtime(num_frames=2 * runtime.window_size * chunk_frames),
         sizes,
         free,
         options,
@@ -185,7 +186,7 @@ def run_bench(
         duration_tokens=False,
         state=_middle_of_a_video(settings.config, active, device),
         # With fewer chunks than the window holds, no more may enter: they would be timed too.
-        num_frames=24 * (active if active < runtime.window_size else active + warmup + count),
+        num_frames=chunk_frames * (active if active < runtime.window_size else active + warmup + count),
         progress=timed,
         heartbeat=on_fraction,
     )

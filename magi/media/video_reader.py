@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from ..config import FPS
 from ..errors import MagiError
 from ..system.progress import OnProgress
 from .frames import check_mode, fit
@@ -62,7 +63,7 @@ def probe(path: str | Path) -> MediaInfo:
 
 def read_video(
     path: str | Path,
-    fps: int | float | Fraction = 24,
+    fps: int | float | Fraction = FPS,
     start: float | None = None,
     seconds: float | None = None,
     tail_seconds: float | None = None,

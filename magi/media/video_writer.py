@@ -15,6 +15,7 @@ from types import TracebackType
 
 import torch
 
+from ..config import FPS
 from ..errors import MagiError
 from ..system.progress import OnProgress
 from ..system.whole_files import put_in_place
@@ -41,7 +42,7 @@ class VideoWriter:
         path: str | Path,
         height: int,
         width: int,
-        fps: int | Fraction = 24,
+        fps: int | Fraction = FPS,
         crf: int = 18,
         metadata: dict[str, str] | None = None,
         overwrite: bool = False,

@@ -259,7 +259,7 @@ _VAE_CONFIG = {
     "use_final_proj": True,
 }
 _GREY_LEVELS = (0, 10, 13)  # latent channels that hold a patch's mean brightness and colour
-_LATENT_SPREAD = 5.5  # standard deviation of the released VAE's latents, 1 / 0.18215
+_LATENT_SPREAD = 5.5  # standard deviation of the released VAE's latents, about 1 / LATENT_SCALE
 
 
 def _cosine_basis() -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from warnings import warn
 import torch
 from torch import nn
 
+from ..config import CAPTION_TOKENS
 from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, retry_with_less
 from ..system.progress import OnProgress
@@ -26,7 +27,7 @@ from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5, t5_is_missing
 from .t5_model import WORKING_BYTES, build_t5, resident_bytes
 from .t5_tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
-MAX_TOKENS = 800
+MAX_TOKENS = CAPTION_TOKENS
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 
 _SAMPLE_BYTES = 1 << 20

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 from ..errors import MagiError
 from ..system.progress import OnProgress
 
-PATCH_FRAMES = 4  # video frames per latent frame
-PATCH_SIZE = 8  # pixels per latent pixel, along height and along width
+PATCH_FRAMES, PATCH_SIZE = TEMPORAL_DOWNSAMPLE, SPATIAL_DOWNSAMPLE
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from ...magi.errors import MagiError
 from ...magi.text.clean import clean_caption
 from ...magi.text.embedding_cache import EmbeddingCache, embedding_key
+from ...magi.text.encoder import MAX_TOKENS
 from . import host
 from .progress import NodeProgress
 
-MAX_TOKENS = 800
 _WIDTH = 4096
 _SAMPLE = 64  # values of each tensor that identify the weights
 # The kinds of CLIP whose embedding is T5's alone; flux's other encoder gives only what MAGI-1 does not use.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from comfy_api.latest import InputImpl
 
+from ...magi.config import FPS, LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 from ...magi.errors import MagiError
 from ...magi.media.frames import fit as fit_frames
 from ...magi.media.frames import over_white
@@ -17,7 +18,6 @@ from ...magi.media.video_reader import probe, read_video, resample
 from ...magi.system.host_memory import free_host_memory
 
 MIN_FRAMES = 8  # two latent frames: a single one is taken for a picture
-FPS = 24
 _TOLERANCE = 0.5  # seconds by which two readings of a file's length may differ
 
 
@@ -109,15 +109,17 @@ def check_room(count: int, height: int, width: int, remedy: str) -> None:
 def latent_tail(latent: dict[str, Any], seconds: float) -> dict[str, torch.Tensor]:
     """Returns a LATENT of the last `seconds`, of two latent frames at least."""
     samples = check_latent(latent)
-    return {"samples": samples[:, :, -max(MIN_FRAMES // 4, round(seconds * FPS / 4)) :]}
+    return {
+        "samples": samples[:, :, -max(MIN_FRAMES // TEMPORAL_DOWNSAMPLE, round(seconds * FPS / TEMPORAL_DOWNSAMPLE)) :]
+    }
 
 
 def check_latent(latent: dict[str, Any]) -> torch.Tensor:
     """Returns a LATENT's samples, float32 (1, 16, T, h, w). Raises MagiError for those of other models."""
     samples = latent["samples"]
-    if samples.ndim != 5 or samples.shape[:2] != (1, 16) or 0 in samples.shape:
+    if samples.ndim != 5 or samples.shape[:2] != (1, LATENT_CHANNELS) or 0 in samples.shape:
         raise MagiError(
-            f"These latents have the shape {tuple(samples.shape)}; MAGI-1's are (1, 16, frames, height / 8, width / 8). "
-            "Connect a MAGI-1 node, or an empty latent video with 16 channels."
+            f"These latents have the shape {tuple(samples.shape)}; MAGI-1's are (1, {LATENT_CHANNELS}, frames, height / {SPATIAL_DOWNSAMPLE}, width / {SPATIAL_DOWNSAMPLE}). "
+            f"Connect a MAGI-1 node, or an empty latent video with {LATENT_CHANNELS} channels."
         )
     return samples.float()

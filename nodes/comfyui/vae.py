@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ...magi.config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 from ...magi.errors import MagiError
 from ...magi.system.progress import OnProgress
 from ...magi.vae.footprint import makes_scores, tile_bytes
@@ -21,10 +22,10 @@ _SMALLER = "Use smaller tiles."
 class NativeVAE:
     """The interface of ComfyUI's VAE objects: images (T, H, W, 3) in 0..1, scaled latents (1, 16, T/4, H/8, W/8)."""
 
-    latent_channels = 16
+    latent_channels = LATENT_CHANNELS
     latent_dim = 3
-    downscale_ratio = 8
-    upscale_ratio = 8
+    downscale_ratio = SPATIAL_DOWNSAMPLE
+    upscale_ratio = SPATIAL_DOWNSAMPLE
 
     def __init__(self, patcher: WholeModelPatcher) -> None:
         """Takes the patcher of a `MagiVideoVAE`; nothing is loaded."""
@@ -58,7 +59,7 @@ class NativeVAE:
         overlap_t: int | None = None,
     ) -> torch.Tensor:
         """Decodes with tiles of `tile_x` latent pixels and `tile_t` latent frames; ignores the other arguments."""
-        return self._decode(samples, _tiling(8 * (tile_x or 32), tile_t))
+        return self._decode(samples, _tiling(SPATIAL_DOWNSAMPLE * (tile_x or 32), tile_t))
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """Encodes images, (T, H, W, 3) in 0..1, to latents; their sides are cut to multiples of 8."""
@@ -74,19 +75,19 @@ class NativeVAE:
         overlap_t: int | None = None,
     ) -> torch.Tensor:
         """Encodes with tiles of `tile_x` pixels and `tile_t` frames; ignores the other arguments."""
-        return self._encode(pixel_samples, _tiling(tile_x or 256, tile_t and max(1, tile_t // 4)))
+        return self._encode(pixel_samples, _tiling(tile_x or 256, tile_t and max(1, tile_t // TEMPORAL_DOWNSAMPLE)))
 
     def spacial_compression_decode(self) -> int:
         """Returns the pixels per latent pixel, along height and along width."""
-        return 8
+        return SPATIAL_DOWNSAMPLE
 
     def spacial_compression_encode(self) -> int:
         """Returns the pixels per latent pixel, along height and along width."""
-        return 8
+        return SPATIAL_DOWNSAMPLE
 
     def temporal_compression_decode(self) -> int:
         """Returns the frames per latent frame."""
-        return 4
+        return TEMPORAL_DOWNSAMPLE
 
     def throw_exception_if_invalid(self) -> None:
         """Does nothing: the file was checked when it was chosen."""
@@ -100,7 +101,7 @@ class NativeVAE:
             return torch.cat(list(decoded(self.loaded(tiling), latents, tiling, _interruptible)))[None]
 
     def _encode(self, pixels: torch.Tensor, tiling: Tiling | None) -> torch.Tensor:
-        height, width = (side // 8 * 8 for side in pixels.shape[1:3])
+        height, width = (side // SPATIAL_DOWNSAMPLE * SPATIAL_DOWNSAMPLE for side in pixels.shape[1:3])
         video = pixels[:, :height, :width, :3].permute(3, 0, 1, 2)[None].float() * 2 - 1
         with host.device_work("encoding", _SMALLER):
             return self.loaded(tiling).encode(video, tiling, _interruptible)
@@ -134,7 +135,7 @@ def working_memory(tiling: Tiling) -> int:
 
 
 def _tiling(size: int, latent_frames: int | None) -> Tiling:
-    return Tiling(frames=4 * (latent_frames or 3), size=max(64, size // 32 * 32))
+    return Tiling(frames=TEMPORAL_DOWNSAMPLE * (latent_frames or 3), size=max(64, size // 32 * 32))
 
 
 def _interruptible(done: int, total: int) -> None:
