@@ -77,17 +77,17 @@ class ModelConfig:
 
     @property
     def cond_size(self) -> int:
-        """Width of the condition vector (time and caption)."""
+        """Returns the width of the condition vector (time and caption)."""
         return int(self.hidden_size * self.cond_hidden_ratio)
 
     @property
     def fc1_size(self) -> int:
-        """Rows of the first MLP matrix: value and gate together for SwiGLU."""
+        """Returns the rows of the first MLP matrix: value and gate together for SwiGLU."""
         return self.ffn_hidden_size * (2 if self.gated_linear_unit else 1)
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """Query heads, key heads, and the size of one."""
+        """Returns the number of query heads, of K/V heads, and the size of one."""
         return self.num_attention_heads, self.num_query_groups, self.kv_channels
 
     def __post_init__(self) -> None:
@@ -196,7 +196,7 @@ class MagiConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "MagiConfig":
-        """From the official JSON object. Missing entries take their defaults, unknown ones are ignored with a warning."""
+        """Builds a config from the official JSON object. Missing entries take their defaults, unknown ones are ignored with a warning."""
         try:
             model, runtime, engine = (dict(data.get(f"{part}_config", {})) for part in ("model", "runtime", "engine"))
         except (AttributeError, TypeError, ValueError) as error:
@@ -207,7 +207,7 @@ class MagiConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "MagiConfig":
-        """From an official JSON file."""
+        """Reads a config from an official JSON file."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -220,13 +220,13 @@ class MagiConfig:
 
     @classmethod
     def preset(cls, name: str) -> "MagiConfig":
-        """The released model `name`, e.g. "4.5B_distill_quant", with the published defaults."""
+        """Returns the config of the released model `name`, e.g. "4.5B_distill_quant", with the published defaults."""
         if name not in PRESETS:
             raise MagiError(f"There is no model {name!r}. The released ones: {', '.join(PRESETS)}.")
         return PRESETS[name]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The official JSON object."""
+        """Returns the official JSON object."""
         parts: dict[str, ModelConfig | RuntimeConfig | EngineConfig] = {
             "model_config": self.model,
             "runtime_config": self.runtime,
@@ -238,17 +238,17 @@ class MagiConfig:
         }
 
     def with_runtime(self, **changes: Any) -> "MagiConfig":
-        """A copy with some runtime settings changed; None leaves a setting as it is."""
+        """Returns a copy with some runtime settings changed; None leaves a setting as it is."""
         changes = {k: v for k, v in changes.items() if v is not None}
         return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, **changes))
 
     def with_engine(self, **changes: Any) -> "MagiConfig":
-        """A copy with some engine settings changed; None leaves a setting as it is."""
+        """Returns a copy with some engine settings changed; None leaves a setting as it is."""
         changes = {k: v for k, v in changes.items() if v is not None}
         return dataclasses.replace(self, engine=dataclasses.replace(self.engine, **changes))
 
     def with_guidance(self, text: float | None = None, prev: float | None = None) -> "MagiConfig":
-        """A copy with guidance of another strength; None leaves the model's own.
+        """Returns a copy with guidance of another strength; None leaves the model's own.
 
         Args:
             text: in place of every text scale that is not 0, the value that switches it off.
@@ -272,11 +272,11 @@ class MagiConfig:
         )
 
     def with_layers(self, layers: int) -> "MagiConfig":
-        """A copy with another number of transformer layers."""
+        """Returns a copy with another number of transformer layers."""
         return dataclasses.replace(self, model=dataclasses.replace(self.model, num_layers=layers))
 
     def as_variant(self, distill: bool, fp8: bool | None = None) -> "MagiConfig":
-        """The same transformer with the settings of base (three passes) or distilled (one pass) weights."""
+        """Returns the same transformer with the settings of base (three passes) or distilled (one pass) weights."""
         runtime = dataclasses.replace(self.runtime, cfg_number=1 if distill else 3)
         fp8 = self.engine.fp8_quant if fp8 is None else fp8
         return MagiConfig(self.model, runtime, dataclasses.replace(self.engine, distill=distill, fp8_quant=fp8))
@@ -315,7 +315,7 @@ def _part(kind: type[_Part], data: dict[str, Any]) -> _Part:
 
 
 def _is_a(value: Any, wanted: Any) -> bool:
-    """Whether a value read from JSON may stand where a field of this type is; tuples are all of numbers."""
+    """Returns whether a value read from JSON may stand where a field of this type is; tuples are all of numbers."""
     if get_origin(wanted) is tuple:
         return isinstance(value, tuple) and all(_is_a(v, get_args(wanted)[0]) for v in value)
     if isinstance(value, bool):

@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> tuple[MagiConfig, dict[str, TensorInfo]]:
-    """The config and the headers, of a file or of what a released one holds."""
+    """Returns the config and the headers, of a file or of what a released one holds."""
     if args.preset:
         config = PRESETS[args.preset]
         return config, dict(RandomTensors(config.model, config.engine.fp8_quant).tensors)

@@ -32,7 +32,7 @@ class SentOnce(BytesIO):
     """A request's body that knows whether any of it was sent: unsent, no server can have acted on it."""
 
     def __init__(self, data: bytes, is_cancelled: Callable[[], bool]) -> None:
-        """`is_cancelled` is called just before sending; where it returns True, nothing is sent."""
+        """Takes `is_cancelled`, called just before sending; where it returns True, nothing is sent."""
         super().__init__(data)
         self.sent = False
         self._unwanted = is_cancelled
@@ -66,7 +66,7 @@ class Transport:
     """Sends requests. The key goes to `base` alone: not to another host that the service names or redirects to."""
 
     def __init__(self, base: BaseUrl, key: ApiKey | None, timeouts: tuple[float, float]) -> None:
-        """`timeouts`: seconds to connect, and of silence."""
+        """Takes `timeouts`: seconds to connect, and of silence."""
         self._base, self._key, self._timeouts = base, key, timeouts
 
     def send(self, method: str, url: str, **content: Any) -> Reply:

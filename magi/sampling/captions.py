@@ -31,7 +31,7 @@ class Caption:
 def need_special_tokens(
     captions: Sequence[Caption], styles: Sequence[str], durations: bool, negative: bool = False
 ) -> bool:
-    """Whether anything is to stand in front of a caption. An empty one stays empty: it runs as unconditional."""
+    """Returns whether anything is to stand in front of a caption. An empty one stays empty: it runs as unconditional."""
     return negative or (bool(styles or durations) and any(len(caption.embeds) for caption in captions))
 
 
