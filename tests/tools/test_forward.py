@@ -100,13 +100,13 @@ class SampledRun:
 
 @pytest.fixture
 def sampled(tiny_model, trained, tiny_caption, randn):
-    """(MagiConfig, chunks, prefix_frames) -> the largest relative error of the training forward in a run."""
+    """(MagiConfig, chunks, prefix_frames, size) -> the largest relative error of the training forward in a run."""
 
-    def run(config, chunks, prefix_frames=0):
+    def run(config, chunks, prefix_frames=0, size=(4, 4)):
         generated = chunks - prefix_frames // 6
         captions = [tiny_caption(i, tokens) for i, tokens in enumerate(CAPTION_TOKENS[:generated])]
-        noise = randn(1, 16, 6 * chunks, 4, 4)
-        prefix = randn(1, 16, prefix_frames, 4, 4, seed=1) if prefix_frames else None
+        noise = randn(1, 16, 6 * chunks, *size)
+        prefix = randn(1, 16, prefix_frames, *size, seed=1) if prefix_frames else None
         errors = SampledRun(config, tiny_model(config), trained(config.model), captions, noise, prefix).errors
         return max(errors)
 
@@ -143,6 +143,10 @@ def test_other_ranges_of_chunks_seen(ranges, distill, tiny_config, sampled):
 )
 def test_other_shapes_of_the_model(shape, tiny_config, sampled):
     assert sampled(tiny_config(shape=shape), 3) < 1e-5
+
+
+def test_an_oblong_picture(tiny_config, sampled):
+    assert sampled(tiny_config(), 3, 2, size=(6, 10)) < 1e-5
 
 
 def test_a_batch_gives_what_its_windows_give_alone(tiny_config, trained, randn):
@@ -283,5 +287,6 @@ def test_two_videos_are_learned_by_their_captions(tiny_config, randn):
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[0] == pytest.approx(2, rel=0.1)  # clean and noise have a variance of one each; the first velocity is zero
+    # Clean latents and noise have a variance of one each, and the first velocity is zero.
+    assert losses[0] == pytest.approx(2, rel=0.1)
     assert sum(losses[-10:]) / 10 < 0.4

@@ -75,9 +75,9 @@ class SelfAttention(nn.Module):
             x: (M, S, D).
             chunks: n, chunks of a window.
             angles: cosine and sine, (M * S, a) each.
-            mask: added to the scores of self attention, (B, 1, n * S, n * S); None: every chunk sees all.
+            mask: which tokens each token sees, (B, 1, n * S, n * S) bool; None: all.
             text: projected captions, (M, L, D).
-            text_mask: added to the scores of cross attention, (M, 1, 1, L).
+            text_mask: which text tokens are no padding, (M, 1, 1, L) bool.
 
         Returns:
             (M, S, D).
@@ -250,7 +250,7 @@ class TrainingTransformer(nn.Module):
         angles = self._angles(positions, frames, rows, columns).flatten(0, 2)  # (M * S, a)
         angles = angles.cos(), angles.sin()
         text, text_mask = self._text(captions, lengths)
-        mask = None if chunks == 1 else _added(_per_token(sees, x.shape[1]))[:, None]  # (B, 1, n * S, n * S)
+        mask = None if chunks == 1 else _per_token(sees, x.shape[1])[:, None]  # (B, 1, n * S, n * S)
         for block in self.videodit_blocks["layers"]:
             x = block(x, condition, chunks, angles, mask, text, text_mask)
         out = self.final_linear["linear"](self.videodit_blocks["final_layernorm"](x))  # (M, S, patch * channels)
@@ -300,7 +300,7 @@ class TrainingTransformer(nn.Module):
         captions = torch.where(empty[..., None, None], null, captions)
         lengths = lengths.masked_fill(empty, min(NULL_TOKENS, self.config.caption_max_length))
         held = torch.arange(tokens, device=lengths.device) < lengths[..., None]  # (B, n, L)
-        return self.y_embedder["y_proj_xattn"](captions.flatten(0, 1)), _added(held.flatten(0, 1))[:, None, None]
+        return self.y_embedder["y_proj_xattn"](captions.flatten(0, 1)), held.flatten(0, 1)[:, None, None]
 
 
 def initial_bands(count: int) -> torch.Tensor:
@@ -321,8 +321,3 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 def _per_token(sees: torch.Tensor, tokens: int) -> torch.Tensor:
     """Spreads a mask over chunks to their tokens: (B, n, n) -> (B, n * S, n * S)."""
     return sees.repeat_interleave(tokens, dim=1).repeat_interleave(tokens, dim=2)
-
-
-def _added(mask: torch.Tensor) -> torch.Tensor:
-    """Turns a boolean mask into float32 numbers to add to scores, once for all layers."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -math.inf)

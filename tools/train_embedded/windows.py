@@ -104,8 +104,7 @@ def window_alone(
     chunks = [c for c in _active_chunks(it, schedule, config, "independent", prefix_frames, shift) if c.used]
     positions = [c.chunk if config.engine.distill else 0 for c in chunks]
     return tuple(
-        dataclasses.replace(c, position=p, first_seen=i)
-        for i, (c, p) in enumerate(zip(chunks, positions, strict=True))
+        dataclasses.replace(c, position=p, first_seen=i) for i, (c, p) in enumerate(zip(chunks, positions, strict=True))
     )
 
 
