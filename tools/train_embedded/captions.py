@@ -129,7 +129,7 @@ def captions(scene: Scene, seed: int, *, held_out: bool = False) -> list[str]:
         seed: of the phrasing.
         held_out: phrase it as no training caption does.
     """
-    random = Draws(seed, int(held_out))
+    random = Draws(seed, 2 + int(held_out))  # streams other than those of `draw`
     told: list[str] = []
     resized = False
     for chunk, (motion, colour) in enumerate(zip(scene.motions, scene.colours, strict=True)):
