@@ -26,7 +26,7 @@ class Linear:
 
 
 _RECORDED_FREQUENCIES = 128  # the count for which outputs of the public implementation are recorded
-_ROUNDED_UP = [12, 106]  # indices that it rounds up, see `_frequencies`
+_ROUNDED_UP = [12, 106]  # indices that it rounds up, see `timestep_frequencies`
 
 AnyLinear = Linear | Fp8Weight | StoredFp8
 
@@ -74,12 +74,12 @@ def gated_residual(
 def timestep_embedding(t: float, size: int, device: torch.device) -> torch.Tensor:
     """Embeds t as [cos, sin] of t * 1000 at size / 2 frequencies: (1, size) float32, the same bits everywhere."""
     # The order of the two products decides the last bits of the argument.
-    args = torch.tensor([[t]], dtype=torch.float32) * _frequencies(size // 2) * 1000  # (1, size / 2)
+    args = torch.tensor([[t]], dtype=torch.float32) * timestep_frequencies(size // 2) * 1000  # (1, size / 2)
     args = args.double()
     return torch.cat([args.cos(), args.sin()], dim=-1).to(device, torch.float32)
 
 
-def _frequencies(count: int) -> torch.Tensor:
+def timestep_frequencies(count: int) -> torch.Tensor:
     """Returns 10000^(-i / count) for i in 0 .. count: (count,) float32.
 
     A step size of 32 turns the last bit of a frequency into 0.001 rad, and float32 `exp` differs in that bit between

@@ -17,7 +17,7 @@ from torch import nn
 
 from magi.config import ModelConfig
 from magi.sampling.captions import NULL_TOKENS
-from magi.transformer.layers import _frequencies
+from magi.transformer.layers import timestep_frequencies
 from magi.transformer.rope import rope_angles, rotate
 
 _TIME_FREQUENCIES = 256
@@ -194,7 +194,7 @@ class TrainingTransformer(nn.Module):
             }
         )
         self.final_linear = nn.ModuleDict({"linear": nn.Linear(size, patch**2 * config.out_channels, bias=False)})
-        self.register_buffer("frequencies", _frequencies(_TIME_FREQUENCIES // 2), persistent=False)
+        self.register_buffer("frequencies", timestep_frequencies(_TIME_FREQUENCIES // 2), persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
