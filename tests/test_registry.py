@@ -16,7 +16,17 @@ from tests.support.paths import ROOT
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 REPOSITORY = "magi1-local/magi1-local"
-DEVELOPMENT = {"tests", "docs", "run.py", "requirements-dev.txt", ".ci", ".gitignore", ".gitattributes", ".comfyignore"}
+DEVELOPMENT = {
+    "tests",
+    "tools",
+    "docs",
+    "run.py",
+    "requirements-dev.txt",
+    ".ci",
+    ".gitignore",
+    ".gitattributes",
+    ".comfyignore",
+}
 
 
 def git(*arguments, **options) -> str:

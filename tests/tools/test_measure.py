@@ -125,7 +125,7 @@ def test_a_change_is_seen_in_its_second():
 
 def test_a_spot_elsewhere_is_not_the_object():
     video = frames(SCENE).copy()
-    video[:, 50:54, 6:10] = 255
+    video[:, 50:54, 6:10] = COLOURS["red"]
     (seen,) = measure(video)
     assert (seen.shape, seen.colour, seen.motion) == ("star", "red", "left")
     assert np.abs(seen.centre - path(SCENE).centre).max() < 0.5

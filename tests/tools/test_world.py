@@ -52,7 +52,7 @@ def differing(picture, scene) -> np.ndarray:
 def test_a_seed_is_the_same_scene_everywhere():
     assert draw(7, 3) == draw(7, 3) != draw(8, 3)
     told = repr([draw(seed, 4) for seed in range(50)]) + repr([captions(draw(seed, 4), seed) for seed in range(50)])
-    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "DIGEST"
+    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "2d128e2452a0e35c"
 
 
 def test_the_beginning_does_not_depend_on_the_length():
@@ -240,20 +240,19 @@ def test_phrasings_are_many_and_some_are_held_out():
     assert len(set(language.HELD_OUT_TEMPLATES)) >= 4
     for kind in ("TEMPLATES", "MOTION_CHANGES", "COLOUR_CHANGES"):
         assert not set(getattr(language, kind)) & set(getattr(language, f"HELD_OUT_{kind}"))
-    for shape, motion, _ in {(shape, motion, 0) for shape, _, motion in combinations(False)}:
+    for shape, motion in {(shape, motion) for shape, _, motion in combinations(False)}:
         trained, out = phrases(shape, motion, False), phrases(shape, motion, True)
         assert trained
         assert out
         assert not set(trained) & set(out)
-    trained = {text for seed, scene in enumerate(scenes(1500)) for text in captions(scene, seed)}
-    same = [replace(scene, background=scene.background) for scene in scenes(1500)]
-    out = {text for seed, scene in enumerate(same) for text in captions(scene, seed, held_out=True)}
+    trained = {text for seed, scene in enumerate(scenes(800)) for text in captions(scene, seed)}
+    out = {text for seed, scene in enumerate(scenes(800)) for text in captions(scene, seed, held_out=True)}
     assert not trained & out
 
 
 def test_the_vocabulary_is_exactly_the_words_of_training_captions():
     """A held-out caption has no word that training has not: a model trained from nothing could not know it."""
-    told = {word for seed, scene in enumerate(scenes(5000)) for text in captions(scene, seed) for word in words(text)}
+    told = {word for seed, scene in enumerate(scenes(2500)) for text in captions(scene, seed) for word in words(text)}
     assert sorted(told) == vocabulary()
     out = {w for seed, s in enumerate(scenes(500, True)) for c in captions(s, seed, held_out=True) for w in words(c)}
     assert out <= set(vocabulary())
