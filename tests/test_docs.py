@@ -11,7 +11,9 @@ from tests.support.paths import ROOT
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 CODE = {
-    file.relative_to(ROOT).as_posix() for folder in ("magi", "nodes", "tests") for file in (ROOT / folder).rglob("*.py")
+    file.relative_to(ROOT).as_posix()
+    for folder in ("magi", "nodes", "tests", "tools")
+    for file in (ROOT / folder).rglob("*.py")
 } - {"tests/test_docs.py"}  # whose examples are of names that are gone
 
 

@@ -35,10 +35,13 @@ Floats = NDArray[np.float64]
 
 _LEAST_FRAMES = 6  # a shorter rest of a video tells no motion
 _LEAST_CONTRAST = 0.1  # of the object from the background, in OKLab
+_UNSTEADY = 4.0  # degrees that angles are off a steady turn, where there is none to see
 _LEAST_FOUND = 0.5  # share of all that differs from the background that lies in one place, where there is an object
-_RINGS, _ANGLES = 14, 120  # of the polar grid on which shapes are compared
-_REACH = 1.35  # of the polar grid, in radii
+_WORST_FIT = 0.15  # of a shape, above which it is none: those of much blurred, noisy objects are below 0.1
+_RINGS, _ANGLES = 20, 120  # of the polar grid on which shapes are compared
+_REACH = 2.2  # of the polar grid, in radii of the disc with the object's area
 _BLURS = (0.0, 1.0, 2.0)  # standard deviations in pixels, of which the best is taken
+_SCALES = (0.88, 0.94, 1.0, 1.06, 1.13, 1.2)  # errors of the area's root, likewise
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,12 @@ class Seen:
         colour_rgb: its colour, from 0 to 255.
         colour_error: distance of the two in OKLab.
         shape: the name of `SHAPES` that fits best.
-        shape_error: 0 for a perfect fit, 1 for none.
+        shape_error: 1 less the correlation with that shape: 0 for a perfect fit.
         centre: (T, 2), x and y of the object in pixels, per frame.
         radius: (T,) of the circle around the shape in pixels, per frame.
         velocity: pixels per second, to the right and down.
         growth: change of the radius' natural logarithm per second.
-        turn: degrees per second, clockwise; 0 for round shapes.
+        turn: degrees per second, clockwise; 0 for round shapes, and where the angle cannot be told.
         motion: the name of `MOTIONS` that this is.
     """
 
@@ -101,12 +104,17 @@ def _measure(frames: NDArray[np.float32]) -> Seen | None:
     found = _object(frames, background)
     if found is None:
         return None
-    colour, cover, centre, area = found
-    shape, error, radius, angle = _shape(cover, centre, area)
+    cover, centre, area = found
+    shape, error, radius, angle, blur = _shape(cover, centre, area)
+    if error > _WORST_FIT:
+        return None
+    colour = _colour(frames, background, _expected(shape, centre, radius, angle, blur))
     time = np.arange(len(frames)) / FPS
     velocity = _slope(time, centre[:, 0]), _slope(time, centre[:, 1])
     growth = _slope(time, np.log(radius))
-    turn = _slope(time, angle) if shape in SYMMETRY else 0.0
+    turn = _slope(time, angle)
+    if shape not in SYMMETRY or np.median(abs(angle - np.median(angle - turn * time) - turn * time)) > _UNSTEADY:
+        turn = 0.0
     colour_name, colour_error = _nearest(colour, COLOURS)
     return Seen(
         background=_nearest(background, BACKGROUNDS)[0],
@@ -132,15 +140,14 @@ def _border(frames: NDArray[np.float32]) -> Floats:
     return np.median(frames[:, ~inside].reshape(-1, 3), axis=0).astype(np.float64)
 
 
-def _object(frames: NDArray[np.float32], background: Floats) -> tuple[Floats, Floats, Floats, Floats] | None:
-    """Returns the object's colour (3,), how much of each pixel it covers (T, SIZE, SIZE), centre (T, 2) and area (T,)."""
+def _object(frames: NDArray[np.float32], background: Floats) -> tuple[Floats, Floats, Floats] | None:
+    """Returns how much of each pixel the object covers (T, SIZE, SIZE), its centre (T, 2) and area (T,)."""
     difference = frames - background.astype(np.float32)
     distance = np.linalg.norm(_blurred(difference, 0.7), axis=-1)
-    # Its colour is that of the pixels that differ most, as no shape is so thin that blur leaves none of its own colour.
+    # The pixels that differ most tell its colour, but for blur and the noise that has made them differ.
     core = distance >= np.partition(distance.reshape(len(frames), -1), -20, axis=1)[:, -20, None, None]
-    colour = background + np.median(difference[core], axis=0)
-    contrast = colour - background
-    if np.linalg.norm(oklab(colour) - oklab(background)) < _LEAST_CONTRAST:
+    contrast = np.median(difference[core], axis=0).astype(np.float64)
+    if np.linalg.norm(oklab(background + contrast) - oklab(background)) < _LEAST_CONTRAST:
         return None
     cover = difference @ (contrast / (contrast @ contrast)).astype(np.float32)
     cover = cover.astype(np.float64)
@@ -155,7 +162,7 @@ def _object(frames: NDArray[np.float32], background: Floats) -> tuple[Floats, Fl
             return None
     if area.sum() < _LEAST_FOUND * clean.sum() or np.median(area) > SIZE**2 / 2:
         return None
-    return colour, cover * near, centre, area
+    return cover * near, centre, area
 
 
 def _moments(cover: Floats) -> tuple[Floats, Floats]:
@@ -174,24 +181,34 @@ def _near(centre: Floats, reach: Floats) -> NDArray[np.bool_]:
     return near
 
 
-def _shape(cover: Floats, centre: Floats, area: Floats) -> tuple[str, float, Floats, Floats]:
-    """Returns the shape's name, its error, and radius (T,) and angle (T,) in degrees, counted on over full turns."""
-    fits = []
-    for shape in SHAPES:
-        radius = np.sqrt(area / _area(shape))
-        seen = _polar(cover, centre, radius)
-        spectrum = np.fft.rfft(seen, axis=-1)
-        power = (seen**2 * _WEIGHTS).sum(axis=(1, 2))
-        for blur in _BLURS:
-            template = _template(shape, round(float(blur / np.median(radius)), 1))
-            # Sum of products at every turn of the template: where it is greatest, the squared difference is least.
-            turned = spectrum * np.fft.rfft(template, axis=-1).conj()
-            product = np.fft.irfft((turned * _WEIGHTS).sum(axis=1), n=_ANGLES, axis=-1)
-            both = power + (template**2 * _WEIGHTS).sum()
-            error = float((1 - 2 * product.max(axis=1) / both).mean())
-            fits.append((error, shape, radius, product))
-    error, shape, radius, product = min(fits, key=lambda fit: fit[0])
-    return shape, error, radius, _angles(product, SYMMETRY.get(shape, 1))
+def _expected(shape: str, centre: Floats, radius: Floats, angle: Floats, blur: float) -> Floats:
+    """Returns how much of each pixel (T, SIZE, SIZE) a blurred shape covers."""
+    pixels = np.arange(SIZE) + 0.5
+    x, y = ((pixels - centre[:, axis, None]).astype(np.float32) for axis in (0, 1))
+    cover = coverage(shape, x[:, None, :], y[:, :, None], radius, angle)
+    return (_blurred(cover[..., None], blur)[..., 0] if blur else cover).astype(np.float64)
+
+
+def _colour(frames: NDArray[np.float32], background: Floats, expected: Floats) -> Floats:
+    """Returns the colour (3,) that, covering what is expected, comes nearest to the frames: the median of all frames'."""
+    difference = np.einsum("thwc,thw->tc", frames - background, expected)
+    colour: Floats = background + np.median(difference / (expected**2).sum(axis=(1, 2))[:, None], axis=0)
+    return colour
+
+
+def _shape(cover: Floats, centre: Floats, area: Floats) -> tuple[str, float, Floats, Floats, float]:
+    """Returns the shape's name, its error, radius (T,), angle (T,) in degrees, counted on over full turns, and blur."""
+    unit = np.sqrt(area / np.pi)  # the radius of a disc of that area
+    seen = _polar(cover, centre, unit)
+    names, radii, templates = _templates(tuple(round(float(blur / np.median(unit)), 1) for blur in _BLURS))
+    # Correlation at every turn of every template.
+    turned = np.einsum("trf,nrf->tnf", np.fft.rfft(seen * _WEIGHTS, axis=-1), np.fft.rfft(templates, axis=-1).conj())
+    product = np.fft.irfft(turned, n=_ANGLES, axis=-1)
+    power = np.outer((seen**2 * _WEIGHTS).sum(axis=(1, 2)), (templates**2 * _WEIGHTS).sum(axis=(1, 2)))
+    match = (product.max(axis=-1) / np.sqrt(power)).mean(axis=0)
+    best = int(match.argmax())
+    angle = _angles(product[:, best], SYMMETRY.get(names[best], 1))
+    return names[best], 1 - float(match[best]), unit * radii[best], angle, _BLURS[best % len(_BLURS)]
 
 
 def _polar(cover: Floats, centre: Floats, radius: Floats) -> Floats:
@@ -216,14 +233,24 @@ _WEIGHTS = (_RING / _RING.sum() / _ANGLES)[:, None]  # a ring counts by its area
 
 
 @cache
-def _template(shape: str, blur: float) -> Floats:
-    """Returns a shape (rings, angles) on the polar grid, blurred by a part of its radius."""
-    pixels = np.arange(-48, 48) + 0.5
-    x, y = (pixels.astype(np.float32)[axis] for axis in ((None, None, slice(None)), (None, slice(None), None)))
-    cover = coverage(shape, x, y, np.array([30.0]), np.zeros(1)).astype(np.float64)
-    # The pixels of the frame and the sampling on the grid soften by half a pixel.
-    cover = _blurred(cover[..., None], 30 * float(np.hypot(blur, 0.05)))[..., 0]
-    return _polar(cover, np.array([[48.0, 48.0]]), np.array([30.0]))[0]
+def _templates(blurs: tuple[float, ...]) -> tuple[list[str], list[float], Floats]:
+    """Returns the names, radii and polar pictures (n, rings, angles) of all shapes, in several sizes and blurs.
+
+    The unit of length is the radius of the disc with the same area, which is not known exactly.
+    """
+    variants = [(shape, scale * float(np.sqrt(np.pi / _area(shape)))) for shape in SHAPES for scale in _SCALES]
+    pictures = [_template(shape, radius, blur) for shape, radius in variants for blur in blurs]
+    names, radii = (list(part) for part in zip(*(variant for variant in variants for _ in blurs), strict=True))
+    return names, radii, np.stack(pictures)
+
+
+@cache
+def _template(shape: str, radius: float, blur: float) -> Floats:
+    unit, size = 14, 80
+    pixels = (np.arange(-size // 2, size // 2) + 0.5).astype(np.float32)
+    cover = coverage(shape, pixels[None, None], pixels[None, :, None], np.array([unit * radius]), np.zeros(1))
+    cover = _blurred(cover[..., None], unit * float(np.hypot(blur, 0.06)))[..., 0]  # at least what sampling softens
+    return _polar(cover.astype(np.float64), np.full((1, 2), size / 2), np.array([float(unit)]))[0]
 
 
 @cache

@@ -327,12 +327,14 @@ def coverage(shape: str, x: Array, y: Array, radius: NDArray, angle: NDArray) ->
         turned = np.deg2rad(angle)
         cos, sin = (part.astype(np.float32).reshape(per_frame) for part in (np.cos(turned), np.sin(turned)))
         x, y = x * cos + y * sin, y * cos - x * sin
-    covered: Array = np.clip(0.5 - _DISTANCES[shape](x / radius, y / radius) * radius, 0, 1)
+    x, y = x / radius, y / radius
+    distance = np.maximum(_DISTANCES[shape](x, y), np.hypot(x, y) - 1)
+    covered: Array = np.clip(0.5 - distance * radius, 0, 1)
     return covered
 
 
-# Signed distances from the outlines of shapes that just fit the unit circle, negative inside. Beyond corners they are too small,
-# which rounds no corner off and leaves pixels next to the outline right.
+# Signed distances from the outlines of shapes that fit the unit circle, negative inside. Beyond a corner they are too small, which
+# keeps it sharp; `coverage` cuts it off at the circle, or the smooth edge of a corner would reach far beyond.
 
 
 def _circle(x: Array, y: Array) -> Array:
