@@ -30,7 +30,6 @@ from ..system.whole_files import tensor_digest
 from ..text.embedding_cache import EmbeddingCache
 from ..text.encode import check_encoder, encode_prompts
 from ..text.encoder import encoder_fingerprint
-from ..transformer.compiled import check_compile
 from ..transformer.weights import Precision
 from ..vae.video_vae import load_vae
 from .models import Models
@@ -101,8 +100,6 @@ class MagiPipeline:
         self._cache = cache
         self._precision: Precision = precision
         self._attention, self._compiled = attention, compiled
-        if compiled:
-            check_compile(self.device)
         memory = memory or MemoryOptions()
         self._loaded_special_tokens = special_tokens
         self._models: Models = models or ResidentModels(
@@ -359,14 +356,15 @@ class MagiPipeline:
         """Yields the chunks of a plan as soon as they are clean; those that the store has are read, not sampled again.
 
         Args:
-            plan: made by `encode`, or by `plan` for a request of captions and latents.
+            plan: made by `encode`, or by `plan`: what of it is not encoded yet is first.
             progress: called with how far the work is; what it raises ends the run.
             store: opened with the plan's `settings`; the run is kept there, and resumed if `open` found one.
             save_seconds: the longest time between two states that are saved.
             on_notice: called with a sentence if memory runs out and the run takes less; None issues a warning.
         """
-        assert plan.captions is not None  # noqa: S101 (see `plan`)
-        assert plan.prefix is None  # noqa: S101 (it is encoded)
+        if plan.captions is None or plan.prefix is not None:
+            plan = self.encode(plan, progress, store)
+        assert plan.captions is not None  # noqa: S101 (encoded)
         transformer = self._models.transformer(
             plan.placement or self._placement(plan), phase_callback(progress, "load")
         )

@@ -151,11 +151,9 @@ def make_plan(
     wanted = _wanted_frames(request, runtime.num_frames, runtime.fps)
     if request.latents is not None:
         latents = request.latents
-        explicit = (request.height is not None, request.width is not None)
+        asked = config.with_runtime(video_size_h=request.height, video_size_w=request.width)
         with_size_of(
-            {"tensor of latents": latents},
-            config.with_runtime(video_size_h=request.height, video_size_w=request.width),
-            explicit,
+            {"tensor of latents": latents}, asked, explicit=(request.height is not None, request.width is not None)
         )
     elif request.image is None and request.video is None:
         latents = None

@@ -17,6 +17,7 @@ from ..sampling.state import Chunk
 from ..system.device import empty_cache, free_memory
 from ..system.host_memory import memory_beside
 from ..system.progress import OnProgress
+from ..transformer.compiled import check_compile
 from ..transformer.inputs import TOKEN_BLOCK
 from ..transformer.model import Transformer
 from ..transformer.weights import Precision
@@ -41,12 +42,18 @@ class ResidentModels:
         memory: MemoryOptions,
         compiled: bool = False,
     ) -> None:
-        """Loads nothing; arguments as for `MagiPipeline.from_files`."""
+        """Loads nothing; arguments as for `MagiPipeline.from_files`.
+
+        Raises:
+            MagiError: `compiled`, and torch.compile makes no kernels here.
+        """
         self._files, self._config, self._device = files, config, device
         self._dtype, self._vae_dtype = dtype, vae_dtype
         self._precision: Precision = precision
         self._attention = attention
         self._compiled = compiled
+        if compiled:
+            check_compile(device)
         self._planner = Planner(memory)
         self._transformer: Transformer | None = None
         self._placement: Placement | None = None  # how the transformer was loaded

@@ -21,6 +21,7 @@ from torch import nn
 
 from magi.config import LATENT_CHANNELS, LATENT_SCALE
 from magi.media.frames import to_model
+from magi.system.whole_files import put_in_place, write_whole
 from magi.vae.model import Decoder, Encoder, VAEConfig
 
 from . import world
@@ -163,11 +164,11 @@ def save(folder: Path, model: Trained, state: dict) -> None:
     weights.mkdir(exist_ok=True)
     part = folder / "state.part"
     torch.save(state, part)
-    part.replace(folder / "state.pt")
+    put_in_place(part, folder / "state.pt")
     save_file(model.state_for_inference(), weights / "part.safetensors")
-    (weights / "part.safetensors").replace(weights / "diffusion_pytorch_model.safetensors")
+    put_in_place(weights / "part.safetensors", weights / "diffusion_pytorch_model.safetensors")
     config = {"model_type": "vit", "ddconfig": CONFIG}
-    (weights / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    write_whole(weights / "config.json", json.dumps(config, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from magi.config import FPS
+
 SIZE = 64
-FPS = 24
-CHUNK = 24
+CHUNK = FPS  # frames of a second
 
 Array = NDArray[np.float32]
 RGB = tuple[int, int, int]
