@@ -779,3 +779,9 @@ def test_memory_that_ran_out_once_does_not_run_out_in_the_next_run(most, files, 
     assert plan.placement is not None
     assert plan.placement.token_block <= most[0]
     assert len(plan.placement.on_device) <= most[1], "that is what is announced, too"
+
+
+def test_a_plan_that_is_not_encoded_is_encoded_before_it_is_sampled(pipe):
+    plan = pipe.plan(Request(**SMALL, frames=24, image=PHOTO))
+    sampled, again = (torch.cat([c.latents for c in pipe.sample(p)], dim=2) for p in (plan, pipe.encode(plan)))
+    assert torch.equal(sampled, again)
