@@ -1,16 +1,17 @@
-"""Trains the embedded model's VAE on the world: `python -m tools.train_embedded.vae --out FOLDER`.
+"""Makes the embedded model's VAE: `python -m tools.train_embedded.vae --out FOLDER`.
 
-It is the published VAE in small (`magi.vae.model`), trained on tiles of 12 frames, which is what it decodes at a time. The
-latents are standardised while it trains, with noise on them so that near latents show near pictures; at the end both are
-folded into the weights, so that the latents of the world have mean 0 and, as those of the published VAE, variance 1 after
-scaling (`LATENT_SCALE`).
+It is the published VAE in small (`magi.vae.model`). The encoder is written down: its latents are the principal components of
+the world's patches (`components.py`), mean 0 and, as those of the published VAE, variance 1 after scaling (`LATENT_SCALE`). So
+the transformer can be trained meanwhile. The decoder begins as the components' way back, 29 dB, and is trained for crisp
+frames, on tiles of 12 frames, which is what it decodes at a time, with noise on the latents, as a transformer's are not exact.
 
-A run is resumed from its last state when the same command is given again.
+The same command resumes a run.
 """
 
 import argparse
 import json
 import math
+import random
 import time
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from torch import nn
 from magi.config import LATENT_CHANNELS, LATENT_SCALE
 from magi.media.frames import to_model
 from magi.system.whole_files import put_in_place, write_whole
-from magi.vae.model import Decoder, Encoder, VAEConfig
+from magi.vae.model import PATCH_VALUES, Decoder, Encoder, VAEConfig
 
 from . import world
+from .components import PATCH, Components, components_of
 
 CONFIG = {
     "video_size": world.SIZE,
@@ -38,74 +40,103 @@ CONFIG = {
     "use_final_proj": True,
 }
 TILE = 12  # frames that are encoded and decoded at a time, as published
-NOISE = 0.1  # standard deviation of the noise on standardised latents
+NOISE = 0.3  # largest standard deviation of the noise on latents
 WARMUP = 200  # steps
+_Z, _WIDTH = LATENT_CHANNELS, 128
+_STEADY = 64.0  # a constant beside which a signal hardly moves a layer norm's deviation: the norm becomes linear
+_CHANNELS = 4  # of the decoder before its last convolution: RGB and one that holds the constant
 
 
-class Trained(nn.Module):
-    """Encoder and decoder with standardised latents in between."""
+def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
+    """Returns the VAE that encodes to the components and decodes from them linearly; its blocks add nothing yet.
 
-    def __init__(self) -> None:
-        super().__init__()
-        config = VAEConfig(**CONFIG)
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.standard = nn.BatchNorm3d(LATENT_CHANNELS, affine=False, momentum=0.01)
-        for trunk in (self.encoder, self.decoder):
-            nn.init.normal_(trunk.cls_token, std=0.02)
-            nn.init.normal_(trunk.pos_embed, std=0.02)
+    Tokens hold the latents in their first 16 features, the negative in the next, so that the mean is zero, and a constant of
+    either sign in all others. Latents are in units of their deviation here; `state_for_inference` scales them.
+    """
+    config = VAEConfig(**CONFIG)
+    encoder, decoder = Encoder(config), Decoder(config)
+    both = torch.cat([torch.eye(_Z), -torch.eye(_Z), torch.zeros(_WIDTH - 2 * _Z, _Z)])  # (D, 16)
+    signs = torch.tensor([1.0, -1.0]).repeat(_WIDTH // 2)
+    signs[: 2 * _Z] = 0
+    with torch.no_grad():
+        for trunk, constant in ((encoder, _STEADY * signs), (decoder, 16 * signs)):
+            trunk.cls_token.zero_()
+            trunk.pos_embed.copy_(constant.expand_as(trunk.pos_embed))
+            deviation = float(constant.square().mean().sqrt())
+            trunk.norm.weight.fill_(deviation)
+            trunk.norm.bias.copy_(-constant)
+            for block in trunk.blocks:
+                for layer in (block.attn.proj, block.mlp.fc2):
+                    layer.weight.zero_()
+                    layer.bias.zero_()
+                # So that the blocks see what tokens hold beside the constant.
+                block.norm2.weight.fill_(deviation)
+                block.norm2.bias.copy_(-constant)
+                block.attn.qkv.bias.copy_(-block.attn.qkv.weight @ constant)
+        decoder.pos_embed[..., 2 * _Z :] += 0.5 * torch.randn(decoder.pos_embed[..., 2 * _Z :].shape)
+        for parameter in encoder.blocks.parameters():
+            parameter.zero_()
+        analysis = components.analysis.T  # (16, 768)
+        encoder.patch_embed.proj.weight.copy_((both @ analysis).view_as(encoder.patch_embed.proj.weight))
+        encoder.patch_embed.proj.bias.copy_(-both @ analysis @ components.mean)
+        encoder.last_layer.weight.zero_()[:_Z, :_Z] = torch.eye(_Z)
+        encoder.last_layer.bias.zero_()
 
-    def forward(self, video: torch.Tensor) -> torch.Tensor:
-        """Returns the video, encoded and decoded: (B, 3, 12, 64, 64) in [-1, 1]."""
-        latents = self.standard(self.encoder(video, _nothing))
-        if self.training:
-            latents = latents + NOISE * torch.randn_like(latents)
-        return self.decoder(latents, _nothing)
+        decoder.proj_in.weight.copy_(both)
+        decoder.proj_in.bias.zero_()
+        pixels = torch.zeros(PATCH_VALUES, _CHANNELS, _WIDTH)  # the decoder has a patch's channels last
+        pixels[:, :3, :_Z] = components.synthesis.T.view(3, PATCH_VALUES, _Z).transpose(0, 1)
+        decoder.final_proj.weight.copy_(pixels.flatten(0, 1))
+        bias = torch.zeros(PATCH_VALUES, _CHANNELS)
+        bias[:, :3] = components.mean.view(3, PATCH_VALUES).T
+        bias[0::2, 3], bias[1::2, 3] = _STEADY, -_STEADY
+        decoder.final_proj.bias.copy_(bias.flatten())
+        decoder.final_norm.weight.fill_(_STEADY / math.sqrt(_CHANNELS))
+        nn.init.dirac_(decoder.last_layer.weight)
+        decoder.last_layer.bias.zero_()
+    return encoder.requires_grad_(False), decoder
 
-    def state_for_inference(self) -> dict[str, torch.Tensor]:
-        """Returns the weights by their official names, the standardising folded into them."""
-        weights = {name: x.clone() for name, x in self.state_dict().items() if not name.startswith("standard.")}
-        buffers = dict(self.standard.named_buffers())
-        mean, std = buffers["running_mean"], (buffers["running_var"] + self.standard.eps).sqrt()
-        # The encoder gives the standardised latents, divided by LATENT_SCALE; the decoder takes them so.
-        means = slice(0, LATENT_CHANNELS)
-        layer, gain = "encoder.last_layer.", 1 / (LATENT_SCALE * std)
-        weights[layer + "weight"][means] *= gain[:, None]
-        weights[layer + "bias"][means] = (weights[layer + "bias"][means] - mean) * gain
-        weights["decoder.proj_in.weight"] *= LATENT_SCALE
-        return {name: x.contiguous() for name, x in weights.items()}
+
+def state_for_inference(encoder: Encoder, decoder: Decoder) -> dict[str, torch.Tensor]:
+    """Returns the weights by their official names; the encoder gives latents divided by LATENT_SCALE, the decoder takes them so."""
+    weights = {f"encoder.{name}": x.detach().clone() for name, x in encoder.state_dict().items()}
+    weights |= {f"decoder.{name}": x.detach().clone() for name, x in decoder.state_dict().items()}
+    weights["encoder.last_layer.weight"] /= LATENT_SCALE
+    weights["decoder.proj_in.weight"] *= LATENT_SCALE
+    return weights
 
 
 def _nothing() -> None:
     pass
 
 
-def batch(step: int, size: int) -> torch.Tensor:
-    """Returns the training videos of a step: (B, 3, 12, 64, 64) in [-1, 1], each a tile out of two seconds of a scene."""
-    videos = []
-    for i in range(size):
-        seed = step * size + i
-        frames = world.frames(world.draw(seed, 2))
-        first = (seed * 7919) % (len(frames) - TILE + 1) // 4 * 4
-        videos.append(torch.from_numpy(frames[first : first + TILE]))
-    return torch.cat([to_model(video) for video in videos])
+def tiles(components: Components, rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns random tiles of training scenes: latents (B, 16, 3, 8, 8) and pixels (B, 3, 12, 64, 64) in [-1, 1]."""
+    latents, videos = [], []
+    while len(videos) < size:
+        frames = world.frames(world.draw(rng.randrange(10**6), 2))
+        for first in rng.sample(range(0, len(frames) - TILE + 1, PATCH[0]), 3):
+            tile = frames[first : first + TILE]
+            latents.append(components.latents(tile))
+            videos.append(to_model(torch.from_numpy(tile)))
+    return torch.stack(latents[:size]), torch.cat(videos[:size])
 
 
-def loss_of(model: Trained, video: torch.Tensor) -> torch.Tensor:
+def loss_of(decoder: Decoder, latents: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
     """Returns the mean error: squares, and half as much of absolute values, which keeps edges crisp."""
-    difference = model(video) - video
+    noise = NOISE * torch.rand(len(latents), 1, 1, 1, 1) * torch.randn_like(latents)
+    difference = decoder(latents + noise, _nothing) - video
     return difference.square().mean() + 0.5 * difference.abs().mean()
 
 
-def psnr(model: Trained, seeds: range) -> float:
+def psnr(components: Components, decoder: Decoder, seeds: range) -> float:
     """Returns the peak signal-to-noise ratio in dB over held-out scenes."""
-    model.eval()
     errors = []
     with torch.no_grad():
         for seed in seeds:
-            frames = torch.from_numpy(np.ascontiguousarray(world.frames(world.draw(seed, 1, held_out=True))[:TILE]))
-            video = to_model(frames)
-            errors.append(float((model(video).clamp(-1, 1) - video).square().mean()))
-    model.train()
+            frames = np.ascontiguousarray(world.frames(world.draw(seed, 1, held_out=True))[:TILE])
+            decoded = decoder(components.latents(frames)[None], _nothing)
+            errors.append(float((decoded.clamp(-1, 1) - to_model(torch.from_numpy(frames))).square().mean()))
     return 10 * math.log10(4 / (sum(errors) / len(errors)))
 
 
@@ -115,60 +146,61 @@ def rate(step: int, steps: int, peak: float) -> float:
 
 
 def main() -> None:
-    """Trains, and writes weights and config after every thousand steps."""
-    parser = argparse.ArgumentParser(description="Trains the embedded model's VAE.")
+    """Trains, and writes weights and config after every 250 steps."""
+    parser = argparse.ArgumentParser(description="Makes the embedded model's VAE.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the state and the log")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate (default: %(default)g)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate (default: %(default)g)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = Trained()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    components = components_of(args.out)
+    encoder, decoder = linear_vae(components)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0)
     state, first = args.out / "state.pt", 0
     if state.is_file():
         saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
+        decoder.load_state_dict(saved["decoder"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
-    count = sum(p.numel() for p in model.parameters())
+    rng = random.Random(first)  # noqa: S311
+    print({"step": first, "psnr": round(psnr(components, decoder, range(64)), 2)}, flush=True)
     began, mean = time.monotonic(), 0.0
     with (args.out / "log.jsonl").open("a", encoding="utf-8") as log:
         for step in range(first, args.steps):
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, args.steps, args.rate)
-            loss = loss_of(model, batch(step, args.batch))
+            loss = loss_of(decoder, *tiles(components, rng, args.batch))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
             optimizer.step()
             value = loss.item()
             mean = value if step == first else 0.98 * mean + 0.02 * value
             if (step + 1) % 250 == 0 or step + 1 == args.steps:
                 row = {"step": step + 1, "loss": round(mean, 5), "seconds": round(time.monotonic() - began)}
-                row |= {"psnr": round(psnr(model, range(64)), 2), "parameters": count}
+                row |= {"psnr": round(psnr(components, decoder, range(64)), 2)}
                 print(row, flush=True)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                save(
-                    args.out,
-                    model,
-                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
-                )
+                content = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                save(args.out, state_for_inference(encoder, decoder), content)
 
 
-def save(folder: Path, model: Trained, state: dict) -> None:
+def save(folder: Path, weights: dict[str, torch.Tensor], state: dict) -> None:
     """Writes the weights as the pipeline reads them, and the state to resume from, each whole or not at all."""
-    weights = folder / "vae"
-    weights.mkdir(exist_ok=True)
+    vae = folder / "vae"
+    vae.mkdir(exist_ok=True)
     part = folder / "state.part"
     torch.save(state, part)
     put_in_place(part, folder / "state.pt")
-    save_file(model.state_for_inference(), weights / "part.safetensors")
-    put_in_place(weights / "part.safetensors", weights / "diffusion_pytorch_model.safetensors")
+    save_file(weights, vae / "part.safetensors")
+    put_in_place(vae / "part.safetensors", vae / "diffusion_pytorch_model.safetensors")
     config = {"model_type": "vit", "ddconfig": CONFIG}
-    write_whole(weights / "config.json", json.dumps(config, indent=1).encode())
+    write_whole(vae / "config.json", json.dumps(config, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -150,8 +150,7 @@ class WindowDrawer:
         windows: window sizes to draw from; they must divide the steps.
         passes: relative frequency of each pass. Where an iteration has no chunk that runs alone, "text" is taken instead.
         no_prefix: how often a video has no prefix; otherwise it has any number of latent frames that leaves something to make.
-        image_prefix: how often a prefix is a single latent frame.
-        whole_prefix: how often a prefix of several frames ends with a chunk.
+        whole_prefix: how often a prefix ends with a chunk.
         jitter: whether times lie anywhere between a step's two ends, instead of at its start.
     """
 
@@ -159,13 +158,12 @@ class WindowDrawer:
     windows: Sequence[int] = (4,)
     passes: Mapping[PassKind, float] = field(default_factory=lambda: {"text": 0.7, "prev": 0.15, "independent": 0.15})
     no_prefix: float = 0.6
-    image_prefix: float = 0.3
     whole_prefix: float = 0.3
     jitter: bool = True
 
-    def draw(self, chunks: int, rng: random.Random) -> Window:
-        """Draws a window of a video with so many chunks."""
-        prefix_frames = self._prefix_frames(chunks, rng)
+    def draw(self, chunks: int, rng: random.Random, picture: bool = False) -> Window:
+        """Draws a window of a video with so many chunks; one that begins with a picture has this as its prefix."""
+        prefix_frames = 1 if picture else self._prefix_frames(chunks, rng)
         runtime = self.config.with_runtime(window_size=rng.choice(self.windows)).runtime
         schedule = Schedule.of(runtime, chunks, prefix_frames // runtime.chunk_width)
         it = schedule[rng.randrange(len(schedule))]
@@ -180,8 +178,6 @@ class WindowDrawer:
     def _prefix_frames(self, chunks: int, rng: random.Random) -> int:
         if rng.random() < self.no_prefix:
             return 0
-        if rng.random() < self.image_prefix:
-            return 1
         width = self.config.runtime.chunk_width
         if chunks > 1 and rng.random() < self.whole_prefix:
             return width * rng.randrange(1, chunks)

@@ -1,0 +1,120 @@
+"""Training videos as latents, kept in a pool and drawn many times with other noise, times and windows."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from magi.config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE
+from magi.sampling.special_tokens import STYLES, SpecialTokens
+
+from . import world
+from .captions import captions
+from .components import PATCH, Components
+from .text import PAD, SPECIAL_ROWS, UNKNOWN, tokenize
+from .windows import Window, WindowDrawer
+
+CHUNK_FRAMES = world.CHUNK // PATCH[0]
+_SIDE = world.SIZE // SPATIAL_DOWNSAMPLE
+_PICTURES = 0.15  # share of the videos that begin with a picture
+_LOST_WORDS = 0.02  # share of the words that are replaced by the unknown one
+_NO_DURATION, _HQ, _OTHER_STYLE = 0.3, 0.7, 0.1  # shares of the captions
+# Its rows are their own numbers: so the tokens before a caption are found as inference does.
+_ROWS = SpecialTokens(torch.zeros(1, 1), torch.zeros(1, 1), torch.arange(float(SPECIAL_ROWS))[:, None])
+
+
+@dataclass(frozen=True)
+class Video:
+    """A training video.
+
+    Attributes:
+        latents: (chunks, 16, 6, 8, 8) float16.
+        tokens: token ids of each chunk's caption.
+        picture: whether its first latent frame is a picture: its four frames are the same.
+    """
+
+    latents: torch.Tensor
+    tokens: list[list[int]]
+    picture: bool
+
+
+def make(components: Components, seed: int, chunks: int) -> Video:
+    """Returns the training video of a seed."""
+    rng = random.Random(seed)  # noqa: S311
+    scene = world.draw(seed, chunks)
+    frames = world.frames(scene)
+    if picture := rng.random() < _PICTURES:
+        frames[: PATCH[0] - 1] = frames[PATCH[0] - 1]  # the last of the four, from which the motion goes on
+    latents = components.latents(frames).unflatten(1, (chunks, CHUNK_FRAMES)).transpose(0, 1)
+    tokens = [
+        [UNKNOWN if rng.random() < _LOST_WORDS else token for token in caption[:-1]] + caption[-1:]
+        for caption in tokenize(captions(scene, seed))
+    ]
+    return Video(latents.to(torch.float16), tokens, picture)
+
+
+class Pool:
+    """Videos of which some are replaced by new ones all the time."""
+
+    def __init__(self, components: Components, chunks: int, size: int, first_seed: int) -> None:
+        """Makes `size` videos of as many chunks, of the seeds from `first_seed` on."""
+        self.components, self.chunks, self.next_seed = components, chunks, first_seed
+        self.videos = [self._new() for _ in range(size)]
+
+    def replace(self, count: int) -> None:
+        """Replaces the oldest videos."""
+        for _ in range(count):
+            self.videos[self.next_seed % len(self.videos)] = self._new()
+
+    def _new(self) -> Video:
+        self.next_seed += 1
+        return make(self.components, self.next_seed - 1, self.chunks)
+
+
+def windows(
+    pool: Pool, drawer: WindowDrawer, chunks: dict[int, float], tokens: int, rng: random.Random
+) -> Iterator[tuple[list[Video], list[Window]]]:
+    """Yields batches of windows of equal length, so that nothing is padded.
+
+    Args:
+        pool: whose videos are cut to their first chunks.
+        drawer: of windows.
+        chunks: relative frequency of videos of each length.
+        tokens: how many chunks a batch has, about.
+        rng: random numbers.
+    """
+    waiting: dict[int, tuple[list[Video], list[Window]]] = {}
+    lengths, weights = list(chunks), list(chunks.values())
+    while True:
+        video, length = rng.choice(pool.videos), rng.choices(lengths, weights)[0]
+        window = drawer.draw(length, rng, video.picture)
+        batch = waiting.setdefault(len(window), ([], []))
+        batch[0].append(video)
+        batch[1].append(window)
+        if len(batch[0]) * len(window) >= tokens:
+            yield waiting.pop(len(window))
+
+
+def prefix_rows(window: Window, rng: random.Random) -> list[list[int]]:
+    """Returns the rows of the special tokens before each chunk's caption: any style, and any number of chunks to come.
+
+    A video may go on beyond the window, and no style means anything in this world, so nothing is to be learned from them.
+    """
+    durations, later = rng.random() >= _NO_DURATION, rng.randrange(9)
+    styles = [name for name in STYLES if rng.random() < (_HQ if name == "hq" else _OTHER_STYLE)]
+    last = window[-1].chunk
+    return [
+        _ROWS.prefix(styles, last - c.chunk + later if durations else None).flatten().long().tolist() for c in window
+    ]
+
+
+def padded(rows: list[list[int]], value: int = PAD) -> torch.Tensor:
+    """Returns lists of numbers side by side: (N, longest)."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long).view(len(rows), -1)
+
+
+def latent_shape() -> tuple[int, int, int, int]:
+    """Returns the shape of a chunk's latents."""
+    return LATENT_CHANNELS, CHUNK_FRAMES, _SIDE, _SIDE
