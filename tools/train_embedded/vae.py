@@ -86,10 +86,13 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
         decoder.proj_in.bias.zero_()
         pixels = torch.zeros(PATCH_VALUES, _CHANNELS, _WIDTH)  # the decoder has a patch's channels last
         pixels[:, :3, :_Z] = components.synthesis.T.view(3, PATCH_VALUES, _Z).transpose(0, 1)
-        decoder.final_proj.weight.copy_(pixels.flatten(0, 1))
         bias = torch.zeros(PATCH_VALUES, _CHANNELS)
         bias[:, :3] = components.mean.view(3, PATCH_VALUES).T
-        bias[0::2, 3], bias[1::2, 3] = _STEADY, -_STEADY
+        for values in (pixels, bias):  # the norm takes the mean away: keep it at zero
+            values[:, 3] = -values.sum(dim=(0, 1)) / PATCH_VALUES
+        bias[0::2, 3] += _STEADY
+        bias[1::2, 3] -= _STEADY
+        decoder.final_proj.weight.copy_(pixels.flatten(0, 1))
         decoder.final_proj.bias.copy_(bias.flatten())
         decoder.final_norm.weight.fill_(_STEADY / math.sqrt(_CHANNELS))
         nn.init.dirac_(decoder.last_layer.weight)
