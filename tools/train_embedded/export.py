@@ -49,7 +49,9 @@ def main() -> None:
     """Exports."""
     parser = argparse.ArgumentParser(description="Writes a training state as model files.")
     parser.add_argument("--state", type=Path, required=True, help="state.pt of a training run")
-    parser.add_argument("--out", type=Path, required=True, help="folder for transformer/, text_encoder/ and special tokens")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for transformer/, text_encoder/ and special tokens"
+    )
     args = parser.parse_args()
     export(args.state, args.out, BASE)
 

@@ -115,7 +115,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=3e-3, help="highest rate of AdamW (default: %(default)g)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true", help="compile the layers: a minute more, then a seventh faster")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the layers: a minute more, then a seventh faster"
+    )
     parser.add_argument("--every", type=int, default=100, help="steps between lines of the log")
     return parser.parse_args()
 

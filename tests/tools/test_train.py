@@ -1,0 +1,117 @@
+"""Training of the embedded model: what is trained is what the files say, and a run that was stopped goes on."""
+
+import json
+import random
+import sys
+
+import pytest
+import torch
+
+from magi.model_files.load import load_transformer
+from magi.sampling.special_tokens import SpecialTokens
+from magi.text.encoder import TextEncoder
+from magi.text.t5_tokenizer import load_tokenizer
+from tools.train_embedded import components, text, train, world
+from tools.train_embedded.captions import captions
+from tools.train_embedded.export import export
+from tools.train_embedded.videos import Pool, make, padded, prefix_rows, windows
+from tools.train_embedded.windows import WindowDrawer
+
+SENTENCES = ["A small red circle moves left.", "The background is dark-blue, and we see a Cat!", "up"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with components of few scenes, so that a run starts at once."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(components, "SCENES", 20)
+        components.components_of(folder)
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    """(arguments) -> the rows of the log after a run with them."""
+    monkeypatch.setattr(train, "POOL", 24)
+
+    def run(*arguments):
+        options = ["--out", folder, "--batch", 8, "--every", 2, "--threads", 1, "--device", "cpu", *arguments]
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, options)])
+        train.main()
+        return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    return run
+
+
+def test_a_run_is_resumed_and_exported(run, folder, tmp_path):
+    rows = run("--steps", 4)
+    assert [row["step"] for row in rows] == [2, 4]
+    first = torch.load(folder / "state.pt", weights_only=True)
+    rows = run("--steps", 6, "--chunks", "1=1", "2=1")
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert rows[-1]["samples"] > rows[1]["samples"]
+    state = torch.load(folder / "state.pt", weights_only=True)
+    assert state["seed"] > first["seed"], "new videos come after those of the first run"
+    name = "transformer.videodit_blocks.layers.0.mlp.linear_fc1.weight"
+    assert not torch.equal(state["model"][name], first["model"][name])
+
+    export(folder / "state.pt", tmp_path, train.BASE)
+    model = load_transformer(tmp_path / "transformer", device="cpu", dtype=torch.float32)
+    assert model.config.model == train.MODEL
+    trained = text.TextEncoder()
+    trained.load_state_dict({k.removeprefix("text."): v for k, v in state["average"].items() if k.startswith("text.")})
+    special = SpecialTokens.load(tmp_path / "special_tokens.npz")
+    rows = [[8, 1], [], [3]]  # of special tokens, before each sentence
+    with torch.no_grad():
+        embeds, lengths = trained(padded(text.tokenize(SENTENCES)), padded(rows, -1))
+    with TextEncoder.load(tmp_path / "text_encoder", device="cpu") as encoder:
+        for i, sentence in enumerate(SENTENCES):
+            alone = torch.cat([special.other[rows[i]], encoder.encode(sentence)])
+            assert lengths[i] == len(alone)
+            torch.testing.assert_close(embeds[i, : lengths[i]], alone, atol=2e-3, rtol=1e-3)
+
+
+def test_the_tokenizer_splits_as_training_did(tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(text.tokenizer_json(), encoding="utf-8")
+    tokenizer = load_tokenizer(file)
+    every = [*SENTENCES, *(c for seed in range(200) for c in captions(world.draw(seed, 3), seed))]
+    assert [tokenizer.encode(sentence) for sentence in every] == text.tokenize(every)
+    assert tokenizer.encode("a tiny cat") == [text.ids()["a"], text.UNKNOWN, text.UNKNOWN, text.END]
+    longest = max(len(tokens) for tokens in text.tokenize(every))
+    assert longest + 7 <= text.CAPTION_TOKENS, "with all style and duration tokens a caption fits"
+
+
+def test_a_picture_is_one_latent_frame(folder):
+    few = components.components_of(folder)
+    videos = [make(few, seed, 1) for seed in range(60)]
+    assert 3 < sum(video.picture for video in videos) < 20
+    for seed, video in enumerate(videos):
+        frames = world.frames(world.draw(seed, 1))
+        still = few.latents(frames[[3, 3, 3, 3]])[:, 0]
+        plain = few.latents(frames)
+        torch.testing.assert_close(
+            video.latents[0, :, 0].float(), still if video.picture else plain[:, 0], atol=0.02, rtol=0.01
+        )
+        torch.testing.assert_close(video.latents[0, :, 1:].float(), plain[:, 1:], atol=0.02, rtol=0.01)
+
+
+def test_what_is_drawn_from_the_pool(folder):
+    pool, rng = Pool(components.components_of(folder), 2, 16, 0), random.Random(0)
+    drawn = windows(pool, WindowDrawer(train.BASE), {1: 1.0, 2: 1.0}, 6, rng)
+    seen = set()
+    for _ in range(30):
+        videos, chosen = next(drawn)
+        assert len({len(window) for window in chosen}) == 1
+        assert len(videos) * len(chosen[0]) >= 6
+        seen.add(len(chosen[0]))
+        for video, window in zip(videos, chosen, strict=True):
+            assert window[-1].chunk < len(video.latents)
+            if video.picture and window[0].chunk == 0 and not window[0].clean:
+                assert window[0].prefix_frames == 1
+            assert len(prefix_rows(window, rng)) == len(window)
+    assert seen == {1, 2}
+    before = list(pool.videos)
+    pool.replace(5)
+    assert sum(a is not b for a, b in zip(before, pool.videos, strict=True)) == 5
