@@ -12,8 +12,8 @@ import torch
 
 from magi.checkpoint.mapped_file import TensorInfo
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
-from magi.model_files.embedded import embedded_files
 from magi.model_files.load import load_transformer
+from magi.model_files.repeating import repeating_files
 from magi.remote.fake_server import FakeServer
 from magi.sampling.captions import Caption
 from magi.sampling.special_tokens import SpecialTokens
@@ -180,7 +180,7 @@ def embedded_home(tmp_path_factory) -> Path:
     gc.collect()
     gc.freeze()  # a text encoder collects garbage when it is closed: half the time of a test, for what never goes
     home = tmp_path_factory.mktemp("embedded")
-    embedded_files(home)
+    repeating_files(home)
     return home
 
 

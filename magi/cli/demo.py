@@ -1,35 +1,93 @@
-"""`python -m magi demo`: `generate` with the embedded model and a photo; nothing is downloaded."""
+"""`python -m magi demo`: what the embedded model can do, in three videos; nothing is downloaded."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from ..model_files.embedded import DEMO_IMAGE
-from ..pipeline.pipeline import MagiPipeline
-from .generate import add_content_arguments, add_device_arguments, default_cache, request_from, write_video
+from ..config import FPS
+from ..errors import MagiError
+from ..media.video_writer import check_name
+from ..model_files.embedded import DEMO_IMAGE, DEMO_SHAPE
+from .generate import (
+    EMBEDDED,
+    add_content_arguments,
+    add_device_arguments,
+    default_cache,
+    embedded_pipeline,
+    request_from,
+    write_video,
+)
 
 _OUT = "demo.mp4"
-_PROMPT = "A ginger cat looks around, close-up, soft light"
+_SCALE = 4  # 64x64 pixels look like a stamp in a player
+_PHOTO = "embedded-photo"
+_PHOTO_PROMPT = "A ginger cat looks around, close-up, soft light"
+_TEXT = (
+    *["A small red circle moves to the right on a white background."] * 2,
+    *["Now the small red circle moves down on a white background."] * 2,
+)
+_PICTURE = ("A large yellow star moves to the left on a dark blue background.",)
+_CONTINUED = ("Now the red circle grows.",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `demo`: those of `generate` for the content, with defaults."""
     parser.epilog = (
-        "The embedded model is set up by hand to repeat what it sees, and nothing in it is trained. "
-        "It runs through exactly the code that the real weights run through."
+        "Without --prompt, --image and --video it makes three videos of moving shapes: from text, with another motion from the "
+        "third second on (demo.mp4); from a picture (demo_picture.mp4); and the first one continued (demo_continued.mp4). With "
+        f"any of the three options it makes one. The model makes 64x64 pixels, which are written {_SCALE} times as large. It is "
+        "tiny, and runs through exactly the code that the real weights run through."
     )
     add_content_arguments(parser)
     add_device_arguments(parser)
     parser.add_argument(
-        "--cache", default=default_cache(), type=Path, help="where the model's files are made (default: %(default)s)"
+        "--model",
+        choices=EMBEDDED,
+        help=f"(default: embedded; with --image or --video {_PHOTO}, which repeats what it sees)",
+    )
+    parser.add_argument(
+        "--cache",
+        default=default_cache(),
+        type=Path,
+        help="where the photo model's files are made (default: %(default)s)",
     )
     parser.set_defaults(out=_OUT)
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs `demo`."""
-    args.prompt = args.prompt or [_PROMPT]
     args.overwrite = args.overwrite or args.out == _OUT  # the last demo, not a file somebody named
-    if args.image is None and args.video is None:
-        args.image = str(DEMO_IMAGE)
-    pipeline = MagiPipeline.embedded(args.cache, device=args.device)
-    return write_video(pipeline, request_from(args), args)
+    given = args.image or args.video
+    args.model = args.model or (_PHOTO if given else "embedded")
+    if given or args.prompt or args.model == _PHOTO:
+        return _one(args)
+    out = Path(args.out).expanduser()
+    picture, continued = (str(out.with_name(f"{out.stem}_{name}{out.suffix}")) for name in ("picture", "continued"))
+    for path in (picture, continued):  # the first one is checked before it is made, as every video is
+        check_name(Path(path), args.overwrite)
+    pipeline = embedded_pipeline(args, device=args.device)
+
+    def make(prompts: tuple[str, ...], seconds: float, before: tuple[Path, ...] = (), **changes: Any) -> None:
+        own = argparse.Namespace(**{**vars(args), **changes})
+        if own.seconds is None and own.frames is None:
+            own.seconds = seconds
+        chunks = -(-(own.frames or round((own.seconds or 0) * FPS)) // FPS)
+        own.prompt = list(prompts[: max(1, chunks)])
+        write_video(pipeline, request_from(own), own, _SCALE, before)
+
+    make(_TEXT, 4)
+    make(_PICTURE, 3, image=str(DEMO_SHAPE), out=picture)
+    make(_CONTINUED, 2, before=(out,), video=args.out, out=continued)
+    return 0
+
+
+def _one(args: argparse.Namespace) -> int:
+    """Makes the one video that is asked for."""
+    photo = args.model == _PHOTO
+    if not args.prompt and not photo:
+        raise MagiError(f'No prompt is given. Say how the shape moves: --prompt "{_PICTURE[0]}".')
+    args.prompt = args.prompt or [_PHOTO_PROMPT]
+    if photo and not args.video:
+        args.image = args.image or str(DEMO_IMAGE)
+    pipeline = embedded_pipeline(args, device=args.device)
+    return write_video(pipeline, request_from(args), args, 1 if photo else _SCALE)

@@ -4,14 +4,18 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from ..config import PRESETS, MagiConfig
 from ..errors import MagiError
 from ..media.frames import AREAS
+from ..media.video_reader import read_video
 from ..media.video_writer import VideoWriter
+from ..model_files.embedded import EMBEDDED_SIZE
 from ..model_files.locate import find_files
 from ..pipeline.pipeline import MagiPipeline, Plan, Request
 from ..planning.placement import MemoryOptions
@@ -23,13 +27,22 @@ from .arguments import parse_bytes, parse_size
 from .bars import Bars
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+# The models of the package by their names for --model, and as `MagiPipeline.embedded` calls them.
+EMBEDDED: Mapping[str, Literal["distill", "base", "repeating"]] = {
+    "embedded": "distill",
+    "embedded-base": "base",
+    "embedded-photo": "repeating",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `generate`."""
     files = parser.add_argument_group("model")
     files.add_argument(
-        "--model", help=f"one of {', '.join(PRESETS)}, or a file or folder (default: the embedded demo model)"
+        "--model",
+        default="embedded",
+        help=f"one of {', '.join(PRESETS)}; or one that comes with this package: {', '.join(EMBEDDED)} (moving shapes, and the "
+        "last one for photos); or a file or folder (default: %(default)s)",
     )
     files.add_argument(
         "--models", default="models", metavar="FOLDER", help="where `download` put the files (default: %(default)s)"
@@ -76,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         default=default_cache(),
         type=Path,
-        help="folder for text embeddings and the embedded model (default: %(default)s)",
+        help="folder for text embeddings and the embedded photo model (default: %(default)s)",
     )
 
 
@@ -97,7 +110,8 @@ def add_content_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--frames", type=int, help="length in frames at 24 per second, rounded up to whole seconds")
     content.add_argument(
         "--size",
-        help=f"WIDTHxHEIGHT in multiples of 16, or {', '.join(AREAS)} (default: the model's, in the shape of the input)",
+        help=f"WIDTHxHEIGHT in multiples of 16, or {', '.join(AREAS)} (default: the model's, in the shape of the input; the "
+        "embedded models of moving shapes take a square)",
     )
     content.add_argument(
         "--fit",
@@ -144,7 +158,7 @@ def add_device_arguments(parser: argparse._ArgumentGroup | argparse.ArgumentPars
 
 
 def default_cache() -> Path:
-    """Returns the folder of text embeddings and the embedded model: below ~/.cache on every system, like those of torch."""
+    """Returns the folder of text embeddings and the embedded photo model: below ~/.cache on every system, like those of torch."""
     return Path.home() / ".cache" / "magi1"
 
 
@@ -156,8 +170,18 @@ def main(args: argparse.Namespace) -> int:
     return write_video(pipeline, request_from(args), args)
 
 
-def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespace) -> int:
-    """Makes the video and writes it chunk by chunk, so that finished chunks survive an error; returns 0."""
+def write_video(
+    pipeline: MagiPipeline, request: Request, args: argparse.Namespace, scale: int = 1, before: Sequence[Path] = ()
+) -> int:
+    """Makes the video and writes it chunk by chunk, so that finished chunks survive an error; returns 0.
+
+    Args:
+        pipeline: makes it.
+        request: says what.
+        args: say where to, and how.
+        scale: each pixel becomes a square of so many, side by side, in the file.
+        before: videos of the file's size to put in front.
+    """
     store = _store(args)
     plan = pipeline.plan(request, store if args.resume else None)
     runtime = plan.config.runtime
@@ -165,8 +189,8 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
         store.open(pipeline.settings(plan))
     writer = VideoWriter(
         args.out,
-        runtime.video_size_h,
-        runtime.video_size_w,
+        scale * runtime.video_size_h,
+        scale * runtime.video_size_w,
         runtime.fps,
         args.crf,
         _metadata(plan, pipeline),
@@ -186,8 +210,10 @@ def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespa
     started = time.monotonic()
     try:
         with writer, Bars() as bars:
+            for video in before:
+                writer.write(read_video(video, runtime.fps))
             for clip in pipeline.run(plan, bars, store, 60 * args.state_minutes):
-                writer.write(clip.frames)
+                writer.write(clip.frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2))
                 if store and clip.first_frame == 0:
                     store.note_partial(writer.partial_path)
     except BaseException:
@@ -274,17 +300,32 @@ def _pipeline(args: argparse.Namespace) -> MagiPipeline:
         "text_dtype": DTYPES[args.text_dtype],
         "cache": EmbeddingCache(args.cache / "text"),
     }
-    if args.model is None:
-        print(
-            "note: no --model is given, so this is the small embedded demo model, which only shows that everything works. "
-            "`python -m magi download --list` names the real ones.",
-            file=sys.stderr,
-        )
-        return MagiPipeline.embedded(args.cache, **options)
+    if args.model in EMBEDDED:
+        return embedded_pipeline(args, **options)
     files = find_files(args.models, args.model, args.vae, args.text_encoder, args.special_tokens, args.tokenizer)
     config = MagiConfig.from_json(args.config) if args.config else PRESETS.get(args.model)
     distilled = {"auto": None, "base": False, "distill": True}[args.variant]
     return MagiPipeline.from_files(**vars(files), config=config, distilled=distilled, **options)
+
+
+def embedded_pipeline(args: argparse.Namespace, **options: Any) -> MagiPipeline:
+    """Returns the pipeline of the embedded model that --model names, and prints what it can do.
+
+    Sets --size to that of the model where none is given: it knows no other one.
+    """
+    kind = EMBEDDED[args.model]
+    if kind == "repeating":
+        note = "This is the embedded photo model: it only repeats what it sees, tinted by the prompt."
+    else:
+        args.size = args.size or f"{EMBEDDED_SIZE}x{EMBEDDED_SIZE}"
+        note = (
+            f"This is the small embedded model. It knows moving shapes at {EMBEDDED_SIZE}x{EMBEDDED_SIZE}, such as "
+            '"A small red circle moves to the right on a white background.", and nothing else.'
+        )
+        if args.image or args.video:
+            note += " A photo or film needs `--model embedded-photo`."
+    print(f"note: {note} The real models are named by `python -m magi download --list`.", file=sys.stderr)
+    return MagiPipeline.embedded(args.cache, kind, **options)
 
 
 def _summary(plan: Plan) -> str:

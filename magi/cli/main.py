@@ -12,7 +12,7 @@ from ..errors import MagiError
 # Command -> (module, one line of help). Modules are imported when their command is used.
 COMMANDS = {
     "generate": ("generate", "make a video from a prompt, a picture or a video"),
-    "demo": ("demo", "make demo.mp4 with the small embedded model: nothing to download"),
+    "demo": ("demo", "make three videos with the small embedded model: nothing to download"),
     "inspect": ("inspect", "say what a weight file is and what it needs"),
     "bench": ("bench", "measure a model's speed and memory on this machine, with random weights or a file's"),
     "synth": ("synth", "write a checkpoint of random weights with a released model's layout"),

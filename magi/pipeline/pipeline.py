@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from warnings import warn
 
 import torch
@@ -17,6 +17,7 @@ from ..model_files.embedded import embedded_files
 from ..model_files.identify import recognise
 from ..model_files.load import check_transformer
 from ..model_files.locate import ModelFiles, load_special_tokens
+from ..model_files.repeating import repeating_files
 from ..planning.placement import MemoryOptions, Placement
 from ..runs.autosave import SAVE_SECONDS, Autosave
 from ..runs.identity import UNKNOWN
@@ -163,10 +164,32 @@ class MagiPipeline:
         return pipeline
 
     @classmethod
-    def embedded(cls, folder: str | Path, **options: Any) -> "MagiPipeline":
-        """Returns a pipeline over the small demo model, whose files are made below `folder` on first use."""
-        files = embedded_files(folder)
+    def embedded(
+        cls,
+        folder: str | Path | None = None,
+        model: Literal["distill", "base", "repeating"] = "distill",
+        **options: Any,
+    ) -> "MagiPipeline":
+        """Returns a pipeline over an embedded model, which computes in float32 unless the options say otherwise.
+
+        Args:
+            folder: where the files of "repeating" are made on first use; the others are part of the package.
+            model: "distill" and "base" were trained on moving shapes at 64x64 pixels; "repeating" is written by hand, repeats
+                what it sees, a photo for example, and takes any size.
+            **options: as for `from_files`.
+
+        Raises:
+            MagiError: files are missing or cannot be made, or the model is unknown.
+        """
+        if model == "repeating":
+            if folder is None:
+                raise MagiError("The repeating model's files are made on first use. Give the folder for them (7 MB).")
+            files = repeating_files(folder)
+        else:
+            files = embedded_files(model)
         options = {"vae_dtype": torch.float32, **options}
+        if options.get("dtype") is None and options.get("precision", "auto") not in ("bf16", "fp32"):
+            options["dtype"] = torch.float32
         return cls.from_files(**vars(files), **options)
 
     def plan(

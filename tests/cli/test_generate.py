@@ -23,8 +23,8 @@ from magi.cli.main import COMMANDS, main
 from magi.config import PRESETS
 from magi.media.video_reader import probe, read_video
 from magi.media.video_writer import read_metadata
-from magi.model_files.embedded import embedded_files
 from magi.model_files.locate import ModelFiles
+from magi.model_files.repeating import repeating_files
 from magi.pipeline import resident_models
 from magi.text import encode
 from magi.transformer.weights import tensor_shapes
@@ -37,15 +37,15 @@ SMALL = ["--size", "48x32", "--steps", "4", "--device", "cpu"]
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    """The folder that holds the embedded model; shared with the other test files."""
-    folder = tmp_path_factory.getbasetemp() / "embedded"
-    embedded_files(folder)
+    """The folder that holds the repeating model; shared with the other test files."""
+    folder = tmp_path_factory.getbasetemp() / "repeating"
+    repeating_files(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def files(cache) -> ModelFiles:
-    return embedded_files(cache)
+    return repeating_files(cache)
 
 
 @pytest.fixture
@@ -55,6 +55,8 @@ def magi(cache, tmp_path, monkeypatch, capsys):
 
     def run(command: str, *arguments: object) -> tuple[int, str]:
         place = ["--cache", str(cache)] if command in ("generate", "demo") else []
+        if command == "generate" and "--model" not in arguments:
+            place += ["--model", "embedded-photo"]  # quick, and of any size
         capsys.readouterr()
         status = main([command, *map(str, arguments), *place])
         return status, capsys.readouterr().err
@@ -87,10 +89,27 @@ def model_arguments(files: ModelFiles) -> list[object]:
 # generate
 
 
+def test_the_embedded_model_takes_its_own_size(cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (90, 160)).save(tmp_path / "tall.png")
+    always = ["generate", "--prompt", "A red circle grows.", "--seconds", "1", "--steps", "8", "--device", "cpu"]
+    always += ["--overwrite", "--cache", str(cache)]
+    for options, passes in (([], None), (["--model", "embedded-base", "--image", "tall.png"], 3)):
+        assert main([*always, *options]) == 0
+        stderr = capsys.readouterr().err
+        assert "note: This is the small embedded model. It knows moving shapes at 64x64" in stderr
+        assert "`python -m magi download --list`" in stderr
+        assert ("`--model embedded-photo`" in stderr) == ("--image" in options)
+        assert (probe("magi.mp4").width, probe("magi.mp4").height) == (64, 64)
+        assert passes is None or json.loads(read_metadata("magi.mp4")["comment"])["magi"]["passes"] == passes
+    assert main([*always, "--size", "96x64"]) == 0
+    assert (probe("magi.mp4").width, probe("magi.mp4").height) == (96, 64)
+
+
 def test_a_video_from_nothing_but_a_prompt(magi):
     status, stderr = magi("generate", "--prompt", "A cat", "--seconds", 2, *SMALL)
     assert status == 0
-    assert "note: no --model is given, so this is the small embedded demo model" in stderr
+    assert "note: This is the embedded photo model" in stderr
     assert "magi.mp4: 48x32, 48 frames (2 s) in 2 chunks, 4 steps, seed 0, on cpu" in stderr
     assert "wrote" in stderr
     info = probe("magi.mp4")
@@ -401,13 +420,58 @@ def test_a_full_disk_keeps_the_finished_chunks(magi, tmp_path, file_size_limit):
 # demo
 
 
-def test_the_demo_needs_no_arguments(magi, tmp_path):
+def setting(path: str, name: str) -> object:
+    """What a video's own metadata say of how it was made."""
+    return json.loads(read_metadata(path)["comment"])["magi"][name]
+
+
+def test_the_demo_makes_three_videos(magi, tmp_path):
     for _ in range(2):  # again: the last demo is replaced
-        status, stderr = magi("demo", "--seconds", 1, *SMALL)
+        status, stderr = magi("demo", "--steps", 8, "--device", "cpu")
         assert status == 0
-        assert "wrote" in stderr
-    made = json.loads(read_metadata("demo.mp4")["comment"])["magi"]
-    assert (made["image"], probe("demo.mp4").frames) == ("cat.jpg", 24)
+        assert stderr.count("wrote") == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.mp4", "demo_continued.mp4", "demo_picture.mp4"]
+    for name, frames in (("demo", 96), ("demo_picture", 72), ("demo_continued", 96 + 48)):
+        info = probe(f"{name}.mp4")
+        assert (info.width, info.height, info.frames) == (256, 256, frames)
+        assert setting(f"{name}.mp4", "size") == "64x64"
+    assert len(set(setting("demo.mp4", "prompt"))) == 2
+    assert setting("demo_picture.mp4", "image") == "star.png"
+    first, both = (read_video(name).float() for name in ("demo.mp4", "demo_continued.mp4"))
+    assert (both[:96] - first).abs().mean() < 1, "what is continued comes first"
+    squares = first.reshape(96, 64, 4, 64, 4, 3)
+    assert (squares - squares.mean((2, 4), keepdim=True)).abs().mean() < 1, "pixels become squares"
+
+
+def test_the_demo_of_another_length(magi):
+    assert magi("demo", "--seconds", 1, "--steps", 8, "--device", "cpu")[0] == 0
+    assert [probe(f"demo{name}.mp4").frames for name in ("", "_picture", "_continued")] == [24, 24, 48]
+    assert len(setting("demo.mp4", "prompt").split(".")) == 2, "a single prompt"
+
+
+def test_a_demo_of_ones_own_is_one_video(magi, tmp_path):
+    options = ["--seconds", 1, "--steps", 8, "--device", "cpu"]
+    status, stderr = magi("demo", "--prompt", "A blue square grows.", *options)
+    assert status == 0
+    assert "moving shapes at 64x64" in stderr
+    assert (probe("demo.mp4").width, setting("demo.mp4", "prompt")) == (256, "A blue square grows.")
+    assert magi("demo", "--image", PHOTO, *options, "--size", "48x32")[0] == 0
+    assert (probe("demo.mp4").width, setting("demo.mp4", "image")) == (48, "cat.jpg"), "a photo takes the photo model"
+    assert magi("demo", "--model", "embedded-photo", *options, "--size", "48x32")[0] == 0
+    assert setting("demo.mp4", "image") == "cat.jpg"
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.mp4"]
+    status, stderr = magi("demo", "--model", "embedded-base", "--image", PHOTO)
+    assert status == 1
+    assert "No prompt is given. Say how the shape moves" in error_of(stderr)
+
+
+@pytest.mark.parametrize("name", ["holiday.mp4", "holiday_continued.mp4"])
+def test_the_three_videos_replace_no_file_that_somebody_named(name, magi, tmp_path, nothing_is_loaded):
+    (tmp_path / name).write_bytes(b"mine")
+    status, stderr = magi("demo", "--out", "holiday.mp4")
+    assert status == 1
+    assert "exists" in error_of(stderr)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
 
 
 def test_the_demo_replaces_no_file_that_somebody_named(magi, tmp_path, nothing_is_loaded):
@@ -423,7 +487,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     for command in (["demo"], ["generate", "--prompt", "A cat"]):
-        assert main([*command, "--cache", str(tmp_path / "file")]) == 1
+        assert main([*command, "--model", "embedded-photo", "--cache", str(tmp_path / "file")]) == 1
         assert "Choose a folder" in error_of(capsys.readouterr().err)
 
 
@@ -432,7 +496,8 @@ def test_an_embedding_cache_that_cannot_be_written_is_a_note(cache, tmp_path, mo
     shutil.copytree(cache, own, ignore=lambda *_: ["text"])
     (own / "text").touch()  # a file in the folder's place
     monkeypatch.chdir(tmp_path)
-    assert main(["generate", "--prompt", "A dog", "--seconds", "1", *SMALL, "--cache", str(own)]) == 0
+    arguments = ["--model", "embedded-photo", "--prompt", "A dog", "--seconds", "1", *SMALL]
+    assert main(["generate", *arguments, "--cache", str(own)]) == 0
     assert "note: The folder of cached text embeddings" in capsys.readouterr().err
 
 

@@ -199,7 +199,7 @@ def test_what_cannot_be_is_said(arguments, message, plan):
 
 
 def test_a_file(plan, embedded_home):
-    (home,) = embedded_home.glob("magi1-embedded-*")
+    (home,) = embedded_home.glob("magi1-repeating-*")
     status, text, _ = plan("--model", home / "transformer", "--size", "320x192", "--seconds", 2, "--memory", "8GB")
     table = rows(text)
     assert status == 0
@@ -210,7 +210,7 @@ def test_a_file(plan, embedded_home):
 
 
 def test_a_file_that_is_not_there_or_something_else(plan, tmp_path, embedded_home):
-    (home,) = embedded_home.glob("magi1-embedded-*")
+    (home,) = embedded_home.glob("magi1-repeating-*")
     for path in (tmp_path / "none.safetensors", home / "vae"):
         status, text, error = plan("--model", path, "--memory", "8GB")
         assert (status, text) == (1, "")

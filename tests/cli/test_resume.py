@@ -16,7 +16,7 @@ from PIL import Image
 from magi.cli import generate
 from magi.cli.main import main
 from magi.errors import MagiError
-from magi.model_files.embedded import embedded_files
+from magi.model_files.repeating import repeating_files
 from magi.pipeline import pipeline, resident_models
 from magi.pipeline.pipeline import MagiPipeline
 from magi.runs.store import RunStore
@@ -24,7 +24,8 @@ from tests.support.kill_points import CAN_FORK
 from tests.support.paths import ROOT
 
 PHOTO = ROOT / "magi" / "assets" / "cat.jpg"
-ARGUMENTS = ["--prompt", "A cat", "--seconds", "3", "--size", "48x32", "--steps", "4", "--device", "cpu"]
+PHOTO_MODEL = ["--model", "embedded-photo"]
+ARGUMENTS = [*PHOTO_MODEL, "--prompt", "A cat", "--seconds", "3", "--size", "48x32", "--steps", "4", "--device", "cpu"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 
@@ -86,9 +87,9 @@ def test_killed_from_outside(magi, home, whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """The embedded model's files, and the prompts that were encoded: shared with the other tests of the command line."""
-    folder = tmp_path_factory.getbasetemp() / "embedded"
-    embedded_files(folder)
+    """The repeating model's files, and the prompts that were encoded: shared with the other tests of the command line."""
+    folder = tmp_path_factory.getbasetemp() / "repeating"
+    repeating_files(folder)
     return folder
 
 
@@ -192,7 +193,7 @@ def test_going_on_needs_no_text_encoder_and_no_picture(magi, interrupt, tmp_path
         (["--no-duration"], "duration tokens is false"),
         (["--raw-prompt"], "clean prompt is false"),
         (["--fp8-storage"], "precision is 'fp8', the saved run's is 'auto'"),
-        (["--dtype", "bf16"], "dtype is 'torch.bfloat16', the saved run's is 'auto'"),
+        (["--dtype", "bf16"], "dtype is 'torch.bfloat16', the saved run's is 'torch.float32'"),
         (["--attention", "math"], "attention is 'math', the saved run's is 'auto'"),
         (["--text-dtype", "bf16"], "text encoder is .*, the saved run's is "),
         (["--fit", "pad"], "fit is 'pad', the saved run's is 'crop'"),
@@ -225,7 +226,7 @@ def kept_run(home, tmp_path_factory) -> Path:
         if phase.sampled and phase.sampled.iteration == 2:
             raise KeyboardInterrupt
 
-    pipe = MagiPipeline.embedded(home, device="cpu")
+    pipe = MagiPipeline.embedded(home, "repeating", device="cpu")
     request = {"prompt": "A cat", "seconds": 3.0, "height": 32, "width": 48, "num_steps": 4}
     with pytest.raises(KeyboardInterrupt):
         list(pipe.generate(image=folder / "cat.png", progress=stop, state=folder / "magi.run", **request))
@@ -247,7 +248,7 @@ def test_the_run_json_is_for_people(kept):
 
 
 def test_python_goes_on_with_what_the_command_line_began_and_back(magi, kept, tmp_path, home):
-    pipe = MagiPipeline.embedded(home, device="cpu")
+    pipe = MagiPipeline.embedded(home, "repeating", device="cpu")
     request = {"prompt": "A cat", "seconds": 3.0, "height": 32, "width": 48, "num_steps": 4, "image": "cat.png"}
     with pytest.raises(MagiError, match=r"unfinished run in .*magi\.run.*resume=True"):
         pipe.generate(**request, state=kept)
@@ -337,7 +338,20 @@ def test_minutes_that_are_none(magi, minutes, tmp_path):
 
 def test_the_demo_goes_on_too(home, tmp_path, monkeypatch, interrupt, capsys):
     monkeypatch.chdir(tmp_path)
-    demo = ["demo", "--seconds", "2", "--size", "48x32", "--steps", "4", "--device", "cpu", "--cache", str(home)]
+    demo = [
+        "demo",
+        *PHOTO_MODEL,
+        "--seconds",
+        "2",
+        "--size",
+        "48x32",
+        "--steps",
+        "4",
+        "--device",
+        "cpu",
+        "--cache",
+        str(home),
+    ]
     interrupt(3)
     assert main(demo) == 130
     assert main([*demo, "--resume"]) == 0

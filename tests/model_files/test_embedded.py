@@ -1,175 +1,97 @@
-"""The embedded model: its files are made whole or not at all, and pictures and videos survive the whole pipeline."""
+"""The embedded model: its files are in the package, fit each other, and make a video; a broken install is told."""
 
-import zipfile
-from pathlib import Path
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from magi.errors import MagiError
-from magi.media.frames import fit, from_model, to_model
 from magi.media.video_reader import read_image
 from magi.model_files import embedded
-from magi.model_files.embedded import EMBEDDED_CONFIG, embedded_files
+from magi.model_files.embedded import DEMO_IMAGE, DEMO_SHAPE, EMBEDDED_SIZE, embedded_files, is_embedded
 from magi.model_files.identify import recognise
+from magi.model_files.repeating import repeating_files
 from magi.pipeline.pipeline import MagiPipeline, Request
 from magi.sampling.special_tokens import SpecialTokens
 from magi.text.t5_checkpoint import read_t5
 from magi.text.t5_tokenizer import find_tokenizer, load_tokenizer
-from magi.vae.video_vae import load_vae
+from tools.train_embedded import world
 
-PHOTO = embedded.DEMO_IMAGE
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.getbasetemp() / "embedded"  # shared with the other test files
+KINDS = pytest.mark.parametrize("kind", ["distill", "base"])
+PROMPT = "A small red circle moves to the right on a white background."
 
 
-@pytest.fixture(scope="session")
-def pipeline(folder) -> MagiPipeline:
-    return MagiPipeline.embedded(folder, device="cpu")
-
-
-@pytest.fixture(scope="session")
-def photo() -> torch.Tensor:
-    """uint8 (1, 160, 256, 3)."""
-    return fit(read_image(PHOTO), 160, 256)
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(-10 * ((a.float() - b.float()) / 255).square().mean().log10())
-
-
-# Its files
-
-
-def test_all_parts_are_there(folder):
-    files = embedded_files(folder)
+@KINDS
+def test_all_parts_are_there_and_fit(kind):
+    files = embedded_files(kind)
     found = recognise(files.transformer)
-    assert (found.kind, found.distilled, found.model) == ("transformer", True, EMBEDDED_CONFIG.model)
+    assert found.kind == "transformer"
+    width = found.model.caption_channels
     assert recognise(files.vae).kind == "vae"
-    assert read_t5(files.text_encoder).shape.d_model == EMBEDDED_CONFIG.model.caption_channels
-    assert load_tokenizer(find_tokenizer(files.text_encoder, None)).encode("cat")
-    assert SpecialTokens.load(files.special_tokens).width == EMBEDDED_CONFIG.model.caption_channels
+    assert read_t5(files.text_encoder).shape.d_model == width
+    assert SpecialTokens.load(files.special_tokens).width == width
+    tokens = load_tokenizer(find_tokenizer(files.text_encoder, None)).encode(PROMPT)
+    assert len(set(tokens)) > 10, "words that the tokenizer knows"
 
 
-def test_the_files_are_the_same_each_time_and_made_once(folder, tmp_path, monkeypatch):
-    tokens = embedded_files(tmp_path).special_tokens
-    assert everything(tokens.parent) == everything(embedded_files(folder).special_tokens.parent)
-    with zipfile.ZipFile(tokens) as archive:  # which would hold the time at which it was made
-        assert {info.date_time[0] for info in archive.infolist()} == {1980}
-    monkeypatch.setattr(embedded, "_write", lambda folder: pytest.fail("the files are there"))
-    embedded_files(tmp_path)
+def test_the_base_model_is_one():
+    assert recognise(embedded_files("base").transformer).distilled is False
 
 
-def test_a_folder_of_which_a_part_was_deleted_is_made_anew(tmp_path):
-    files = embedded_files(tmp_path)
-    whole = everything(tmp_path)
-    (files.vae / "diffusion_pytorch_model.safetensors").unlink()
-    embedded_files(tmp_path)
-    assert everything(tmp_path) == whole
+def test_what_is_embedded(tmp_path):
+    files = embedded_files("base")
+    assert all(is_embedded(path) for path in vars(files).values() if path)
+    assert not is_embedded(DEMO_IMAGE)
+    assert not is_embedded(repeating_files(tmp_path).vae)
 
 
-def test_another_version_of_the_recipe_does_not_take_up_files_of_this_one(tmp_path, monkeypatch):
-    before = embedded_files(tmp_path)
-    changed = tmp_path / "embedded.py"
-    changed.write_text(Path(embedded.__file__).read_text(encoding="utf-8") + "# changed", encoding="utf-8")
-    monkeypatch.setattr(embedded, "__file__", str(changed))
-    assert embedded_files(tmp_path).vae != before.vae
+@pytest.mark.parametrize("name", ["transformer/model.safetensors", "text_encoder/tokenizer.json", "special_tokens.npz"])
+def test_a_file_that_is_missing_is_named(name, tmp_path, monkeypatch):
+    broken = shutil.copytree(embedded._FOLDER, tmp_path / "embedded")
+    monkeypatch.setattr(embedded, "_FOLDER", broken)
+    assert embedded_files().vae == broken / "vae"
+    (broken / name).unlink()
+    with pytest.raises(MagiError, match=rf"{name}' is missing\. Install this pack again"):
+        MagiPipeline.embedded()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_an_interrupted_start_leaves_nothing(error, tmp_path, monkeypatch):
-    def interrupted():
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(embedded, "_vae_weights", interrupted)
-        with pytest.raises(error):
-            embedded_files(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    assert embedded_files(tmp_path).vae.is_dir()
+def test_a_kind_that_is_none():
+    with pytest.raises(MagiError, match=r"'distilled'.*distill, base"):
+        MagiPipeline.embedded(None, "distilled")
 
 
-def test_two_starts_at_the_same_time(tmp_path, monkeypatch):
-    write, results = embedded._write, []
-
-    def write_while_another_start_finishes(part):
-        monkeypatch.setattr(embedded, "_write", write)
-        results.append(embedded_files(tmp_path))
-        write(part)
-
-    monkeypatch.setattr(embedded, "_write", write_while_another_start_finishes)
-    results.append(embedded_files(tmp_path))
-    assert results[0] == results[1]
-    assert len(list(tmp_path.iterdir())) == 1
-    assert recognise(results[0].transformer).kind == "transformer"
+def test_the_repeating_model_needs_a_folder():
+    with pytest.raises(MagiError, match="Give the folder"):
+        MagiPipeline.embedded(model="repeating")
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(MagiError, match=r"magi1-embedded.*Choose a folder"):
-        embedded_files(tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == b""
+def test_the_picture_is_one_of_its_world():
+    scene = world.Scene(
+        "star", "large", "dark blue", ("left",), ("yellow",), (46.0, 32.0), radius=12, speed=14, growth=0.4, turn=90
+    )
+    picture = read_image(DEMO_SHAPE)
+    assert picture.shape[1:3] == (EMBEDDED_SIZE, EMBEDDED_SIZE)
+    assert np.array_equal(picture[0].numpy(), world.frames(scene)[0])
+    assert not world.is_held_out("star", "yellow", "left")
 
 
-def test_a_full_disk(tmp_path, file_size_limit):
-    with file_size_limit(100_000), pytest.raises(MagiError, match=r"magi1-embedded.*room"):
-        embedded_files(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+@KINDS
+def test_it_makes_a_video_in_float32_and_in_its_own_size(kind):
+    pipeline = MagiPipeline.embedded(None, kind, device="cpu")
+    picture, far = read_image(DEMO_SHAPE)[0].float(), []
+    for start in ({}, {"image": DEMO_SHAPE}):
+        frames = torch.cat([c.frames for c in pipeline.generate(prompt=PROMPT, seconds=1, num_steps=8, **start)])
+        assert frames.shape == (24, EMBEDDED_SIZE, EMBEDDED_SIZE, 3)
+        far.append((frames[0].float() - picture).abs().mean())
+    assert far[1] < far[0] / 2, "it begins with the picture"
+    model = pipeline._models.transformer(pipeline.plan(Request(PROMPT, seconds=1)).placement)
+    assert model.dtype == torch.float32
 
 
-# What it does
-
-
-@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 31), (torch.bfloat16, 28)])
-def test_the_vae_keeps_a_photo(folder, photo, dtype, least):
-    vae = load_vae(embedded_files(folder).vae, "cpu", dtype)
-    latents = vae.encode(to_model(photo))
-    assert latents.shape == (1, 16, 1, 20, 32)
-    assert 0.3 < latents.std() < 1.7, "the transformer expects latents that vary about as noise does"
-    assert psnr(from_model(vae.decode(latents))[0], photo[0]) > least
-
-
-def test_a_picture_stays(pipeline, photo):
-    """It is there at once, and three chunks later it is still the best match among the photo's eight ways to lie."""
-    clips = list(pipeline.generate(prompt="A cat", image=PHOTO, seconds=3, height=160, width=256))
-    frames = torch.cat([clip.frames for clip in clips])
-    assert len(frames) == 72
-    scores = [psnr(frame, photo[0]) for frame in frames]
-    assert scores[0] > 26
-    assert min(scores) > 16, "each chunk is tinted a little more, no more than that"
-    others = [photo.flip(1), photo.flip(2), photo.flip(1, 2), photo.roll(24, 2), photo.roll(24, 1)]
-    assert min(scores) > max(psnr(frame, other[0]) for frame in frames for other in others) + 2
-
-
-def scenes() -> torch.Tensor:
-    """Two seconds, a different part of the photo in every latent (four frames): uint8 (48, 96, 96, 3)."""
-    photo = fit(read_image(PHOTO), 288, 384)
-    places = [(96 * (i % 3), 96 * (i // 3)) for i in range(12)]
-    return torch.cat([photo[:, y : y + 96, x : x + 96].repeat(4, 1, 1, 1) for y, x in places])
-
-
-@pytest.mark.parametrize("given", [24, 36, 48])
-def test_a_video_goes_on_with_its_last_second(pipeline, given):
-    """Each new latent shows the scene of the latent one chunk before: whole and partly filled chunks alike."""
-    video = scenes()[-given:]
-    request = Request("A cat", video=video, continue_seconds=given / 24, seconds=1, height=96, width=96)
-    frames = torch.cat([clip.frames for clip in pipeline.run(pipeline.plan(request))])
-    known = torch.cat([video, frames])[::4]  # one frame a latent
-    shown = range(given // 4, given // 4 + 6)
-    for latent in shown:
-        candidates = [psnr(known[latent], known[other]) for other in range(given // 4)]
-        assert max(range(len(candidates)), key=candidates.__getitem__) == latent - 6, candidates
-
-
-def test_the_prompt_shows(pipeline):
-    def made(prompt):
-        return next(pipeline.generate(prompt=prompt, image=PHOTO, seconds=1, height=96, width=96)).frames
-
-    assert psnr(made("A ginger cat"), made("Deep blue water")) < 45
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [({}, torch.float32), ({"precision": "bf16"}, None), ({"dtype": torch.bfloat16}, torch.bfloat16)],
+)
+def test_another_type_to_compute_in(options, dtype):
+    assert MagiPipeline.embedded(None, device="cpu", **options)._dtype == dtype

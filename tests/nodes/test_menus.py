@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from magi.model_files.embedded import embedded_files
 from magi.model_files.locate import ModelFiles
+from magi.model_files.repeating import repeating_files
 from tests.support.comfy_host import STAND_IN
 from tests.support.graph import InvalidGraph, NodeError
 from tests.support.magi_graphs import filled, node, text_to_video, widgets
@@ -27,8 +27,8 @@ MODEL, VAE, ENCODER = "Magi1ModelLoader", "Magi1VAELoader", "Magi1TextEncoderLoa
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> ModelFiles:
-    """The embedded model's files, to be put where downloaded ones would be."""
-    return embedded_files(tmp_path_factory.mktemp("demo"))
+    """The repeating model's files, to be put where downloaded ones would be."""
+    return repeating_files(tmp_path_factory.mktemp("demo"))
 
 
 def put(source: Path, target: Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from magi.model_files.embedded import embedded_files
+from magi.model_files.repeating import repeating_files
 from tests.support.graph import InvalidGraph, NodeError
 from tests.support.magi_graphs import filled, node, random_model, text_to_video
 
@@ -106,7 +106,7 @@ def test_a_prompt_is_encoded_once(comfy, monkeypatch):
 
 def own_encoder(comfy, place: str) -> Path:
     """A copy of the embedded text encoder in a folder of ComfyUI's models, the name of the file in the menu."""
-    embedded = embedded_files(comfy.base / "user" / "magi1").text_encoder
+    embedded = repeating_files(comfy.base / "user" / "magi1").text_encoder
     return Path(shutil.copytree(embedded, comfy.base / "models" / place))
 
 

@@ -14,9 +14,9 @@ from magi.config import PRESETS
 from magi.errors import MagiError
 from magi.media.video_reader import read_image
 from magi.media.video_writer import VideoWriter
-from magi.model_files import embedded
-from magi.model_files.embedded import embedded_files
+from magi.model_files.embedded import DEMO_IMAGE
 from magi.model_files.locate import ModelFiles, find_files
+from magi.model_files.repeating import repeating_files
 from magi.pipeline import pipeline, resident_models
 from magi.pipeline.pipeline import MagiPipeline, Request
 from magi.pipeline.request import make_plan
@@ -30,7 +30,7 @@ from magi.text.embedding_cache import EmbeddingCache
 from magi.transformer import float8
 from magi.transformer.model import Transformer
 
-PHOTO = embedded.DEMO_IMAGE
+PHOTO = DEMO_IMAGE
 SMALL = {"prompt": "A cat", "height": 32, "width": 48, "num_steps": 4}  # as little work as can be
 
 NOISE = torch.randint(0, 255, (32, 48, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -38,7 +38,7 @@ NOISE = torch.randint(0, 255, (32, 48, 3), generator=torch.Generator().manual_se
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> ModelFiles:
-    return embedded_files(tmp_path_factory.getbasetemp() / "embedded")  # shared with the other test files
+    return repeating_files(tmp_path_factory.getbasetemp() / "repeating")  # shared with the other test files
 
 
 @pytest.fixture(scope="session")

@@ -9,21 +9,21 @@ from magi.checkpoint.reader import Checkpoint
 from magi.config import MagiConfig
 from magi.errors import MagiError
 from magi.model_files import load
-from magi.model_files.embedded import EMBEDDED_CONFIG, embedded_files
 from magi.model_files.locate import ModelFiles
+from magi.model_files.repeating import REPEATING_CONFIG, repeating_files
 from magi.pipeline import resident_models
 from magi.pipeline.resident_models import ResidentModels
 from magi.planning.footprint import kv_bytes, weight_sizes
 from magi.planning.placement import MemoryOptions, place, smallest
 from magi.vae.video_vae import VideoVAE
 
-RUN = EMBEDDED_CONFIG.with_runtime(num_frames=240, window_size=4)
+RUN = REPEATING_CONFIG.with_runtime(num_frames=240, window_size=4)
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def files(embedded_home) -> ModelFiles:
-    return embedded_files(embedded_home)
+    return repeating_files(embedded_home)
 
 
 class Card:
@@ -69,7 +69,7 @@ def models(files):
     def make(**memory) -> ResidentModels:
         return ResidentModels(
             files,
-            EMBEDDED_CONFIG,
+            REPEATING_CONFIG,
             CPU,
             dtype=None,
             vae_dtype=torch.float32,

@@ -26,8 +26,8 @@ import torch
 
 from magi.cli.main import main as magi_main
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
-from magi.model_files.embedded import embedded_files
 from magi.model_files.load import load_transformer
+from magi.model_files.repeating import repeating_files
 from magi.runs import store
 from magi.runs.autosave import Autosave
 from magi.runs.store import RunStore
@@ -98,13 +98,15 @@ def tiny(folder: Path) -> dict:
 
 
 def cli(folder: Path) -> dict:
-    """One `generate` with the embedded model: the video's digest."""
+    """One `generate` with the embedded photo model: the video's digest."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         status = magi_main(
             [
                 *(
                     "generate",
+                    "--model",
+                    "embedded-photo",
                     "--prompt",
                     "A cat",
                     "--seconds",
@@ -184,7 +186,7 @@ def get_ready(kind: str, home: Path) -> None:
         from magi.media import mp4_fragments, video_reader  # noqa: F401
         from magi.text import encoder  # noqa: F401
 
-        embedded_files(home / "cache")
+        repeating_files(home / "cache")
     gc.collect()
     gc.freeze()
 

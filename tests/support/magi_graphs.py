@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from magi.model_files.embedded import EMBEDDED_CONFIG
+from magi.model_files.repeating import REPEATING_CONFIG
 from magi.remote.fake_server import FakeServer
 from magi.sampling.special_tokens import FILE_NAME as SPECIAL_TOKENS
 from magi.transformer.random_weights import RandomTensors
@@ -93,7 +93,7 @@ def random_model(comfy: Comfy, name: str, distilled: bool = True, **shape: int) 
     """Writes a model of random numbers with its special tokens: the embedded one's shape but for `shape`; its menu name."""
     folder = comfy.base / "models" / "magi1" / name
     folder.mkdir(parents=True)
-    config = replace(EMBEDDED_CONFIG, model=replace(EMBEDDED_CONFIG.model, **shape)).as_variant(distilled)
+    config = replace(REPEATING_CONFIG, model=replace(REPEATING_CONFIG.model, **shape)).as_variant(distilled)
     random = RandomTensors(config.model, dtype=torch.float32, seed=1)
     save_file({key: random.tensor(key) for key in random.tensors}, folder / f"{name}.safetensors")
     (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
