@@ -11,6 +11,7 @@ from ..magi.media.frames import check_size, complete_size, nearest_size, size_fo
 from ..magi.media.frames import fit as fit_frames
 from ..magi.vae.tiling import Tiling
 from .comfyui import host, media, schema
+from .comfyui.families import embedded_size, latent_of, size_notice
 from .comfyui.progress import NodeProgress
 from .comfyui.vae import magi_vae
 
@@ -110,9 +111,10 @@ class Magi1ImageToVideo(_Sized):
         """Returns the first picture, fitted to the size and encoded: latents (1, 16, 1, height / 8, width / 8)."""
         frames = media.frames_of(image[:1])
         own = (frames.shape[1], frames.shape[2])
-        target = _target_size(size, width, height, own[1] / own[0], own)
+        asked = _target_size(size, width, height, own[1] / own[0], own)
+        target = embedded_size(magi_vae(vae).family) or asked
         progress = NodeProgress(cls.hidden.unique_id, load=0.3, encode=0.7)
-        return io.NodeOutput(_encoded(vae, fit_frames(frames, *target, fit), progress))
+        return io.NodeOutput(_encoded(vae, fit_frames(frames, *target, fit), asked, progress))
 
 
 class Magi1VideoToVideo(_Sized):
@@ -182,7 +184,8 @@ class Magi1VideoToVideo(_Sized):
         if vae is None:
             raise MagiError("A video has to be encoded. Connect a MAGI-1 VAE Loader to vae.")
         source = media.Clip.of(video, fps)
-        target = _target_size(size, width, height, source.width / source.height, (source.height, source.width))
+        asked = _target_size(size, width, height, source.width / source.height, (source.height, source.width))
+        target = embedded_size(magi_vae(vae).family) or asked
         progress = NodeProgress(cls.hidden.unique_id, read=0.2, load=0.2, encode=0.6)
         frames = source.read(*target, fit, continue_seconds, lambda *_: progress.move("read", 0))
         if len(frames) < media.MIN_FRAMES:
@@ -191,19 +194,21 @@ class Magi1VideoToVideo(_Sized):
                 "For a single picture use MAGI-1 Image to Video."
             )
         # Whole latents that end where the clip ends: frames too many are dropped at the beginning.
-        return io.NodeOutput(_encoded(vae, frames[len(frames) % TEMPORAL_DOWNSAMPLE :], progress))
+        return io.NodeOutput(_encoded(vae, frames[len(frames) % TEMPORAL_DOWNSAMPLE :], asked, progress))
 
 
-def _encoded(vae: Any, frames: torch.Tensor, progress: NodeProgress) -> dict[str, torch.Tensor]:
+def _encoded(vae: Any, frames: torch.Tensor, asked: tuple[int, int], progress: NodeProgress) -> dict[str, Any]:
+    """Returns the LATENT of frames, whose size need not be the (height, width) that was asked for."""
     on_progress = progress.phase("encode", f"encoding {frames.shape[2]}x{frames.shape[1]}")
     with host.device_work("encoding", "Close what else uses it, or encode with ComfyUI's own VAE Encode (Tiled)."):
         loaded = magi_vae(vae).loaded(Tiling(), progress.phase("load", "loading the VAE"))
         samples = loaded.encode(to_model(frames), progress=on_progress)
+    notice = "" if asked == tuple(frames.shape[1:3]) else f"\n{size_notice(*asked)}"
     progress.show_text(
-        f"{frames.shape[2]}x{frames.shape[1]}, {samples.shape[2]} latent frame{'s' * (samples.shape[2] > 1)}",
+        f"{frames.shape[2]}x{frames.shape[1]}, {samples.shape[2]} latent frame{'s' * (samples.shape[2] > 1)}{notice}",
         at_once=True,
     )
-    return {"samples": samples}
+    return latent_of(samples, magi_vae(vae).family)
 
 
 def _target_size(

@@ -10,6 +10,7 @@ from ..magi.config import FPS, SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 from ..magi.errors import MagiError
 from ..magi.vae.tiling import Tiling
 from .comfyui import host, media, schema
+from .comfyui.families import check_fit, family_of_latent
 from .comfyui.progress import Clock, NodeProgress
 from .comfyui.vae import decoded, magi_vae
 
@@ -77,6 +78,7 @@ class Magi1VAEDecode(io.ComfyNode):
     ) -> io.NodeOutput:
         """Returns the frames as one IMAGE batch, after those of `before` where it is connected, and a VIDEO of them."""
         latents, tiling = media.check_latent(samples), Tiling(tile_frames, tile_size)
+        check_fit(magi_vae(vae).family, "VAE", family_of_latent(samples), "model that made these latents")
         # None: the published one, or a smaller one where memory is short.
         chosen = None if tiling == Tiling() else tiling
         made = TEMPORAL_DOWNSAMPLE * latents.shape[2]

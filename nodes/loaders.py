@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..magi.errors import MagiError
+from ..magi.model_files.embedded import is_embedded
 from ..magi.model_files.identify import recognise
 from ..magi.model_files.load import check_transformer
 from ..magi.planning.placement import MemoryOptions
@@ -18,6 +19,7 @@ from ..magi.transformer.compiled import check_compile
 from ..magi.transformer.weights import Precision
 from ..magi.vae.video_vae import load_vae
 from .comfyui import host, menus, schema
+from .comfyui.families import family_of_width
 from .comfyui.memory import WholeModelPatcher
 from .comfyui.models import Encoder, MagiTransformer, Model
 from .comfyui.vae import manage_vae
@@ -43,16 +45,18 @@ class Magi1ModelLoader(io.ComfyNode):
                 io.Combo.Input(
                     "model",
                     options=menus.model_menu(),
+                    default=menus.AUTO,
                     tooltip=(
-                        "Released models belong in models/magi1/ckpt/magi; other files may lie in models/magi1 or "
-                        "models/diffusion_models. The embedded one needs no download and only shows that everything works."
+                        "auto: the best released model that is installed, else the embedded one, which needs no download and "
+                        "knows moving shapes. Released models belong in models/magi1/ckpt/magi; other files may lie in "
+                        "models/magi1 or models/diffusion_models."
                     ),
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(_PRECISION),
                     default="auto",
-                    tooltip="auto: as the file has it. fp8 storage halves what the weights of a bf16 file take on a graphics card, at a small loss; on a CPU it only costs time.",
+                    tooltip="auto: as the file has it; fp32 for an embedded model. fp8 storage halves what the weights of a bf16 file take on a graphics card, at a small loss; on a CPU it only costs time.",
                 ),
                 io.Combo.Input(
                     "variant",
@@ -84,6 +88,7 @@ class Magi1ModelLoader(io.ComfyNode):
                 ),
             ],
             outputs=[schema.Model.Output(display_name="model")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -107,22 +112,21 @@ class Magi1ModelLoader(io.ComfyNode):
         compile: bool = False,
     ) -> io.NodeOutput:
         """Returns the model, of whose files only the headers are read."""
-        path = menus.find_model(model)
+        name = menus.chosen("model", model)
+        host.show_text(cls.hidden.unique_id, menus.notice(model, name))
+        path, kind = menus.find_model(name), _PRECISION[precision]
+        if kind == "auto" and is_embedded(path):
+            kind = "fp32"
         config = check_transformer(
-            path,
-            distilled=_VARIANT[variant],
-            device=host.device(),
-            precision=_PRECISION[precision],
-            attention=attention,
+            path, distilled=_VARIANT[variant], device=host.device(), precision=kind, attention=attention
         )
         if compile:
             check_compile(host.device())
-        transformer = MagiTransformer(
-            path, config, _PRECISION[precision], attention, memory or MemoryOptions(), compile
-        )
+        transformer = MagiTransformer(path, config, kind, attention, memory or MemoryOptions(), compile)
         found = menus.special_tokens_of(path)
         tokens = SpecialTokens.load(found) if found else None  # where a sampler needs them, it names what is missing
-        return io.NodeOutput(Model(model, config, tokens, WholeModelPatcher(transformer)))
+        family = menus.FAMILIES.get(name) or family_of_width(config.model.caption_channels)
+        return io.NodeOutput(Model(name, config, tokens, WholeModelPatcher(transformer), family))
 
 
 class Magi1MemoryOptions(io.ComfyNode):
@@ -191,18 +195,20 @@ class Magi1VAELoader(io.ComfyNode):
                 io.Combo.Input(
                     "vae",
                     options=menus.vae_menu(),
-                    tooltip="The official one belongs in models/magi1/ckpt/vae. The embedded one goes with the embedded model only.",
+                    default=menus.AUTO,
+                    tooltip="auto: the one that fits the model loader's auto. The official one belongs in models/magi1/ckpt/vae. An embedded one goes with the embedded model of the same name only.",
                 ),
                 schema.advanced(
                     io.Combo.Input(
                         "precision",
                         options=["auto", "bf16", "fp16", "fp32"],
                         default="auto",
-                        tooltip="auto: bf16, as MAGI-1 was published. fp32 is exact and slower.",
+                        tooltip="auto: bf16, as MAGI-1 was published; fp32 for an embedded one. fp32 is exact and slower.",
                     )
                 ),
             ],
             outputs=[io.Vae.Output(display_name="vae")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -218,9 +224,11 @@ class Magi1VAELoader(io.ComfyNode):
     @classmethod
     def execute(cls, vae: str, precision: str = "auto") -> io.NodeOutput:
         """Returns the VAE, of whose file only the header is read."""
-        auto = torch.float32 if vae == menus.EMBEDDED else torch.bfloat16
+        name = menus.chosen("vae", vae)
+        host.show_text(cls.hidden.unique_id, menus.notice(vae, name))
+        auto = torch.float32 if name in menus.FAMILIES else torch.bfloat16
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        return io.NodeOutput(manage_vae(menus.find_vae(vae), dtypes.get(precision, auto)))
+        return io.NodeOutput(manage_vae(menus.find_vae(name), dtypes.get(precision, auto), menus.FAMILIES.get(name)))
 
 
 class Magi1TextEncoderLoader(io.ComfyNode):
@@ -241,7 +249,8 @@ class Magi1TextEncoderLoader(io.ComfyNode):
                 io.Combo.Input(
                     "encoder",
                     options=menus.encoder_menu(),
-                    tooltip="The official one belongs in models/magi1/ckpt/t5/t5-v1_1-xxl, single t5xxl files in models/text_encoders.",
+                    default=menus.AUTO,
+                    tooltip="auto: the one that fits the model loader's auto. The official one belongs in models/magi1/ckpt/t5/t5-v1_1-xxl, single t5xxl files in models/text_encoders.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -259,6 +268,7 @@ class Magi1TextEncoderLoader(io.ComfyNode):
                 ),
             ],
             outputs=[schema.TextEncoder.Output(display_name="encoder")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -274,10 +284,12 @@ class Magi1TextEncoderLoader(io.ComfyNode):
     @classmethod
     def execute(cls, encoder: str, device: str, precision: str = "fp32") -> io.NodeOutput:
         """Returns where the encoder and its tokenizer are and how to run them; nothing is read."""
-        path, tokenizer = menus.find_encoder(encoder)
+        name = menus.chosen("encoder", encoder)
+        host.show_text(cls.hidden.unique_id, menus.notice(encoder, name))
+        path, tokenizer = menus.find_encoder(name)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         where = host.device() if device == "gpu" else torch.device("cpu")
-        return io.NodeOutput(Encoder(path, tokenizer, where, dtype))
+        return io.NodeOutput(Encoder(path, tokenizer, where, dtype, menus.FAMILIES.get(name)))
 
 
 def _problem(check: Callable[[str], None], name: str | None) -> bool | str:
@@ -314,7 +326,7 @@ def _check_encoder(name: str) -> None:
 def _fingerprint(find: Callable[[str], Path], name: str | None) -> list[tuple[str, int, int]]:
     """Returns name, size and time of every file; an empty list where there is none, which validation reports."""
     try:
-        path = find(name or menus.EMBEDDED)
+        path = find(name or menus.AUTO)
     except MagiError:
         return []
     found = sorted(path.glob("*")) if path.is_dir() else [path]

@@ -1,6 +1,7 @@
 """The sampler: from text, and what the video starts from, to latents."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +15,19 @@ from ..magi.sampling.captions import need_special_tokens
 from ..magi.sampling.schedule import check_steps
 from ..magi.sampling.special_tokens import SpecialTokens
 from .comfyui import host, media, menus, runs, schema
+from .comfyui.families import (
+    check_fit,
+    embedded_size,
+    family_of_latent,
+    latent_of,
+    size_error,
+    size_notice,
+)
 from .comfyui.models import Model
 from .comfyui.pipeline import ManagedModels, managed_pipeline
 from .comfyui.sampler_view import SamplerView
-from .text import captions_of
+from .comfyui.vae import magi_vae
+from .text import captions_of, family_of
 
 _FROM_MODEL = "0: the model's own"
 
@@ -143,6 +153,9 @@ class Magi1Sampler(io.ComfyNode):
         resume: bool = True,
     ) -> io.NodeOutput:
         """Checks everything, loads the transformer and returns latents (1, 16, T, h, w) and the number of frames."""
+        check_fit(model.family, "model", family_of(text), "text encoder")
+        check_fit(model.family, "model", None if vae is None else magi_vae(vae).family, "VAE")
+        check_fit(model.family, "model", family_of_latent(start), "VAE or model that made the start")
         captions, styles, durations = captions_of(text)
         if model.special_tokens is None and need_special_tokens(captions, styles, durations, negative_tokens):
             # The file may have been added since the loader ran; if not, this says where it belongs.
@@ -153,7 +166,7 @@ class Magi1Sampler(io.ComfyNode):
         pipeline = managed_pipeline(model, config, models)
         request = Request(
             captions=captions,
-            **_start(start),
+            **_start(start, model, notices.append),
             seconds=seconds,
             seed=seed,
             num_steps=steps or None,
@@ -183,13 +196,22 @@ class Magi1Sampler(io.ComfyNode):
         if store:
             store.discard()
         view.show_done()
-        return io.NodeOutput({"samples": torch.cat(finished, dim=2)}, plan.frames)
+        return io.NodeOutput(latent_of(torch.cat(finished, dim=2), model.family), plan.frames)
 
 
-def _start(start: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns what a request takes from the LATENT to start from: its size, and its latents unless they are empty."""
+def _start(start: dict[str, Any] | None, model: Model, on_notice: Callable[[str], None]) -> dict[str, Any]:
+    """Returns what a request takes from the LATENT to start from: its size, and its latents unless they are empty.
+
+    A model of one size makes that, whatever the size of empty latents; `on_notice` is then called with a line that says so.
+    """
     if start is None:
         return {}
     samples = media.check_latent(start)
-    height, width = (SPATIAL_DOWNSAMPLE * side for side in samples.shape[3:])
-    return {"height": height, "width": width, "latents": samples if samples.any() else None}
+    empty = not samples.any()
+    asked = tuple(SPATIAL_DOWNSAMPLE * side for side in samples.shape[3:])
+    height, width = embedded_size(model.family) or asked
+    if (height, width) != asked:
+        if not empty:
+            raise size_error(*asked)
+        on_notice(size_notice(*asked))
+    return {"height": height, "width": width, "latents": None if empty else samples}

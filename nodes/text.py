@@ -10,13 +10,13 @@ from ..magi.text.encode import encode_prompts
 from ..magi.text.t5_model import WORKING_BYTES
 from .comfyui import host, menus, schema
 from .comfyui.clip import encode_with_clip
+from .comfyui.families import KEY, Family, family_of_width
 from .comfyui.models import Encoder
 from .comfyui.progress import NodeProgress
 
 _ONE, _LINES = "one prompt", "one line a second"
 _MOTION = {"any": (), "static": ("static",), "dynamic": ("dynamic",)}
 _LOOK = {"any": (), "3D model": ("3d_model",), "2D anime": ("2d_anime",)}
-_OURS = "magi1"  # in a conditioning's options: the tokens that the sampler puts in front of the text
 
 
 class Magi1TextEncode(io.ComfyNode):
@@ -102,7 +102,9 @@ class Magi1TextEncode(io.ComfyNode):
         blank = "" if all(len(e) for e in embeds) else ", an empty one: that part is made without text"
         progress.show_text(f"{len(embeds)} prompt{'s' * (len(embeds) > 1)} encoded{blank}", at_once=True)
         styles = (*(["hq"] * high_quality), *_MOTION[motion], *_LOOK[look], *(["borderness"] * borders))
-        options = {_OURS: {"styles": styles, "durations": duration_tokens}}
+        family = encoder.family if isinstance(encoder, Encoder) else None
+        # What the sampler needs besides the text: the tokens to put in front of it, and whose text it is.
+        options = {KEY: {"styles": styles, "durations": duration_tokens, "family": family}}
         return io.NodeOutput([[e[None], dict(options)] for e in embeds])
 
 
@@ -145,5 +147,12 @@ def captions_of(text: list[Any]) -> tuple[list[Caption], tuple[str, ...], bool]:
         mask = options.get("attention_mask")
         tokens = embeds[0] if mask is None else embeds[0][mask[0].to(embeds.device).bool()]
         captions.append(Caption(tokens.float().cpu()))
-    ours = text[0][1].get(_OURS, {"styles": ("hq",), "durations": True}) if text else {}
+    ours = text[0][1].get(KEY, {"styles": ("hq",), "durations": True}) if text else {}
     return captions, tuple(ours.get("styles", ())), bool(ours.get("durations", True))
+
+
+def family_of(text: list[Any]) -> Family | None:
+    """Returns the family of a CONDITIONING's text encoder; None where nothing tells."""
+    known: Family | None = text[0][1].get(KEY, {}).get("family") if text else None
+    widths = (embeds.shape[-1] for embeds, _ in text if embeds.shape[1])
+    return known or family_of_width(next(widths, 0))

@@ -16,6 +16,7 @@ from ...magi.media.frames import over_white
 from ...magi.media.video_decoder import TimedFrame
 from ...magi.media.video_reader import probe, read_video, resample
 from ...magi.system.host_memory import free_host_memory
+from .families import family_of_latent, latent_of
 
 MIN_FRAMES = 8  # two latent frames: a single one is taken for a picture
 _TOLERANCE = 0.5  # seconds by which two readings of a file's length may differ
@@ -106,12 +107,10 @@ def check_room(count: int, height: int, width: int, remedy: str) -> None:
         )
 
 
-def latent_tail(latent: dict[str, Any], seconds: float) -> dict[str, torch.Tensor]:
+def latent_tail(latent: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Returns a LATENT of the last `seconds`, of two latent frames at least."""
-    samples = check_latent(latent)
-    return {
-        "samples": samples[:, :, -max(MIN_FRAMES // TEMPORAL_DOWNSAMPLE, round(seconds * FPS / TEMPORAL_DOWNSAMPLE)) :]
-    }
+    frames = max(MIN_FRAMES // TEMPORAL_DOWNSAMPLE, round(seconds * FPS / TEMPORAL_DOWNSAMPLE))
+    return latent_of(check_latent(latent)[:, :, -frames:], family_of_latent(latent))
 
 
 def check_latent(latent: dict[str, Any]) -> torch.Tensor:

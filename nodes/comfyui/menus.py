@@ -2,8 +2,9 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 from ...magi.config import PRESETS
 from ...magi.errors import MagiError
@@ -11,13 +12,19 @@ from ...magi.model_files import locate
 from ...magi.model_files.download import HUB, REPOSITORY, SPECIAL_TOKENS_URL
 from ...magi.model_files.embedded import embedded_files
 from ...magi.model_files.locate import SPECIAL_TOKENS, ModelFiles, released_weights, special_tokens_near
+from ...magi.model_files.repeating import repeating_files
 from ...magi.text.embedding_cache import EmbeddingCache
 from ...magi.text.encoder import encoder_fingerprint
 from ...magi.text.t5_checkpoint import t5_is_missing
 from ...magi.text.t5_tokenizer import find_tokenizer
 from . import host
+from .families import Family
 
+AUTO = "auto"
 EMBEDDED = "embedded demo model"
+EMBEDDED_BASE = "embedded demo model (base)"
+PHOTO = "embedded photo model"
+FAMILIES: Mapping[str, Family] = {EMBEDDED: "embedded", EMBEDDED_BASE: "embedded", PHOTO: "photo"}
 # The order of the menu: the best to start with first. A released model that is not named here comes last.
 _FIRST = ("4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill_quant", "24B_distill", "24B_base")
 RELEASED = tuple(sorted(PRESETS, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)))
@@ -27,18 +34,41 @@ _PACK = Path(__file__).resolve().parents[2]
 
 
 def model_menu() -> list[str]:
-    """Returns the demo, the released models, there or not, and other files in the folders for models."""
-    return [EMBEDDED, *RELEASED, *_found("diffusion_models")]
+    """Returns auto, the embedded models, the released ones, there or not, and other files in the folders for models."""
+    return [AUTO, *FAMILIES, *RELEASED, *_found("diffusion_models")]
 
 
 def vae_menu() -> list[str]:
-    """Returns the demo's VAE, the official one, and files in the folders for VAEs."""
-    return [EMBEDDED, VAE, *_found("vae")]
+    """Returns auto, the embedded VAEs, the official one, and files in the folders for VAEs."""
+    return [AUTO, EMBEDDED, PHOTO, VAE, *_found("vae")]
 
 
 def encoder_menu() -> list[str]:
-    """Returns the demo's text encoder, the official one, and files in the folders for text encoders."""
-    return [EMBEDDED, TEXT_ENCODER, *_found("text_encoders")]
+    """Returns auto, the embedded text encoders, the official one, and files in the folders for text encoders."""
+    return [AUTO, EMBEDDED, PHOTO, TEXT_ENCODER, *_found("text_encoders")]
+
+
+def chosen(part: Literal["model", "vae", "encoder"], name: str) -> str:
+    """Returns the entry that a name of the menu stands for: itself, but for auto.
+
+    Auto is the best released model that is installed, with the official VAE and text encoder, which may be missing; where none
+    is, it is the embedded model. One decision for all three, so that they fit each other.
+    """
+    if name != AUTO:
+        return name
+    model = next((name for name in RELEASED if _released(name)), None)
+    if model is None:
+        return EMBEDDED
+    return {"model": model, "vae": VAE, "encoder": TEXT_ENCODER}[part]
+
+
+def notice(name: str, entry: str) -> str:
+    """Returns a line that says what is chosen, by its entry; where auto chose the embedded model, how to get a real one."""
+    if name != AUTO:
+        return entry
+    if entry != EMBEDDED:
+        return f"auto: {entry}"
+    return f"auto: {EMBEDDED} (moving shapes). To get a real one, choose {_FIRST[0]} in the model loader and press Run."
 
 
 def find_model(name: str) -> Path:
@@ -47,10 +77,11 @@ def find_model(name: str) -> Path:
     Raises:
         MagiError: it is not there; the message says which folder it belongs in and where to download it.
     """
-    if name == EMBEDDED:
-        return _embedded().transformer
+    name = chosen("model", name)
+    if name in FAMILIES:
+        return _embedded(name).transformer
     if name in RELEASED:
-        found = next(filter(None, (released_weights(folder, name) for folder in host.model_folders())), None)
+        found = _released(name) or next(_released_folders(name), None)
         if found is not None:
             return found
         raise _missing(
@@ -61,8 +92,9 @@ def find_model(name: str) -> Path:
 
 def find_vae(name: str) -> Path:
     """Returns the path of the VAE with a name of the menu. Raises MagiError where it is not there."""
-    if name == EMBEDDED:
-        return _embedded().required("vae")
+    name = chosen("vae", name)
+    if name in FAMILIES:
+        return _embedded(name).required("vae")
     if name == VAE:
         return _official(VAE, "The VAE", "diffusion_pytorch_model.safetensors and config.json", "vae")
     return _find(name, "vae")
@@ -76,8 +108,9 @@ def find_encoder(name: str) -> tuple[Path, Path | None]:
     Raises:
         MagiError: it is not there and was never used.
     """
-    if name == EMBEDDED:
-        return _embedded().required("text_encoder"), None
+    name = chosen("encoder", name)
+    if name in FAMILIES:
+        return _embedded(name).required("text_encoder"), None
     folders = (
         host.model_folders() if name == TEXT_ENCODER else [*host.model_folders(), *host.model_folders("text_encoders")]
     )
@@ -128,8 +161,20 @@ def find_special_tokens(model: Path) -> Path:
     return found
 
 
-def _embedded() -> ModelFiles:
-    return embedded_files(host.cache_folder())
+def _embedded(name: str) -> ModelFiles:
+    if name == PHOTO:
+        return repeating_files(host.cache_folder())
+    return embedded_files("base" if name == EMBEDDED_BASE else "distill")
+
+
+def _released_folders(name: str) -> Iterator[Path]:
+    """Yields the folders of a released model's weights, in all folders for MAGI-1's models."""
+    return filter(None, (released_weights(folder, name) for folder in host.model_folders()))
+
+
+def _released(name: str) -> Path | None:
+    """Returns the folder of a released model's weights, None where it has none: a download may only have begun."""
+    return next((folder for folder in _released_folders(name) if any(folder.glob("*.safetensors"))), None)
 
 
 def _tokenizer(encoder: Path) -> Path | None:

@@ -18,6 +18,7 @@ from ...magi.system.host_memory import memory_beside
 from ...magi.transformer.weights import Precision
 from ...magi.vae.video_vae import load_vae
 from . import host
+from .families import Family
 from .memory import LoadableModel, WholeModelPatcher
 
 
@@ -142,6 +143,7 @@ class Model:
     config: MagiConfig
     special_tokens: SpecialTokens | None
     patcher: WholeModelPatcher
+    family: Family | None = None
 
     @property
     def transformer(self) -> MagiTransformer:
@@ -162,6 +164,7 @@ class Encoder:
     tokenizer: Path | None
     device: torch.device
     dtype: torch.dtype
+    family: Family | None = None
 
 
 class MagiVideoVAE(LoadableModel):
@@ -176,7 +179,8 @@ class MagiVideoVAE(LoadableModel):
         super().__init__()
         self._path, self._dtype = path, dtype
         # On the meta device no weights are read, but missing tensors are found.
-        self._nbytes = load_vae(path, "meta", dtype).nbytes
+        header = load_vae(path, "meta", dtype)
+        self._nbytes, self.config = header.nbytes, header.config
 
     @property
     def nbytes(self) -> int:

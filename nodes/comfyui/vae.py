@@ -13,6 +13,7 @@ from ...magi.vae.model import VAEConfig
 from ...magi.vae.tiling import Tiling
 from ...magi.vae.video_vae import VideoVAE
 from . import host, memory
+from .families import Family
 from .memory import WholeModelPatcher
 from .models import MagiVideoVAE
 
@@ -27,9 +28,9 @@ class NativeVAE:
     downscale_ratio = SPATIAL_DOWNSAMPLE
     upscale_ratio = SPATIAL_DOWNSAMPLE
 
-    def __init__(self, patcher: WholeModelPatcher) -> None:
-        """Takes the patcher of a `MagiVideoVAE`; nothing is loaded."""
-        self.patcher = patcher
+    def __init__(self, patcher: WholeModelPatcher, family: Family | None = None) -> None:
+        """Takes the patcher of a `MagiVideoVAE`, and the family whose latents it understands; nothing is loaded."""
+        self.patcher, self.family = patcher, family
         self.device = patcher.load_device
         self.output_device = torch.device("cpu")
 
@@ -114,9 +115,15 @@ def magi_vae(vae: object) -> NativeVAE:
     raise MagiError(f"This VAE ({type(vae).__name__}) is not MAGI-1's. Connect a MAGI-1 VAE Loader.")
 
 
-def manage_vae(path: Any, dtype: torch.dtype) -> NativeVAE:
-    """Returns a VAE that is loaded when it is used. Raises MagiError for a wrong or damaged file."""
-    return NativeVAE(WholeModelPatcher(MagiVideoVAE(path, dtype), host.vae_device()))
+def manage_vae(path: Any, dtype: torch.dtype, family: Family | None = None) -> NativeVAE:
+    """Returns a VAE that is loaded when it is used. Raises MagiError for a wrong or damaged file.
+
+    Where the family is not given, its size tells whether it is that of the released models.
+    """
+    vae = MagiVideoVAE(path, dtype)
+    if family is None and vae.config.embed_dim == VAEConfig().embed_dim:
+        family = "released"
+    return NativeVAE(WholeModelPatcher(vae, host.vae_device()), family)
 
 
 def decoded(

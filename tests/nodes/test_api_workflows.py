@@ -1,4 +1,4 @@
-"""The example workflows run: as the front end queues them, with the embedded model in the place of the released ones."""
+"""The example workflows run: as the front end queues them, with the photo model in the place of the released ones."""
 
 import json
 
@@ -9,7 +9,7 @@ from PIL import Image
 from magi.remote import fake_video
 from magi.remote.fake_server import FakeServer
 from tests.support.graph import links
-from tests.support.magi_graphs import EMBEDDED, HEIGHT, WIDTH, node, picture, widgets
+from tests.support.magi_graphs import HEIGHT, PHOTO, WIDTH, node, picture, widgets
 from tests.support.paths import API_WORKFLOWS as API
 
 UI = API.parent.parent / "workflows"
@@ -33,13 +33,13 @@ def small(graph: dict) -> dict:
     for part in graph.values():
         kind, inputs = part["class_type"], part["inputs"]
         if kind in PARTS:
-            inputs[PARTS[kind]] = EMBEDDED
+            inputs[PARTS[kind]] = PHOTO
         elif kind in SIZES:
             inputs |= {"width": WIDTH, "height": HEIGHT}
         elif kind == "Magi1Sampler":
             inputs["seconds"] = min(inputs["seconds"], 2.0)
         elif kind == "CLIPLoader":
-            part |= node("Magi1TextEncoderLoader", encoder=EMBEDDED, device="cpu", precision="fp32")
+            part |= node("Magi1TextEncoderLoader", encoder=PHOTO, device="cpu", precision="fp32")
     return graph
 
 

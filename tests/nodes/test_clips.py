@@ -29,7 +29,7 @@ def test_the_picture_is_the_first_frame(comfy, seconds):
     assert made["start"][0]["samples"].shape == (1, 16, 1, HEIGHT // 8, WIDTH // 8)
     assert made["sampler"][1] == len(frames) == 24 * seconds
     assert error_between(frames[0], image[0]) < 0.03
-    assert error_between(frames, image) < 0.1, "the embedded model holds the picture still"
+    assert error_between(frames, image) < 0.1, "the photo model holds the picture still"
 
 
 def test_other_shapes_of_pictures(comfy):
@@ -71,7 +71,7 @@ def test_a_batch_of_images_is_continued(comfy):
     frames = made["decode"][0]
     assert made["start"][0]["samples"].shape[2] == 12
     assert made["sampler"][1] == len(frames) == 24, "the clip's frames are not repeated"
-    assert error_between(frames, given[24:]) < 0.1, "the embedded model goes on with the last second"
+    assert error_between(frames, given[24:]) < 0.1, "the photo model goes on with the last second"
 
 
 def test_a_video_file_is_continued(comfy):
@@ -108,7 +108,7 @@ def test_latents_are_continued_without_a_vae(comfy):
     frames = made["decode 2"][0]
     assert frames.shape == (48, HEIGHT, WIDTH, 3)
     assert error_between(frames[:24], made["decode"][0]) < 0.005
-    assert error_between(frames[24:], frames[:24]) < 0.1, "the embedded model goes on with the last second"
+    assert error_between(frames[24:], frames[:24]) < 0.1, "the photo model goes on with the last second"
 
 
 def looked_at(comfy, frames: torch.Tensor, **start) -> torch.Tensor:

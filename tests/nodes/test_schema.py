@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.support.magi_graphs import EMBEDDED, widgets
+from tests.support.magi_graphs import widgets
 
 NAMES = {
     "Magi1ModelLoader": "MAGI-1 Model Loader",
@@ -54,7 +54,7 @@ WIDGETS = {
         *("previous_guidance", "negative_tokens", "resume"),
     ],
     "Magi1VAEDecode": ["tile_size", "tile_frames"],
-    "Magi1DemoImage": [],
+    "Magi1DemoImage": ["picture"],
     "Magi1Remote": [
         *("prompt", "frames", "fps", "resolution", "aspect_ratio", "seed", "safety_checker"),
         *("api_version", "base_url", "resume_id"),
@@ -135,9 +135,13 @@ def test_what_is_for_experts_is_marked(comfy, name):
 
 
 def test_menus_offer_what_always_works_first(comfy):
-    assert widgets(comfy, "Magi1ModelLoader")["model"]["options"] == [EMBEDDED, *RELEASED]
-    assert widgets(comfy, "Magi1VAELoader")["vae"]["options"] == [EMBEDDED, "ckpt/vae"]
-    assert widgets(comfy, "Magi1TextEncoderLoader")["encoder"]["options"] == [EMBEDDED, "ckpt/t5/t5-v1_1-xxl"]
+    embedded = ["embedded demo model", "embedded demo model (base)", "embedded photo model"]
+    assert widgets(comfy, "Magi1ModelLoader")["model"]["options"] == ["auto", *embedded, *RELEASED]
+    for node, widget, official in (
+        ("Magi1VAELoader", "vae", "ckpt/vae"),
+        ("Magi1TextEncoderLoader", "encoder", "ckpt/t5/t5-v1_1-xxl"),
+    ):
+        assert widgets(comfy, node)[widget]["options"] == ["auto", embedded[0], embedded[2], official]
 
 
 def test_sizes_and_seed(comfy):

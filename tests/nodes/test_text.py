@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from magi.model_files.locate import ModelFiles
 from magi.model_files.repeating import repeating_files
 from tests.support.graph import InvalidGraph, NodeError
 from tests.support.magi_graphs import filled, node, random_model, text_to_video
@@ -104,10 +105,13 @@ def test_a_prompt_is_encoded_once(comfy, monkeypatch):
     assert len(list((comfy.base / "user/magi1/text").rglob("*.safetensors"))) == 2
 
 
+def own_files(comfy) -> ModelFiles:
+    return repeating_files(comfy.base / "user" / "magi1")
+
+
 def own_encoder(comfy, place: str) -> Path:
-    """A copy of the embedded text encoder in a folder of ComfyUI's models, the name of the file in the menu."""
-    embedded = repeating_files(comfy.base / "user" / "magi1").text_encoder
-    return Path(shutil.copytree(embedded, comfy.base / "models" / place))
+    """A copy of the photo model's text encoder in a folder of ComfyUI's models, the name of the file in the menu."""
+    return Path(shutil.copytree(own_files(comfy).text_encoder, comfy.base / "models" / place))
 
 
 @pytest.mark.parametrize(
@@ -198,6 +202,10 @@ def test_a_native_clip(comfy, names):
 def test_a_video_of_a_native_clips_text(comfy):
     graph = text_to_video(comfy)
     graph["model"]["inputs"]["model"] = random_model(comfy, "wide", caption_channels=4096)
+    shutil.copytree(own_files(comfy).vae, comfy.base / "models/magi1/vae")
+    graph["vae"]["inputs"]["vae"] = (
+        "vae/diffusion_pytorch_model.safetensors"  # the photo model's by its name fits that only
+    )
     graph["clip"] = node(comfy.constant("CLIP", Clip()))
     graph["text"]["inputs"]["encoder"] = ["clip", 0]
     del graph["encoder"]
@@ -242,6 +250,7 @@ def test_clips_that_are_no_t5_xxl(comfy, clip):
 
 def test_text_of_another_width_than_the_models(comfy):
     graph = text_to_video(comfy)
+    graph["model"]["inputs"]["model"] = random_model(comfy, "narrow")
     graph["clip"] = node(comfy.constant("CLIP", Clip()))
     graph["text"]["inputs"]["encoder"] = ["clip", 0]
     with pytest.raises(NodeError) as caught:

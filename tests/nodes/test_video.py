@@ -1,4 +1,4 @@
-"""Videos from text through the nodes with the embedded model: settings, sizes, and what comes out."""
+"""Videos from text through the nodes with the photo model: settings, sizes, and what comes out."""
 
 import re
 

@@ -18,6 +18,7 @@ from .comfy_host import Comfy
 from .graph import Graph, InvalidGraph, NodeError
 
 EMBEDDED = "embedded demo model"
+PHOTO = "embedded photo model"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 WIDTH, HEIGHT = 64, 48
 
@@ -46,9 +47,9 @@ def filled(comfy: Comfy, graph: Graph) -> Graph:
 def text_to_video(comfy: Comfy, **sampler) -> Graph:
     """A prompt's video, 64 x 48, one second, in half the model's own steps."""
     graph = {
-        "model": node("Magi1ModelLoader", model=EMBEDDED),
-        "encoder": node("Magi1TextEncoderLoader", encoder=EMBEDDED),
-        "vae": node("Magi1VAELoader", vae=EMBEDDED),
+        "model": node("Magi1ModelLoader", model=PHOTO),
+        "encoder": node("Magi1TextEncoderLoader", encoder=PHOTO),
+        "vae": node("Magi1VAELoader", vae=PHOTO),
         "text": node("Magi1TextEncode", encoder=["encoder", 0], prompt="a cat"),
         "start": node("Magi1TextToVideo", width=WIDTH, height=HEIGHT),
         "sampler": node("Magi1Sampler", model=["model", 0], text=["text", 0], start=["start", 0]),
@@ -77,7 +78,7 @@ def video_to_video(comfy: Comfy, kind: str, video: object, start: dict | None = 
 
 
 def picture(height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
-    """An IMAGE that the embedded VAE keeps: smooth, and different everywhere."""
+    """An IMAGE that the photo model's VAE keeps: smooth, and different everywhere."""
     rows, columns = torch.linspace(0.2, 0.8, height)[:, None, None], torch.linspace(0.1, 0.9, width)[None, :, None]
     return (
         (rows * torch.tensor([1.0, 0.5, 0.0]) + columns * torch.tensor([0.0, 0.5, 1.0])).clamp(0, 1)[None].contiguous()
@@ -90,7 +91,7 @@ def clip(frames: int, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
 
 
 def random_model(comfy: Comfy, name: str, distilled: bool = True, **shape: int) -> str:
-    """Writes a model of random numbers with its special tokens: the embedded one's shape but for `shape`; its menu name."""
+    """Writes a model of random numbers with its special tokens: the photo model's shape but for `shape`; its menu name."""
     folder = comfy.base / "models" / "magi1" / name
     folder.mkdir(parents=True)
     config = replace(REPEATING_CONFIG, model=replace(REPEATING_CONFIG.model, **shape)).as_variant(distilled)
