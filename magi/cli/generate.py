@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from ..errors import MagiError
 from ..media.frames import AREAS
 from ..media.video_reader import read_video
 from ..media.video_writer import VideoWriter
-from ..model_files.embedded import EMBEDDED_SIZE
+from ..model_files.embedded import EMBEDDED_SIZE, Model
 from ..model_files.locate import find_files
 from ..pipeline.pipeline import MagiPipeline, Plan, Request
 from ..planning.placement import MemoryOptions
@@ -28,7 +28,7 @@ from .bars import Bars
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 # The models of the package by their names for --model, and as `MagiPipeline.embedded` calls them.
-EMBEDDED: Mapping[str, Literal["distill", "base", "repeating"]] = {
+EMBEDDED: Mapping[str, Model] = {
     "embedded": "distill",
     "embedded-base": "base",
     "embedded-photo": "repeating",

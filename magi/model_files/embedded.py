@@ -17,6 +17,7 @@ DEMO_SHAPE = _ASSETS / "star.png"  # a picture that the embedded model can move:
 EMBEDDED_SIZE = 64  # pixels: the width and height of all that it was trained on
 
 Kind = Literal["distill", "base"]
+Model = Literal["distill", "base", "repeating"]  # with the one in `repeating.py`
 _FOLDER = _ASSETS / "embedded"
 _TRANSFORMERS: dict[Kind, str] = {"distill": "transformer", "base": "transformer_base"}
 _SHARED = (

@@ -47,12 +47,14 @@ REPEATING_CONFIG = MagiConfig(
 )
 
 
-def repeating_files(folder: str | Path) -> ModelFiles:
+def repeating_files(folder: str | Path | None) -> ModelFiles:
     """Returns the repeating model's files below `folder`, written there (7 MB, a second) unless they already are.
 
     Raises:
-        MagiError: the folder cannot be written, or is full.
+        MagiError: the folder is None, cannot be written, or is full.
     """
+    if folder is None:
+        raise MagiError("The repeating model's files are made on first use (7 MB). Give a folder for them.")
     # Named after this file's hash: when the file changes, the model is generated again.
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     home = Path(folder) / f"magi1-repeating-{recipe}"

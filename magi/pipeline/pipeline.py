@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from warnings import warn
 
 import torch
@@ -13,7 +13,7 @@ from ..checkpoint.reader import Checkpoint
 from ..config import MagiConfig
 from ..errors import MagiError
 from ..media.frames import from_model, to_model
-from ..model_files.embedded import embedded_files
+from ..model_files.embedded import Model, embedded_files
 from ..model_files.identify import recognise
 from ..model_files.load import check_transformer
 from ..model_files.locate import ModelFiles, load_special_tokens
@@ -164,33 +164,20 @@ class MagiPipeline:
         return pipeline
 
     @classmethod
-    def embedded(
-        cls,
-        folder: str | Path | None = None,
-        model: Literal["distill", "base", "repeating"] = "distill",
-        **options: Any,
-    ) -> "MagiPipeline":
-        """Returns a pipeline over an embedded model, which computes in float32 unless the options say otherwise.
+    def embedded(cls, folder: str | Path | None = None, model: Model = "distill", **options: Any) -> "MagiPipeline":
+        """Returns a pipeline over an embedded model; `options` are those of `from_files`, with float32 as the default types.
 
         Args:
             folder: where the files of "repeating" are made on first use; the others are part of the package.
-            model: "distill" and "base" were trained on moving shapes at 64x64 pixels; "repeating" is written by hand, repeats
-                what it sees, a photo for example, and takes any size.
-            **options: as for `from_files`.
+            model: "distill" and "base" know moving shapes at 64x64 pixels; "repeating" repeats what it sees, a photo for example.
 
         Raises:
             MagiError: files are missing or cannot be made, or the model is unknown.
         """
-        if model == "repeating":
-            if folder is None:
-                raise MagiError("The repeating model's files are made on first use. Give the folder for them (7 MB).")
-            files = repeating_files(folder)
-        else:
-            files = embedded_files(model)
-        options = {"vae_dtype": torch.float32, **options}
-        if options.get("dtype") is None and options.get("precision", "auto") not in ("bf16", "fp32"):
+        files = repeating_files(folder) if model == "repeating" else embedded_files(model)
+        if options.get("dtype") is None and options.get("precision") not in ("bf16", "fp32"):
             options["dtype"] = torch.float32
-        return cls.from_files(**vars(files), **options)
+        return cls.from_files(**vars(files), **{"vae_dtype": torch.float32, **options})
 
     def plan(
         self, request: Request, store: RunStore | None = None, on_notice: Callable[[str], None] | None = None

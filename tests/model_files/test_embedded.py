@@ -62,7 +62,7 @@ def test_a_kind_that_is_none():
 
 
 def test_the_repeating_model_needs_a_folder():
-    with pytest.raises(MagiError, match="Give the folder"):
+    with pytest.raises(MagiError, match="Give a folder"):
         MagiPipeline.embedded(model="repeating")
 
 
