@@ -24,7 +24,7 @@ _PHOTO = "embedded-photo"
 _PHOTO_PROMPT = "A ginger cat looks around, close-up, soft light"
 _TEXT = (
     *["A small red circle moves to the right on a white background."] * 2,
-    *["Now the small red circle moves down on a white background."] * 2,
+    *["The small red circle now moves down on a white background."] * 2,
 )
 _PICTURE = ("A large yellow star moves to the left on a dark blue background.",)
 _CONTINUED = ("Now the red circle grows.",)

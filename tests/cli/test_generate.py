@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from magi.cli import generate
+from magi.cli import demo, generate
 from magi.cli.main import COMMANDS, main
 from magi.config import PRESETS
 from magi.media.video_reader import probe, read_video
@@ -30,6 +30,7 @@ from magi.text import encode
 from magi.transformer.weights import tensor_shapes
 from tests.support.paths import ROOT
 from tests.support.processes import INTERRUPTIBLE
+from tools.train_embedded.captions import vocabulary, words
 
 PHOTO = ROOT / "magi" / "assets" / "cat.jpg"
 SMALL = ["--size", "48x32", "--steps", "4", "--device", "cpu"]
@@ -441,6 +442,11 @@ def test_the_demo_makes_three_videos(magi, tmp_path):
     assert (both[:96] - first).abs().mean() < 1, "what is continued comes first"
     squares = first.reshape(96, 64, 4, 64, 4, 3)
     assert (squares - squares.mean((2, 4), keepdim=True)).abs().mean() < 1, "pixels become squares"
+
+
+def test_the_demo_speaks_as_the_model_was_taught():
+    for prompt in {*demo._TEXT, *demo._PICTURE, *demo._CONTINUED}:
+        assert set(words(prompt)) <= set(vocabulary()), prompt
 
 
 def test_the_demo_of_another_length(magi):

@@ -16,6 +16,7 @@ from tests.support.magi_graphs import WIDGETS as WIDGET_TYPES
 from tests.support.magi_graphs import widgets
 from tests.support.paths import API_WORKFLOWS as API
 from tests.support.paths import ROOT
+from tools.train_embedded.captions import vocabulary, words
 
 TREE = f"{HUB}/{REPOSITORY}/tree/main"
 
@@ -23,7 +24,9 @@ UI = ROOT / "workflows"
 FIRST = "magi1_first_run"
 NAMES = {FIRST, *(f"magi1_{name}" for name in ("text_to_video", "image_to_video", "continue_video"))}
 REMOTE = "magi1_remote"
-NAMES |= {"magi1_low_memory_24B", "magi1_native_clip", REMOTE}
+CLIP = "magi1_native_clip"
+NAMES |= {"magi1_low_memory_24B", CLIP, REMOTE}
+MODELS = {"magi1_low_memory_24B": "24B_distill_quant"}  # what a note has one download; of the others 4.5B_distill
 T5XXL = "https://huggingface.co/comfyanonymous/flux_text_encoders"
 OFF = {2, 4}  # a node's mode: muted, bypassed
 SILENT = {"MarkdownNote"}  # lives in the front end only
@@ -196,15 +199,9 @@ def test_the_note_links_to_all_that_has_to_be_fetched(comfy, name):
     workflow = load(UI, name)
     links = set(re.findall(r"\]\((.*?)\)", note(workflow)))
     wanted = set()
-    for loader in of_type(workflow, "Magi1ModelLoader"):
-        model = values(comfy, loader)["model"]
-        assert model in menus.RELEASED or name == FIRST
-        wanted |= {f"{TREE}/ckpt/magi/{model}", SPECIAL_TOKENS_URL} if model in menus.RELEASED else set()
-    chosen = [values(comfy, n)["vae"] for n in of_type(workflow, "Magi1VAELoader")]
-    chosen += [values(comfy, n)["encoder"] for n in of_type(workflow, "Magi1TextEncoderLoader")]
-    for place in chosen:
-        assert place in (menus.VAE, menus.TEXT_ENCODER) or name == FIRST
-        wanted |= {f"{TREE}/{place}"} if place != menus.EMBEDDED else set()
+    if name != FIRST:
+        wanted |= {f"{TREE}/ckpt/magi/{MODELS.get(name, '4.5B_distill')}", SPECIAL_TOKENS_URL, f"{TREE}/{menus.VAE}"}
+        wanted |= {f"{TREE}/{menus.TEXT_ENCODER}"} if of_type(workflow, "Magi1TextEncoderLoader") else set()
     for loader in of_type(workflow, "CLIPLoader"):
         wanted |= {model["url"] for model in loader["properties"]["models"]}
     if of_type(workflow, "Magi1Remote"):
@@ -213,16 +210,41 @@ def test_the_note_links_to_all_that_has_to_be_fetched(comfy, name):
     assert all(link in wanted or link.startswith(f"{T5XXL}/") for link in links), "nothing that is not used"
 
 
-def test_the_first_run_needs_no_file(comfy):
-    menus = comfy.module("nodes.comfyui.menus")
+@pytest.mark.parametrize("name", sorted(NAMES - {CLIP}))
+def test_it_takes_what_is_installed_and_needs_no_file(comfy, name):
+    workflow = load(UI, name)
+    loaders = [node for node in workflow["nodes"] if is_ours(node) and node["type"].endswith("Loader")]
+    assert [node["widgets_values"][0] for node in loaders] == ["auto"] * 3
+    active = {node["type"] for node in workflow["nodes"] if node["mode"] not in OFF}
+    assert not active & {"LoadImage", "LoadVideo", "CLIPLoader"}
+
+
+def test_a_native_text_encoder_goes_with_a_released_model(comfy):
+    """Which auto would not take where none is installed; so the message of the missing file says how to get it."""
+    menus, workflow = comfy.module("nodes.comfyui.menus"), load(UI, CLIP)
+    (model,), (vae,) = of_type(workflow, "Magi1ModelLoader"), of_type(workflow, "Magi1VAELoader")
+    assert values(comfy, model)["model"] in menus.RELEASED
+    assert values(comfy, vae)["vae"] == menus.VAE
+
+
+@pytest.mark.parametrize("name", [FIRST, "magi1_text_to_video", "magi1_image_to_video", "magi1_continue_video"])
+def test_the_embedded_model_understands_every_word(comfy, name):
+    for node in of_type(load(UI, name), "Magi1TextEncode"):
+        for prompt in values(comfy, node)["prompt"].splitlines():
+            assert set(words(prompt)) <= set(vocabulary()), prompt
+
+
+def test_the_first_run_changes_the_motion_on_its_way(comfy):
     workflow = load(UI, FIRST)
-    loaders = [node for node in workflow["nodes"] if node["type"].endswith("Loader")]
-    assert [node["widgets_values"][0] for node in loaders] == [menus.EMBEDDED] * 3
-    assert not [node for node in workflow["nodes"] if node["type"] in ("LoadImage", "LoadVideo", "CLIPLoader")]
+    (text,), (sampler,) = of_type(workflow, "Magi1TextEncode"), of_type(workflow, "Magi1Sampler")
+    lines = values(comfy, text)["prompt"].splitlines()
+    assert values(comfy, text)["schedule"] == "one line a second"
+    assert len(lines) == values(comfy, sampler)["seconds"] == 4
+    assert lines[0] == lines[1] != lines[2] == lines[3]
 
 
 def test_the_native_text_encoder_is_offered_for_download():
-    (loader,) = of_type(load(UI, "magi1_native_clip"), "CLIPLoader")
+    (loader,) = of_type(load(UI, CLIP), "CLIPLoader")
     file, kind = loader["widgets_values"][:2]
     assert kind in ("mochi", "ltxv"), "the kinds whose T5 is the one that MAGI-1 takes"
     url = f"{T5XXL}/resolve/main/{file}"
