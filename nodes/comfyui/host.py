@@ -48,7 +48,7 @@ def model_names(kind: str) -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Returns the folder in which embeddings, unfinished runs and the embedded model are kept."""
+    """Returns the folder in which embeddings, unfinished runs and the embedded photo model are kept."""
     return Path(folder_paths.get_user_directory()) / FOLDER
 
 
