@@ -174,7 +174,7 @@ def tiny_tokens() -> SpecialTokens:
 
 @pytest.fixture(scope="session")
 def embedded_home(tmp_path_factory) -> Path:
-    """A folder with the embedded model's files."""
+    """A folder with the photo model's files."""
     from transformers import T5EncoderModel  # noqa: F401
 
     gc.collect()
@@ -186,7 +186,7 @@ def embedded_home(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def comfy(tmp_path, embedded_home) -> Iterator[Comfy]:
-    """The pack in ComfyUI's stand-in, or in the real one at COMFYUI_PATH; nothing in its folders but the embedded model."""
+    """The pack in ComfyUI's stand-in, or in the real one at COMFYUI_PATH; nothing in its folders but the photo model."""
     yield from open_comfy(tmp_path / "comfy", embedded_home)
 
 

@@ -357,3 +357,24 @@ def test_the_demo_goes_on_too(home, tmp_path, monkeypatch, interrupt, capsys):
     assert main([*demo, "--resume"]) == 0
     assert "0 of 2 chunks are finished, chunk 1 is in progress" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["demo.mp4"]
+
+
+def test_of_the_three_demos_the_one_that_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    demo = ["demo", "--seconds", "1", "--steps", "8", "--device", "cpu"]
+    show, names = generate.Bars.__call__, []
+
+    def interrupted(bars, phase):
+        names.append(phase.name)
+        if "prefix" in names and phase.sampled and phase.sampled.iteration == 2:
+            raise KeyboardInterrupt
+        show(bars, phase)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.Bars, "__call__", interrupted)
+        assert main(demo) == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.mp4", "demo_picture.run"]
+    assert main([*demo, "--resume"]) == 0
+    assert "demo_picture.run: 0 of 1 chunks are finished, chunk 1 is in progress" in capsys.readouterr().err
+    names = ["demo.mp4", "demo_continued.mp4", "demo_picture.mp4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
