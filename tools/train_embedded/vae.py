@@ -40,7 +40,7 @@ CONFIG = {
     "use_final_proj": True,
 }
 TILE = 12  # frames that are encoded and decoded at a time, as published
-NOISE = 0.3  # largest standard deviation of the noise on latents
+NOISE = 0.15  # largest standard deviation of the noise on latents
 WARMUP = 200  # steps
 _Z, _WIDTH = LATENT_CHANNELS, 128
 _STEADY = 64.0  # a constant beside which a signal hardly moves a layer norm's deviation: the norm becomes linear
