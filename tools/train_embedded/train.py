@@ -8,6 +8,7 @@ The same command resumes a run; with more steps, or other lengths of video, it g
 
 import argparse
 import random
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ BASE = MagiConfig(
     EngineConfig(),
 )
 POOL = 4096  # videos
-MUON_RATE = 0.02
+MUON_RATE = 0.01
 PASSES = {"text": 0.75, "prev": 0.15, "independent": 0.1}
 
 
@@ -94,13 +95,16 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--steps", type=int, default=20000, help="of training (default: %(default)d)")
     parser.add_argument("--batch", type=int, default=32, help="chunks of a batch (default: %(default)d)")
-    parser.add_argument("--rate", type=float, default=3e-3, help="highest rate of AdamW (default: %(default)g)")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="highest rate of AdamW (default: %(default)g)")
+    parser.add_argument("--init", type=Path, help="state.pt of another run, whose weights a new run begins with")
     parser.set_defaults(chunks=["1=1"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
     model = Trained(BASE).to(args.device)
+    if args.init:
+        model.load_state_dict(torch.load(args.init, weights_only=True, map_location=args.device)["average"])
     layers = model.transformer.videodit_blocks["layers"]
     training = Training(model, layers, args.out, args.rate, MUON_RATE)
     torch.manual_seed(training.step)

@@ -40,8 +40,9 @@ CONFIG = {
     "use_final_proj": True,
 }
 TILE = 12  # frames that are encoded and decoded at a time, as published
-NOISE = 0.15  # largest standard deviation of the noise on latents
+NOISE = 0.1  # largest standard deviation of the noise on latents
 WARMUP = 200  # steps
+MUON = 50  # its rate, which the matrices of the blocks get, over that of AdamW, which all else gets
 _Z, _WIDTH = LATENT_CHANNELS, 128
 _STEADY = 64.0  # a constant beside which a signal hardly moves a layer norm's deviation: the norm becomes linear
 _CHANNELS = 4  # of the decoder before its last convolution: RGB and one that holds the constant
@@ -56,10 +57,10 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
     config = VAEConfig(**CONFIG)
     encoder, decoder = Encoder(config), Decoder(config)
     both = torch.cat([torch.eye(_Z), -torch.eye(_Z), torch.zeros(_WIDTH - 2 * _Z, _Z)])  # (D, 16)
-    signs = torch.tensor([1.0, -1.0]).repeat(_WIDTH // 2)
-    signs[: 2 * _Z] = 0
+    constant = torch.tensor([_STEADY, -_STEADY]).repeat(_WIDTH // 2)
+    constant[: 2 * _Z] = 0
     with torch.no_grad():
-        for trunk, constant in ((encoder, _STEADY * signs), (decoder, 16 * signs)):
+        for trunk in (encoder, decoder):
             trunk.cls_token.zero_()
             trunk.pos_embed.copy_(constant.expand_as(trunk.pos_embed))
             deviation = float(constant.square().mean().sqrt())
@@ -73,7 +74,7 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
                 block.norm2.weight.fill_(deviation)
                 block.norm2.bias.copy_(-constant)
                 block.attn.qkv.bias.copy_(-block.attn.qkv.weight @ constant)
-        decoder.pos_embed[..., 2 * _Z :] += 0.5 * torch.randn(decoder.pos_embed[..., 2 * _Z :].shape)
+        decoder.pos_embed[..., _Z : 2 * _Z] += 0.5 * torch.randn(decoder.pos_embed[..., _Z : 2 * _Z].shape)
         for parameter in encoder.blocks.parameters():
             parameter.zero_()
         analysis = components.analysis.T  # (16, 768)
@@ -85,7 +86,9 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
         decoder.proj_in.weight.copy_(both)
         decoder.proj_in.bias.zero_()
         pixels = torch.zeros(PATCH_VALUES, _CHANNELS, _WIDTH)  # the decoder has a patch's channels last
-        pixels[:, :3, :_Z] = components.synthesis.T.view(3, PATCH_VALUES, _Z).transpose(0, 1)
+        # What the blocks find out about the components that latents lack goes into the features that are still free.
+        for features, patterns in ((slice(_Z), components.synthesis), (slice(2 * _Z, _WIDTH), components.details)):
+            pixels[:, :3, features] = patterns.T.view(3, PATCH_VALUES, -1).transpose(0, 1)
         bias = torch.zeros(PATCH_VALUES, _CHANNELS)
         bias[:, :3] = components.mean.view(3, PATCH_VALUES).T
         for values in (pixels, bias):  # the norm takes the mean away: keep it at zero
@@ -153,8 +156,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the embedded model's VAE.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the state and the log")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate (default: %(default)g)")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--rate", type=float, default=1e-4, help="highest learning rate of AdamW (default: %(default)g)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -162,25 +167,34 @@ def main() -> None:
     torch.manual_seed(0)
     components = components_of(args.out)
     encoder, decoder = linear_vae(components)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0)
+    matrices = [p for p in decoder.blocks.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in decoder.parameters() if id(p) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=MUON * args.rate, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    peaks = (MUON * args.rate, args.rate)
     state, first = args.out / "state.pt", 0
     if state.is_file():
         saved = torch.load(state, weights_only=True)
         decoder.load_state_dict(saved["decoder"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(content)
         first = saved["step"]
     rng = random.Random(first)  # noqa: S311
     print({"step": first, "psnr": round(psnr(components, decoder, range(64)), 2)}, flush=True)
     began, mean = time.monotonic(), 0.0
     with (args.out / "log.jsonl").open("a", encoding="utf-8") as log:
         for step in range(first, args.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step, args.steps, args.rate)
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                optimizer.param_groups[0]["lr"] = rate(step, args.steps, peak)
             loss = loss_of(decoder, *tiles(components, rng, args.batch))
-            optimizer.zero_grad(set_to_none=True)
+            decoder.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             value = loss.item()
             mean = value if step == first else 0.98 * mean + 0.02 * value
             if (step + 1) % 250 == 0 or step + 1 == args.steps:
@@ -189,7 +203,8 @@ def main() -> None:
                 print(row, flush=True)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                content = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                content = {"decoder": decoder.state_dict(), "step": step + 1}
+                content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
                 save(args.out, state_for_inference(encoder, decoder), content)
 
 
