@@ -11,6 +11,8 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -152,6 +154,8 @@ class WindowDrawer:
         no_prefix: how often a video has no prefix; otherwise it has any number of latent frames that leaves something to make.
         whole_prefix: how often a prefix ends with a chunk.
         jitter: whether times lie anywhere between a step's two ends, instead of at its start.
+        late: how much more often a long step is drawn than a short one: its length to this power. Two thirds of all steps
+            are at times below 0.2, where little can be known of the video yet, so little is learned from most of them.
     """
 
     config: MagiConfig
@@ -160,13 +164,14 @@ class WindowDrawer:
     no_prefix: float = 0.6
     whole_prefix: float = 0.3
     jitter: bool = True
+    late: float = 0.5
 
     def draw(self, chunks: int, rng: random.Random, picture: bool = False) -> Window:
         """Draws a window of a video with so many chunks; one that begins with a picture has this as its prefix."""
         prefix_frames = 1 if picture else self._prefix_frames(chunks, rng)
         runtime = self.config.with_runtime(window_size=rng.choice(self.windows)).runtime
         schedule = Schedule.of(runtime, chunks, prefix_frames // runtime.chunk_width)
-        it = schedule[rng.randrange(len(schedule))]
+        it = schedule[rng.choices(range(len(schedule)), cum_weights=_weights(schedule, self.late))[0]]
         shift = rng.random() if self.jitter else 0.0
         kind = rng.choices(list(self.passes), list(self.passes.values()))[0]
         alone = window_alone(it, schedule, self.config, prefix_frames, shift) if kind == "independent" else ()
@@ -182,6 +187,14 @@ class WindowDrawer:
         if chunks > 1 and rng.random() < self.whole_prefix:
             return width * rng.randrange(1, chunks)
         return rng.randrange(1, chunks * width)
+
+
+@cache
+def _weights(schedule: Schedule, late: float) -> list[float]:
+    """Returns the cumulative weights with which a schedule's iterations are drawn."""
+    grid = time_grid(schedule.num_steps)
+    lengths = ((grid[1:] - grid[:-1]) ** late).tolist()
+    return list(accumulate(sum(lengths[g] for g in it.grid) / len(it.grid) for it in schedule))
 
 
 @dataclass(frozen=True)
