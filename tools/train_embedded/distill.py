@@ -19,7 +19,7 @@ from magi.sampling.guidance import guidance_weights
 from magi.sampling.schedule import time_grid
 
 from .components import components_of
-from .loop import Training, add_arguments, lengths_of
+from .loop import Training, add_arguments, lengths_of, start
 from .train import BASE, Trained, clean_latents
 from .videos import CHUNK_FRAMES, Pool, Video, windows
 from .windows import Batch, Window, WindowChunk, WindowDrawer, collate
@@ -132,8 +132,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="highest rate of AdamW (default: %(default)g)")
     parser.set_defaults(chunks=["2=0.5", "4=0.5"])
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
+    start(args)
     base = torch.load(args.base, weights_only=True, map_location=args.device)["average"]
     teacher, student = Trained(BASE).to(args.device), Trained(STUDENT).to(args.device)
     teacher.load_state_dict(base)
@@ -141,9 +140,8 @@ def main() -> None:
     student.text.requires_grad_(False)
     layers = student.transformer.videodit_blocks["layers"]
     training = Training(student, layers, args.out, args.rate, MUON_RATE)
-    torch.manual_seed(training.step)
-    chunks, rng = lengths_of(args.chunks), random.Random(training.step)  # noqa: S311
-    pool = Pool(components_of(args.out), max(chunks), POOL, training.seed)
+    chunks, rng = lengths_of(args.chunks), training.rng
+    pool = Pool(components_of(args.out), max(chunks), POOL, training.first_seed)
     drawn = {
         steps: windows(
             pool,

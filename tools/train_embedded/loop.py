@@ -1,13 +1,19 @@
-"""The training loop that base and distilled model share: optimizers, rates, averaged weights, log, and a state to resume from."""
+"""The training loop that base and distilled model share: optimizers, rates, averaged weights, log, and a state to resume from.
+
+Several processes started by torchrun train on batches of their own with the mean of their gradients.
+"""
 
 import argparse
 import json
+import os
+import random
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from magi.system.whole_files import put_in_place
@@ -17,6 +23,7 @@ from .videos import Pool
 WARMUP = 300  # steps
 AVERAGE = 0.999  # of the weights, per step
 SAVE_SECONDS = 120.0
+_SEEDS = 10**8  # of the videos of one process
 USES = 4  # how often a video of the pool is drawn, on average
 
 
@@ -40,6 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def lengths_of(items: list[str]) -> dict[int, float]:
     """Returns the lengths of videos and their weights, as the command line has them."""
     return {int(length): float(weight) for length, weight in (item.split("=") for item in items)}
+
+
+def start(args: argparse.Namespace) -> None:
+    """Sets threads and numbers as training wants them, and joins the other processes, if torchrun started this one."""
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+
+
+def rank_and_count() -> tuple[int, int]:
+    """Returns the number of this process and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -82,6 +103,11 @@ class Training:
             self.step, self.samples, self.seconds, self.seed = (
                 saved[name] for name in ("step", "samples", "seconds", "seed")
             )
+        # Every process draws other videos, windows and noise, and other ones after each start.
+        rank, count = rank_and_count()
+        self.rng = random.Random(self.step * count + rank)  # noqa: S311
+        torch.manual_seed(self.step * count + rank)
+        self.first_seed = self.seed + rank * _SEEDS
         self.peaks = [
             rate if group is not self.optimizers[0].param_groups[0] else muon_rate for group in self._groups()
         ]
@@ -95,6 +121,7 @@ class Training:
             steps: to end at.
             every: steps between lines of the log.
         """
+        rank, count = rank_and_count()
         recent: deque[float] = deque(maxlen=every)
         last = saved_at = time.monotonic()
         replaced = 0.0
@@ -106,17 +133,20 @@ class Training:
                 loss, samples = loss_of()
                 self.model.zero_grad(set_to_none=True)
                 loss.backward()
+                self._share_gradients(count)
                 nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 for optimizer in self.optimizers:
                     optimizer.step()
                 self._average()
                 recent.append(loss.item())
-                self.step, self.samples, self.seed = self.step + 1, self.samples + samples, pool.next_seed
+                self.step, self.samples, self.seed = self.step + 1, self.samples + samples * count, pool.next_seed
                 replaced += samples / USES
                 pool.replace(int(replaced))
                 replaced %= 1
                 now = time.monotonic()
                 self.seconds, last = self.seconds + now - last, now
+                if rank:
+                    continue
                 if self.step % every == 0 or self.step == steps:
                     row = {"step": self.step, "samples": self.samples, "loss": round(sum(recent) / len(recent), 4)}
                     row |= {"seconds": round(self.seconds), "rate": round(share, 3), "chunks": pool.chunks}
@@ -125,6 +155,16 @@ class Training:
                 if now - saved_at > SAVE_SECONDS or self.step == steps:
                     self.save()
                     saved_at = now
+
+    def _share_gradients(self, count: int) -> None:
+        """Puts the mean of all processes' gradients in place of this one's."""
+        if count == 1:
+            return
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        every = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
+        dist.all_reduce(every)
+        for parameter, mean in zip(trained, (every / count).split([p.numel() for p in trained]), strict=True):
+            parameter.grad = mean.view_as(parameter)
 
     def save(self) -> None:
         """Writes the state, whole or not at all."""

@@ -18,7 +18,7 @@ from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 from . import world
 from .components import components_of
 from .forward import TrainingTransformer
-from .loop import Training, add_arguments, lengths_of
+from .loop import Training, add_arguments, lengths_of, start
 from .text import CAPTION_TOKENS, WIDTH, TextEncoder
 from .videos import CHUNK_FRAMES, Pool, Video, padded, prefix_rows, windows
 from .windows import Window, WindowDrawer, collate
@@ -99,20 +99,17 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="state.pt of another run, whose weights a new run begins with")
     parser.set_defaults(chunks=["1=1"])
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(0)
+    start(args)
     model = Trained(BASE).to(args.device)
     if args.init:
         model.load_state_dict(torch.load(args.init, weights_only=True, map_location=args.device)["average"])
     layers = model.transformer.videodit_blocks["layers"]
     training = Training(model, layers, args.out, args.rate, MUON_RATE)
-    torch.manual_seed(training.step)
     if args.compile:
         for block in layers:
             block.compile(dynamic=False)
-    chunks, rng = lengths_of(args.chunks), random.Random(training.step)  # noqa: S311
-    pool = Pool(components_of(args.out), max(chunks), POOL, training.seed)
+    chunks, rng = lengths_of(args.chunks), training.rng
+    pool = Pool(components_of(args.out), max(chunks), POOL, training.first_seed)
     drawn = windows(pool, WindowDrawer(BASE, windows=(1, 2, 4), passes=PASSES), chunks, args.batch, rng)
 
     def loss() -> tuple[torch.Tensor, int]:
