@@ -137,7 +137,8 @@ def main() -> None:
     teacher, student = Trained(BASE).to(args.device), Trained(STUDENT).to(args.device)
     teacher.load_state_dict(base)
     student.load_state_dict(base)
-    student.text.requires_grad_(False)
+    for part in (student.text, student.hints):
+        part.requires_grad_(False)
     layers = student.transformer.videodit_blocks["layers"]
     training = Training(student, layers, args.out, args.rate, MUON_RATE)
     chunks, rng = lengths_of(args.chunks), training.rng

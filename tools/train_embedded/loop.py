@@ -64,8 +64,8 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Returns the share of the highest learning rate: a short rise, then flat, and down to zero over the last quarter."""
-    return min(1, (step + 1) / WARMUP, 4 * max(0, steps - step) / steps)
+    """Returns the share of the highest learning rate: a short rise, then straight down to zero."""
+    return min((step + 1) / WARMUP, max(0, steps - step) / steps)
 
 
 class Training:

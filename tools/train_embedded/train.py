@@ -15,9 +15,10 @@ from torch import nn
 
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 
-from . import world
+from . import hints, world
 from .components import components_of
 from .forward import TrainingTransformer
+from .hints import Hints
 from .loop import Training, add_arguments, lengths_of, start
 from .text import CAPTION_TOKENS, WIDTH, TextEncoder
 from .videos import CHUNK_FRAMES, Pool, Video, padded, prefix_rows, windows
@@ -59,6 +60,7 @@ class Trained(nn.Module):
         super().__init__()
         self.transformer = TrainingTransformer(config.model)
         self.text = TextEncoder()
+        self.hints = Hints(config.model.hidden_size, config.model.patch_size)
 
     def captions(
         self, videos: list[Video], chosen: list[Window], rng: random.Random
@@ -72,16 +74,23 @@ class Trained(nn.Module):
         return embeds.unflatten(0, shape), lengths.unflatten(0, shape)
 
     def loss(self, videos: list[Video], chosen: list[Window], rng: random.Random) -> torch.Tensor:
-        """Returns the flow-matching loss of a batch of windows of equal length."""
+        """Returns the loss of a batch of windows of equal length: flow matching, and a little of `hints.py`."""
         device = self.text.special.device
         batch = collate(chosen, CHUNK_FRAMES).to(device)
         clean = clean_latents(videos, chosen).to(device)
         noise = torch.randn(clean.shape, device=device)
         embeds, lengths = self.captions(videos, chosen, rng)
-        velocity = self.transformer(
-            batch.latents(clean, noise), captions=embeds, lengths=lengths * batch.captioned, **batch.inputs()
+        velocity, hidden = self.transformer(
+            batch.latents(clean, noise),
+            captions=embeds,
+            lengths=lengths * batch.captioned,
+            **batch.inputs(),
+            tap=hints.LAYER,
         )
-        return batch.loss(velocity, clean, noise)
+        numbers = torch.cat([v.numbers[[c.chunk for c in w]] for v, w in zip(videos, chosen, strict=True)]).to(device)
+        shapes = torch.tensor([v.shape for v in videos], device=device).repeat_interleave(len(chosen[0]))
+        hint = self.hints.loss(hidden, numbers, shapes, batch.learned.any(-1).flatten())
+        return batch.loss(velocity, clean, noise) + hints.WEIGHT * hint
 
 
 def clean_latents(videos: list[Video], chosen: list[Window]) -> torch.Tensor:
@@ -102,7 +111,8 @@ def main() -> None:
     start(args)
     model = Trained(BASE).to(args.device)
     if args.init:
-        model.load_state_dict(torch.load(args.init, weights_only=True, map_location=args.device)["average"])
+        known = torch.load(args.init, weights_only=True, map_location=args.device)["average"]
+        model.load_state_dict(model.state_dict() | known)
     layers = model.transformer.videodit_blocks["layers"]
     training = Training(model, layers, args.out, args.rate, MUON_RATE)
     if args.compile:

@@ -12,6 +12,7 @@ from magi.sampling.special_tokens import STYLES, SpecialTokens
 from . import world
 from .captions import captions
 from .components import PATCH, Components
+from .hints import numbers
 from .text import PAD, SPECIAL_ROWS, UNKNOWN, tokenize
 from .windows import Window, WindowDrawer
 
@@ -32,11 +33,15 @@ class Video:
         latents: (chunks, 16, 6, 8, 8) float16.
         tokens: token ids of each chunk's caption.
         picture: whether its first latent frame is a picture: its four frames are the same.
+        numbers: what the scene is in numbers (`hints.py`), (chunks, 6, 7).
+        shape: the index of its shape.
     """
 
     latents: torch.Tensor
     tokens: list[list[int]]
     picture: bool
+    numbers: torch.Tensor
+    shape: int
 
 
 def make(components: Components, seed: int, chunks: int) -> Video:
@@ -51,7 +56,7 @@ def make(components: Components, seed: int, chunks: int) -> Video:
         [UNKNOWN if rng.random() < _LOST_WORDS else token for token in caption[:-1]] + caption[-1:]
         for caption in tokenize(captions(scene, seed))
     ]
-    return Video(latents.to(torch.float16), tokens, picture)
+    return Video(latents.to(torch.float16), tokens, picture, numbers(scene), world.SHAPES.index(scene.shape))
 
 
 class Pool:
