@@ -48,7 +48,7 @@ BASE = MagiConfig(
     ),
     EngineConfig(),
 )
-POOL = 4096  # videos
+POOL = 2048  # videos
 MUON_RATE = 0.01
 PASSES = {"text": 0.75, "prev": 0.15, "independent": 0.1}
 

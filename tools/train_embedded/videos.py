@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,16 +65,28 @@ class Pool:
     def __init__(self, components: Components, chunks: int, size: int, first_seed: int) -> None:
         """Makes `size` videos of as many chunks, of the seeds from `first_seed` on."""
         self.components, self.chunks, self.next_seed = components, chunks, first_seed
-        self.videos = [self._new() for _ in range(size)]
+        # One block for all: small tensors that stay would keep the memory between them, which is much more, from being freed.
+        self._latents = torch.empty(size, chunks, *latent_shape(), dtype=torch.float16)
+        self.videos: list[Video] = []
+        for place in range(size):
+            self.videos.append(self._new(place))
 
     def replace(self, count: int) -> None:
         """Replaces the oldest videos."""
         for _ in range(count):
-            self.videos[self.next_seed % len(self.videos)] = self._new()
+            place = self.next_seed % len(self.videos)
+            self.videos[place] = self._new(place)
 
-    def _new(self) -> Video:
+    def draw(self, rng: random.Random, chunks: int) -> Video:
+        """Returns the first chunks of one of the videos; replacing it later does not change it."""
+        video = rng.choice(self.videos)
+        return replace(video, latents=video.latents[:chunks].clone())
+
+    def _new(self, place: int) -> Video:
+        video = make(self.components, self.next_seed, self.chunks)
         self.next_seed += 1
-        return make(self.components, self.next_seed - 1, self.chunks)
+        self._latents[place] = video.latents
+        return replace(video, latents=self._latents[place])
 
 
 def windows(
@@ -92,7 +104,8 @@ def windows(
     waiting: dict[int, tuple[list[Video], list[Window]]] = {}
     lengths, weights = list(chunks), list(chunks.values())
     while True:
-        video, length = rng.choice(pool.videos), rng.choices(lengths, weights)[0]
+        length = rng.choices(lengths, weights)[0]
+        video = pool.draw(rng, length)
         window = drawer.draw(length, rng, video.picture)
         batch = waiting.setdefault(len(window), ([], []))
         batch[0].append(video)
