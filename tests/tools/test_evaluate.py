@@ -15,7 +15,7 @@ class Perfect:
     scenes: dict = field(default_factory=dict)
     change: object = None
 
-    def video(self, prompts, seed, *, video=None, image=None):
+    def video(self, prompts, seed, *, video=None, image=None, continue_seconds=None):
         scene = self.scenes[prompts[0]]
         if self.change:
             scene = self.change(scene)

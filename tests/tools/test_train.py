@@ -113,9 +113,12 @@ def test_what_is_drawn_from_the_pool(folder):
                 assert window[0].prefix_frames == 1
             assert len(prefix_rows(window, rng)) == len(window)
     assert seen == {1, 2}
-    before = list(pool.videos)
-    pool.replace(5)
-    assert sum(a is not b for a, b in zip(before, pool.videos, strict=True)) == 5
+    held = pool.draw(random.Random(3), 2)
+    kept = held.latents.clone()
+    pool.replace(16)
+    assert pool.next_seed == 32
+    assert torch.equal(held.latents, kept)
+    assert not torch.equal(pool.draw(random.Random(3), 2).latents, kept)
 
 
 def test_the_teacher_runs_the_passes_of_the_base_model():

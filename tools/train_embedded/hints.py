@@ -17,7 +17,7 @@ from . import world
 LAYER = 2  # after which the tokens are asked
 WEIGHT = 0.1  # of this loss beside that of velocities
 _SCALE = 16.0  # pixels that count as one
-_NUMBERS = 7  # place (2), radius, velocity (2), growth, turn
+NUMBERS = 7  # place (2), radius, velocity (2), growth, turn
 
 
 def numbers(scene: world.Scene) -> torch.Tensor:
@@ -53,7 +53,7 @@ class Hints(nn.Module):
             nn.LayerNorm(hidden_size),
             nn.Linear(hidden_size, hidden_size),
             nn.SiLU(),
-            nn.Linear(hidden_size, _NUMBERS + len(world.SHAPES)),
+            nn.Linear(hidden_size, NUMBERS + len(world.SHAPES)),
         )
 
     def loss(
@@ -75,9 +75,9 @@ class Hints(nn.Module):
         place = torch.stack([index % columns, index // columns], dim=-1).float() + 0.5  # (tokens, 2) as x, y
         expected = numbers[:, :, None].expand(-1, -1, cells, -1).clone()
         expected[..., :2] -= place * (self.side / _SCALE)  # seen from the token
-        wrong = F.smooth_l1_loss(said[..., :_NUMBERS], expected, reduction="none").mean(dim=(1, 2, 3))
+        wrong = F.smooth_l1_loss(said[..., :NUMBERS], expected, reduction="none").mean(dim=(1, 2, 3))
         named = F.cross_entropy(
-            said[..., _NUMBERS:].flatten(0, 2), shapes.repeat_interleave(frames * cells), reduction="none"
+            said[..., NUMBERS:].flatten(0, 2), shapes.repeat_interleave(frames * cells), reduction="none"
         )
         every = wrong + 0.1 * named.view(count, -1).mean(1)
         return (every * counted).sum() / counted.sum().clamp_min(1)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -12,7 +12,7 @@ from magi.sampling.special_tokens import STYLES, SpecialTokens
 from . import world
 from .captions import captions
 from .components import PATCH, Components
-from .hints import numbers
+from .hints import NUMBERS, numbers
 from .text import PAD, SPECIAL_ROWS, UNKNOWN, tokenize
 from .windows import Window, WindowDrawer
 
@@ -60,33 +60,35 @@ def make(components: Components, seed: int, chunks: int) -> Video:
 
 
 class Pool:
-    """Videos of which some are replaced by new ones all the time."""
+    """Videos of which some are replaced by new ones all the time.
+
+    All tensors lie in two blocks of memory: thousands of small ones that stay would each keep the hole that the large temporary
+    ones beside it leave, gigabytes in all.
+    """
 
     def __init__(self, components: Components, chunks: int, size: int, first_seed: int) -> None:
         """Makes `size` videos of as many chunks, of the seeds from `first_seed` on."""
         self.components, self.chunks, self.next_seed = components, chunks, first_seed
-        # One block for all: small tensors that stay would keep the memory between them, which is much more, from being freed.
         self._latents = torch.empty(size, chunks, *latent_shape(), dtype=torch.float16)
-        self.videos: list[Video] = []
-        for place in range(size):
-            self.videos.append(self._new(place))
+        self._numbers = torch.empty(size, chunks, CHUNK_FRAMES, NUMBERS)
+        self._others: list[tuple[list[list[int]], bool, int]] = [([], False, 0)] * size  # tokens, picture, shape
+        self.replace(size)
 
     def replace(self, count: int) -> None:
         """Replaces the oldest videos."""
         for _ in range(count):
-            place = self.next_seed % len(self.videos)
-            self.videos[place] = self._new(place)
+            place = self.next_seed % len(self._others)
+            video = make(self.components, self.next_seed, self.chunks)
+            self._latents[place], self._numbers[place] = video.latents, video.numbers
+            self._others[place] = video.tokens, video.picture, video.shape
+            self.next_seed += 1
 
     def draw(self, rng: random.Random, chunks: int) -> Video:
         """Returns the first chunks of one of the videos; replacing it later does not change it."""
-        video = rng.choice(self.videos)
-        return replace(video, latents=video.latents[:chunks].clone())
-
-    def _new(self, place: int) -> Video:
-        video = make(self.components, self.next_seed, self.chunks)
-        self.next_seed += 1
-        self._latents[place] = video.latents
-        return replace(video, latents=self._latents[place])
+        place = rng.randrange(len(self._others))
+        tokens, picture, shape = self._others[place]
+        latents, numbers = (block[place, :chunks].clone() for block in (self._latents, self._numbers))
+        return Video(latents, tokens[:chunks], picture, numbers, shape)
 
 
 def windows(
