@@ -12,7 +12,7 @@ from magi.sampling.schedule import Schedule, time_grid
 from magi.sampling.special_tokens import SpecialTokens
 from magi.text.encoder import TextEncoder
 from magi.text.t5_tokenizer import load_tokenizer
-from tools.train_embedded import components, distill, text, train, world
+from tools.train_embedded import components, distill, text, train, videos, world
 from tools.train_embedded.captions import captions
 from tools.train_embedded.export import export
 from tools.train_embedded.videos import Pool, make, padded, prefix_rows, windows
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, monkeypatch):
     """(arguments) -> the rows of the log after a run with them."""
-    monkeypatch.setattr(train, "POOL", 24)
+    monkeypatch.setattr(videos, "POOL", 24)
 
     def run(*arguments):
         options = ["--out", folder, "--batch", 8, "--every", 2, "--threads", 1, "--device", "cpu", *arguments]
@@ -99,7 +99,7 @@ def test_a_picture_is_one_latent_frame(folder):
 
 
 def test_what_is_drawn_from_the_pool(folder):
-    pool, rng = Pool(components.components_of(folder), 2, 16, 0), random.Random(0)
+    pool, rng = Pool(components.components_of(folder), 2, 0, 16), random.Random(0)
     drawn = windows(pool, WindowDrawer(train.BASE), {1: 1.0, 2: 1.0}, 6, rng)
     seen = set()
     for _ in range(30):
@@ -113,10 +113,11 @@ def test_what_is_drawn_from_the_pool(folder):
                 assert window[0].prefix_frames == 1
             assert len(prefix_rows(window, rng)) == len(window)
     assert seen == {1, 2}
+    assert pool.next_seed > 32, "drawing renews the pool"
     held = pool.draw(random.Random(3), 2)
-    kept = held.latents.clone()
+    kept, seed = held.latents.clone(), pool.next_seed
     pool.replace(16)
-    assert pool.next_seed == 32
+    assert pool.next_seed == seed + 16
     assert torch.equal(held.latents, kept)
     assert not torch.equal(pool.draw(random.Random(3), 2).latents, kept)
 
@@ -126,7 +127,7 @@ def test_the_teacher_runs_the_passes_of_the_base_model():
     base, student = train.BASE.with_runtime(num_steps=16), distill.STUDENT.with_runtime(num_steps=16)
     schedule = Schedule.of(base.runtime, 5, 0)
     for it in list(schedule)[::5]:
-        passes = distill.teacher_windows(window_at(it, schedule, student, "text"), base)
+        passes = distill.teacher_windows(window_at(it, schedule, student, "text"))
         for kind in ("text", "prev"):
             expected = window_at(it, schedule, base, kind)
             for ours, theirs in zip(passes[kind], expected, strict=True):
@@ -156,7 +157,7 @@ def test_steps_end_where_the_next_begin(steps):
 
 def test_distilling_is_resumed_and_keeps_the_text_encoder(run, folder, tmp_path, monkeypatch):
     run("--steps", 6)
-    monkeypatch.setattr(distill, "POOL", 8)
+    monkeypatch.setattr(videos, "POOL", 8)
     out = tmp_path / "student"
     out.mkdir()
     (out / "components.pt").write_bytes((folder / "components.pt").read_bytes())

@@ -11,30 +11,32 @@ import argparse
 import dataclasses
 import random
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from magi.config import MagiConfig
-from magi.sampling.guidance import guidance_weights
+from magi.sampling.guidance import combine, guidance_weights
 from magi.sampling.schedule import time_grid
 
+from . import videos
 from .components import components_of
-from .loop import Training, add_arguments, lengths_of, start
+from .loop import Training, add_arguments, add_chunks, lengths_of, start
 from .train import BASE, Trained, clean_latents
 from .videos import CHUNK_FRAMES, Pool, Video, windows
-from .windows import Batch, Window, WindowChunk, WindowDrawer, collate
+from .windows import Batch, PassKind, Window, WindowChunk, WindowDrawer, collate
 
 STUDENT = BASE.as_variant(distill=True)
 STEPS = (8, 12, 16)  # of the student
-POOL = 2048
 PASSES = {"text": 0.85, "independent": 0.15}
 MUON_RATE = 0.005
+_KINDS: tuple[PassKind, ...] = get_args(PassKind)
 
 
-def teacher_windows(window: Window, config: MagiConfig) -> dict[str, Window]:
+def teacher_windows(window: Window) -> dict[PassKind, Window]:
     """Returns the base model's windows for a student's window: its three passes over the same chunks."""
 
-    def of(kind: str, chunk: WindowChunk, index: int) -> WindowChunk:
+    def of(kind: PassKind, chunk: WindowChunk, index: int) -> WindowChunk:
         own = kind == "text"
         if chunk.clean:
             return dataclasses.replace(chunk, conditional=False, step_size=None)
@@ -48,7 +50,7 @@ def teacher_windows(window: Window, config: MagiConfig) -> dict[str, Window]:
             step_size=None,
         )
 
-    return {kind: tuple(of(kind, c, i) for i, c in enumerate(window)) for kind in ("text", "prev", "independent")}
+    return {kind: tuple(of(kind, c, i) for i, c in enumerate(window)) for kind in _KINDS}
 
 
 class Teacher:
@@ -63,23 +65,22 @@ class Teacher:
         self, chosen: list[Window], latents: torch.Tensor, embeds: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
         """Returns the guided velocities of a batch of windows of equal length, (B, n, 16, W, h, w)."""
-        passes = [teacher_windows(window, BASE) for window in chosen]
-        batch = collate([p[kind] for kind in ("text", "prev", "independent") for p in passes], CHUNK_FRAMES)
-        batch = batch.to(latents.device)
-        thrice = (3, *[1] * (latents.ndim - 1))
+        passes = [teacher_windows(window) for window in chosen]
+        batch = collate([p[kind] for kind in _KINDS for p in passes], CHUNK_FRAMES).to(latents.device)
+        count = len(_KINDS)
         every = self.model.transformer(
-            latents.repeat(thrice),
-            captions=embeds.repeat(3, 1, 1, 1),
-            lengths=lengths.repeat(3, 1) * batch.captioned,
+            latents.repeat(count, *[1] * (latents.ndim - 1)),
+            captions=embeds.repeat(count, 1, 1, 1),
+            lengths=lengths.repeat(count, 1) * batch.captioned,
             **batch.inputs(),
         )
-        weights = [[guidance_weights(c.time, self.runtime) for c in window] for window in chosen]
-        found = dict(zip(("text", "prev", "independent"), every.chunk(3), strict=True))
-        total = torch.zeros_like(latents)
-        for name, velocity in found.items():
-            share = torch.tensor([[getattr(w, name) for w in row] for row in weights], device=latents.device)
-            total += share[..., None, None, None, None] * velocity
-        return total
+        found = dict(zip(_KINDS, every.chunk(count), strict=True))
+        guided = [
+            combine(guidance_weights(chunk.time, self.runtime), {kind: v[row, i] for kind, v in found.items()})
+            for row, window in enumerate(chosen)
+            for i, chunk in enumerate(window)
+        ]
+        return torch.stack(guided).view_as(latents)
 
     def two_steps(
         self, chosen: list[Window], ends: torch.Tensor, latents: torch.Tensor, batch: Batch, *caption: torch.Tensor
@@ -108,14 +109,14 @@ def end_times(chosen: list[Window], num_steps: int) -> torch.Tensor:
 
 
 def loss_of(
-    student: Trained, teacher: Teacher, videos: list[Video], chosen: list[Window], num_steps: int, rng: random.Random
+    student: Trained, teacher: Teacher, clips: list[Video], chosen: list[Window], num_steps: int, rng: random.Random
 ) -> torch.Tensor:
     """Returns how far the student's velocities are from the mean of the teacher's two steps."""
     device = student.text.special.device
-    batch, clean = collate(chosen, CHUNK_FRAMES).to(device), clean_latents(videos, chosen).to(device)
+    batch, clean = collate(chosen, CHUNK_FRAMES).to(device), clean_latents(clips, chosen).to(device)
     latents = batch.latents(clean, torch.randn(clean.shape, device=device))
     with torch.no_grad():
-        embeds, lengths = student.captions(videos, chosen, rng)
+        embeds, lengths = student.captions(clips, chosen, rng)
     lengths = lengths * batch.captioned
     target = teacher.two_steps(chosen, end_times(chosen, num_steps).to(device), latents, batch, embeds, lengths)
     velocity = student.transformer(latents, captions=embeds, lengths=lengths, **batch.inputs())
@@ -126,11 +127,9 @@ def main() -> None:
     """Distils."""
     parser = argparse.ArgumentParser(description="Distils the embedded base model.")
     add_arguments(parser)
+    add_chunks(parser)
     parser.add_argument("--base", type=Path, required=True, help="state.pt of the base model's training")
-    parser.add_argument("--steps", type=int, default=4000, help="of training (default: %(default)d)")
-    parser.add_argument("--batch", type=int, default=32, help="chunks of a batch (default: %(default)d)")
-    parser.add_argument("--rate", type=float, default=1e-3, help="highest rate of AdamW (default: %(default)g)")
-    parser.set_defaults(chunks=["2=0.5", "4=0.5"])
+    parser.set_defaults(steps=4000, batch=32, rate=1e-3, chunks=["2=0.5", "4=0.5"])
     args = parser.parse_args()
     start(args)
     base = torch.load(args.base, weights_only=True, map_location=args.device)["average"]
@@ -139,10 +138,9 @@ def main() -> None:
     student.load_state_dict(base)
     for part in (student.text, student.hints):
         part.requires_grad_(False)
-    layers = student.transformer.videodit_blocks["layers"]
-    training = Training(student, layers, args.out, args.rate, MUON_RATE)
+    training = Training(student, student.transformer.videodit_blocks["layers"], args, MUON_RATE)
     chunks, rng = lengths_of(args.chunks), training.rng
-    pool = Pool(components_of(args.out), max(chunks), POOL, training.first_seed)
+    pool = Pool(components_of(args.out), max(chunks), training.first_seed, videos.POOL)
     drawn = {
         steps: windows(
             pool,
@@ -157,10 +155,11 @@ def main() -> None:
 
     def loss() -> tuple[torch.Tensor, int]:
         steps = rng.choice(STEPS)
-        videos, chosen = next(drawn[steps])
-        return loss_of(student, guide, videos, chosen, steps, rng), len(videos)
+        clips, chosen = next(drawn[steps])
+        training.seed = pool.next_seed
+        return loss_of(student, guide, clips, chosen, steps, rng), len(clips)
 
-    training.run(loss, pool, args.steps, args.every)
+    training.run(loss)
 
 
 if __name__ == "__main__":

@@ -81,13 +81,12 @@ def _scene(seed: int, chunks: int, changes: float = 0.0) -> world.Scene:
 
 def _matches(seen: Seen | None, scene: world.Scene, chunk: int) -> dict[str, bool]:
     """Returns what of a second is as the scene has it."""
-    expected = world.shown_motions(scene)[chunk]
     return {
         "object": seen is not None,
         "background": seen is not None and seen.background == scene.background,
         "colour": seen is not None and seen.colour == scene.colours[chunk],
         "shape": seen is not None and seen.shape == scene.shape,
-        "motion": seen is not None and seen.motion == (expected or scene.motions[chunk]),
+        "motion": seen is not None and seen.motion == world.shown_or_asked(scene)[chunk],
     }
 
 

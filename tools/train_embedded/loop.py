@@ -1,4 +1,4 @@
-"""The training loop that base and distilled model share: optimizers, rates, averaged weights, log, and a state to resume from.
+"""The training loop that base model, distilled model and VAE share: optimizers, rates, averaged weights, log, and a state to resume from.
 
 Several processes started by torchrun train on batches of their own with the mean of their gradients.
 """
@@ -18,29 +18,33 @@ from torch import nn
 
 from magi.system.whole_files import put_in_place
 
-from .videos import Pool
-
 WARMUP = 300  # steps
 AVERAGE = 0.999  # of the weights, per step
 SAVE_SECONDS = 120.0
 _SEEDS = 10**8  # of the videos of one process
-USES = 4  # how often a video of the pool is drawn, on average
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a training run."""
+    """Adds the options of a training run; `steps`, `batch` and `rate` need a default."""
     parser.add_argument("--out", type=Path, required=True, help="folder for the state and the log")
+    parser.add_argument("--steps", type=int, help="of training (default: %(default)d)")
+    parser.add_argument("--batch", type=int, help="chunks, or tiles, of a batch (default: %(default)d)")
+    parser.add_argument("--rate", type=float, help="highest rate of AdamW (default: %(default)g)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--every", type=int, default=100, help="steps between lines of the log (default: %(default)d)")
     parser.add_argument(
         "--compile", action="store_true", help="compile the layers: a minute more, then a seventh faster"
     )
+
+
+def add_chunks(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for the lengths of the videos."""
     parser.add_argument(
         "--chunks",
         nargs="+",
         metavar="LENGTH=WEIGHT",
-        help="lengths of the videos, in chunks, and how often each is drawn",
+        help="lengths of the videos, in chunks, and how often each is drawn (default: %(default)s)",
     )
 
 
@@ -71,24 +75,24 @@ def rate_at(step: int, steps: int) -> float:
 class Training:
     """A run: the model, its optimizers, the average of its weights over the last steps, and how far it is."""
 
-    def __init__(self, model: nn.Module, layers: nn.Module, folder: Path, rate: float, muon_rate: float) -> None:
-        """Takes up the run in `folder`, if there is one.
+    def __init__(self, model: nn.Module, layers: nn.ModuleList, args: argparse.Namespace, muon_rate: float) -> None:
+        """Takes up the run in the folder `args.out`, if there is one.
 
         Args:
             model: what is trained: those of its parameters that need a gradient.
             layers: a part of it, whose matrices Muon takes; AdamW takes all else.
-            folder: of the state and the log.
-            rate: the highest learning rate of AdamW.
-            muon_rate: that of Muon.
+            args: the options of `add_arguments`.
+            muon_rate: the highest learning rate of Muon.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model, self.state, self.log = model, folder / "state.pt", folder / "log.jsonl"
+        self.args, self.model = args, model
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.state, self.log = args.out / "state.pt", args.out / "log.jsonl"
         chosen = {id(p) for p in layers.parameters() if p.ndim == 2}
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Muon([p for p in trained if id(p) in chosen], lr=muon_rate, momentum=0.95, weight_decay=0.01),
             torch.optim.AdamW(
-                [p for p in trained if id(p) not in chosen], lr=rate, betas=(0.9, 0.99), weight_decay=0.0
+                [p for p in trained if id(p) not in chosen], lr=args.rate, betas=(0.9, 0.99), weight_decay=0.0
             ),
         ]
         self.average = {name: x.detach().clone() for name, x in model.state_dict().items()}
@@ -108,28 +112,29 @@ class Training:
         self.rng = random.Random(self.step * count + rank)  # noqa: S311
         torch.manual_seed(self.step * count + rank)
         self.first_seed = self.seed + rank * _SEEDS
-        self.peaks = [
-            rate if group is not self.optimizers[0].param_groups[0] else muon_rate for group in self._groups()
-        ]
+        self.peaks = (muon_rate, args.rate)
+        if args.compile:
+            for layer in layers:
+                layer.compile(dynamic=False)
 
-    def run(self, loss_of: Callable[[], tuple[torch.Tensor, int]], pool: Pool, steps: int, every: int) -> None:
-        """Trains up to so many steps, with a line in the log every so often and the state every two minutes.
+    def run(
+        self, loss_of: Callable[[], tuple[torch.Tensor, int]], measure: Callable[[], dict[str, float]] = dict
+    ) -> None:
+        """Trains up to `args.steps`, with a line in the log every so often and the state every two minutes.
 
         Args:
-            loss_of: draws a batch and returns its loss and its number of samples.
-            pool: whose videos are replaced once they have been drawn `USES` times, on average.
-            steps: to end at.
-            every: steps between lines of the log.
+            loss_of: draws a batch and returns its loss and its number of samples. It sets `seed` to that of the next new video.
+            measure: returns what else goes into a line of the log.
         """
         rank, count = rank_and_count()
+        steps, every = self.args.steps, self.args.every
         recent: deque[float] = deque(maxlen=every)
         last = saved_at = time.monotonic()
-        replaced = 0.0
         with self.log.open("a", encoding="utf-8") as log:
             while self.step < steps:
                 share = rate_at(self.step, steps)
-                for group, peak in zip(self._groups(), self.peaks, strict=True):
-                    group["lr"] = peak * share
+                for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+                    optimizer.param_groups[0]["lr"] = peak * share
                 loss, samples = loss_of()
                 self.model.zero_grad(set_to_none=True)
                 loss.backward()
@@ -139,17 +144,14 @@ class Training:
                     optimizer.step()
                 self._average()
                 recent.append(loss.item())
-                self.step, self.samples, self.seed = self.step + 1, self.samples + samples * count, pool.next_seed
-                replaced += samples / USES
-                pool.replace(int(replaced))
-                replaced %= 1
+                self.step, self.samples = self.step + 1, self.samples + samples * count
                 now = time.monotonic()
                 self.seconds, last = self.seconds + now - last, now
                 if rank:
                     continue
                 if self.step % every == 0 or self.step == steps:
                     row = {"step": self.step, "samples": self.samples, "loss": round(sum(recent) / len(recent), 4)}
-                    row |= {"seconds": round(self.seconds), "rate": round(share, 3), "chunks": pool.chunks}
+                    row |= {"seconds": round(self.seconds), "rate": round(share, 3), **measure()}
                     log.write(json.dumps(row) + "\n")
                     log.flush()
                 if now - saved_at > SAVE_SECONDS or self.step == steps:
@@ -177,9 +179,6 @@ class Training:
         part = self.state.with_suffix(".part")
         torch.save(content, part)
         put_in_place(part, self.state)
-
-    def _groups(self) -> list[dict]:
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _average(self) -> None:
         keep = min(AVERAGE, (1 + self.step) / (10 + self.step))

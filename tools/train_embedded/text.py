@@ -107,8 +107,3 @@ class TextEncoder(nn.Module):
         there = torch.cat([before, held], dim=1)
         order = (~there).to(torch.uint8).argsort(dim=1, stable=True)  # those that are there first
         return every.gather(1, order[..., None].expand_as(every)), there.sum(1)
-
-    def state_for_inference(self) -> dict[str, torch.Tensor]:
-        """Returns T5's weights by their official names."""
-        state = self.t5.state_dict()
-        return {name: x for name, x in state.items() if name != "encoder.embed_tokens.weight"}

@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from magi.vae.model import PATCH_VALUES, Decoder, Encoder, VAEConfig
 
 from . import world
 from .components import PATCH, Components, components_of
+from .loop import Training, add_arguments, start
 
 CONFIG = {
     "video_size": world.SIZE,
@@ -41,7 +41,6 @@ CONFIG = {
 }
 TILE = 12  # frames that are encoded and decoded at a time, as published
 NOISE = 0.1  # largest standard deviation of the noise on latents
-WARMUP = 200  # steps
 MUON = 50  # its rate, which the matrices of the blocks get, over that of AdamW, which all else gets
 _Z, _WIDTH = LATENT_CHANNELS, 128
 _STEADY = 64.0  # a constant beside which a signal hardly moves a layer norm's deviation: the norm becomes linear
@@ -141,84 +140,40 @@ def psnr(components: Components, decoder: Decoder, seeds: range) -> float:
     with torch.no_grad():
         for seed in seeds:
             frames = np.ascontiguousarray(world.frames(world.draw(seed, 1, held_out=True))[:TILE])
-            decoded = decoder(components.latents(frames)[None], _nothing)
+            latents = components.latents(frames)[None].to(decoder.cls_token.device)
+            decoded = decoder(latents, _nothing).cpu()
             errors.append(float((decoded.clamp(-1, 1) - to_model(torch.from_numpy(frames))).square().mean()))
     return 10 * math.log10(4 / (sum(errors) / len(errors)))
 
 
-def rate(step: int, steps: int, peak: float) -> float:
-    """Returns the learning rate: a linear rise, then half a cosine to zero."""
-    return peak * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
-
-
 def main() -> None:
-    """Trains, and writes weights and config after every 250 steps."""
+    """Trains, and writes weights and config at the end."""
     parser = argparse.ArgumentParser(description="Makes the embedded model's VAE.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the state and the log")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument(
-        "--rate", type=float, default=1e-4, help="highest learning rate of AdamW (default: %(default)g)"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_arguments(parser)
+    parser.set_defaults(steps=3000, batch=8, rate=1e-4)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    start(args)
     components = components_of(args.out)
     encoder, decoder = linear_vae(components)
-    matrices = [p for p in decoder.blocks.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in decoder.parameters() if id(p) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(matrices, lr=MUON * args.rate, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    peaks = (MUON * args.rate, args.rate)
-    state, first = args.out / "state.pt", 0
-    if state.is_file():
-        saved = torch.load(state, weights_only=True)
-        decoder.load_state_dict(saved["decoder"])
-        for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(content)
-        first = saved["step"]
-    rng = random.Random(first)  # noqa: S311
-    print({"step": first, "psnr": round(psnr(components, decoder, range(64)), 2)}, flush=True)
-    began, mean = time.monotonic(), 0.0
-    with (args.out / "log.jsonl").open("a", encoding="utf-8") as log:
-        for step in range(first, args.steps):
-            for optimizer, peak in zip(optimizers, peaks, strict=True):
-                optimizer.param_groups[0]["lr"] = rate(step, args.steps, peak)
-            loss = loss_of(decoder, *tiles(components, rng, args.batch))
-            decoder.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            value = loss.item()
-            mean = value if step == first else 0.98 * mean + 0.02 * value
-            if (step + 1) % 250 == 0 or step + 1 == args.steps:
-                row = {"step": step + 1, "loss": round(mean, 5), "seconds": round(time.monotonic() - began)}
-                row |= {"psnr": round(psnr(components, decoder, range(64)), 2)}
-                print(row, flush=True)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                content = {"decoder": decoder.state_dict(), "step": step + 1}
-                content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-                save(args.out, state_for_inference(encoder, decoder), content)
+    training = Training(decoder.to(args.device), decoder.blocks, args, MUON * args.rate)
+
+    def loss() -> tuple[torch.Tensor, int]:
+        latents, video = tiles(components, training.rng, args.batch)
+        return loss_of(decoder, latents.to(args.device), video.to(args.device)), args.batch
+
+    training.run(loss, lambda: {"psnr": round(psnr(components, decoder, range(16)), 2)})
+    decoder.load_state_dict(training.average)
+    save(args.out / "vae", state_for_inference(encoder, decoder.cpu()))
 
 
-def save(folder: Path, weights: dict[str, torch.Tensor], state: dict) -> None:
-    """Writes the weights as the pipeline reads them, and the state to resume from, each whole or not at all."""
-    vae = folder / "vae"
-    vae.mkdir(exist_ok=True)
-    part = folder / "state.part"
-    torch.save(state, part)
-    put_in_place(part, folder / "state.pt")
-    save_file(weights, vae / "part.safetensors")
-    put_in_place(vae / "part.safetensors", vae / "diffusion_pytorch_model.safetensors")
+def save(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Writes the weights and the config as the pipeline reads them, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "part.safetensors"
+    save_file(weights, part)
+    put_in_place(part, folder / "diffusion_pytorch_model.safetensors")
     config = {"model_type": "vit", "ddconfig": CONFIG}
-    write_whole(vae / "config.json", json.dumps(config, indent=1).encode())
+    write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from .hints import NUMBERS, numbers
 from .text import PAD, SPECIAL_ROWS, UNKNOWN, tokenize
 from .windows import Window, WindowDrawer
 
+POOL = 2048  # videos
+USES = 4  # how often a video is drawn before it is replaced, on average
 CHUNK_FRAMES = world.CHUNK // PATCH[0]
 _SIDE = world.SIZE // SPATIAL_DOWNSAMPLE
 _PICTURES = 0.15  # share of the videos that begin with a picture
@@ -60,15 +62,16 @@ def make(components: Components, seed: int, chunks: int) -> Video:
 
 
 class Pool:
-    """Videos of which some are replaced by new ones all the time.
+    """Videos of which some are replaced by new ones all the time: one for every `USES` that are drawn.
 
     All tensors lie in two blocks of memory: thousands of small ones that stay would each keep the hole that the large temporary
     ones beside it leave, gigabytes in all.
     """
 
-    def __init__(self, components: Components, chunks: int, size: int, first_seed: int) -> None:
+    def __init__(self, components: Components, chunks: int, first_seed: int, size: int) -> None:
         """Makes `size` videos of as many chunks, of the seeds from `first_seed` on."""
         self.components, self.chunks, self.next_seed = components, chunks, first_seed
+        self._drawn = 0
         self._latents = torch.empty(size, chunks, *latent_shape(), dtype=torch.float16)
         self._numbers = torch.empty(size, chunks, CHUNK_FRAMES, NUMBERS)
         self._others: list[tuple[list[list[int]], bool, int]] = [([], False, 0)] * size  # tokens, picture, shape
@@ -88,6 +91,9 @@ class Pool:
         place = rng.randrange(len(self._others))
         tokens, picture, shape = self._others[place]
         latents, numbers = (block[place, :chunks].clone() for block in (self._latents, self._numbers))
+        self._drawn += 1
+        if self._drawn % USES == 0:
+            self.replace(1)
         return Video(latents, tokens[:chunks], picture, numbers, shape)
 
 
