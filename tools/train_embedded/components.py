@@ -25,9 +25,9 @@ DETAILS = 96
 def pixels(frames: NDArray[np.uint8]) -> torch.Tensor:
     """Returns frames (T, H, W, 3) as numbers from -1 to 1, by patch: (T / 4, H / 8, W / 8, 3 * 4 * 8 * 8)."""
     t, h, w = (n // p for n, p in zip(frames.shape, PATCH, strict=False))
-    video = torch.from_numpy(np.ascontiguousarray(frames)).float() / 127.5 - 1
-    video = video.view(t, PATCH[0], h, PATCH[1], w, PATCH[2], 3)
-    return video.permute(0, 2, 4, 6, 1, 3, 5).flatten(3)  # (t, h, w, channel and place)
+    video = torch.from_numpy(np.ascontiguousarray(frames)).view(t, PATCH[0], h, PATCH[1], w, PATCH[2], 3)
+    patches = video.permute(0, 2, 4, 6, 1, 3, 5).flatten(3)  # (t, h, w, channel and place)
+    return patches.float().div_(127.5).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Components:
 
     def latents(self, frames: NDArray[np.uint8]) -> torch.Tensor:
         """Returns the latents of frames (T, H, W, 3): (16, T / 4, H / 8, W / 8); over the world of mean 0 and variance 1."""
-        return ((pixels(frames) - self.mean) @ self.analysis).permute(3, 0, 1, 2)
+        return (pixels(frames).sub_(self.mean) @ self.analysis).permute(3, 0, 1, 2)
 
 
 def components_of(folder: Path) -> Components:

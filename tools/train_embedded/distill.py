@@ -10,26 +10,27 @@ The same command resumes a run.
 import argparse
 import dataclasses
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
 import torch
 
-from magi.config import MagiConfig
-from magi.sampling.guidance import combine, guidance_weights
+from magi.sampling.guidance import guidance_weights
 from magi.sampling.schedule import time_grid
 
-from . import videos
+from .batches import Examples, Stream, examples
 from .components import components_of
-from .loop import Training, add_arguments, add_chunks, lengths_of, start
-from .train import BASE, Trained, clean_latents
-from .videos import CHUNK_FRAMES, Pool, Video, windows
-from .windows import Batch, PassKind, Window, WindowChunk, WindowDrawer, collate
+from .loop import Training, add_arguments, add_chunks, compile_layers, lengths_of, start
+from .train import BASE, Trained, worn
+from .videos import CHUNK_FRAMES, Video
+from .windows import Batch, PassKind, Tensors, Window, WindowChunk, WindowDrawer, collate
 
 STUDENT = BASE.as_variant(distill=True)
 STEPS = (8, 12, 16)  # of the student
 PASSES = {"text": 0.85, "independent": 0.15}
-MUON_RATE = 0.005
 _KINDS: tuple[PassKind, ...] = get_args(PassKind)
 
 
@@ -53,74 +54,113 @@ def teacher_windows(window: Window) -> dict[PassKind, Window]:
     return {kind: tuple(of(kind, c, i) for i, c in enumerate(window)) for kind in _KINDS}
 
 
+@dataclass(frozen=True)
+class Passes(Tensors):
+    """The base model's passes over the same chunks.
+
+    Attributes:
+        windows: of all passes, (3 * B, n), those of a pass together.
+        weights: of each pass in the guided velocity, (3, B, n, 1, 1, 1, 1).
+    """
+
+    windows: Batch
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Lesson(Tensors):
+    """What the student is asked, and what the teacher needs to answer.
+
+    Attributes:
+        examples: the student's windows.
+        first: the teacher's passes at the same times.
+        second: those half a step later.
+        half: half of each chunk's step, (B, n, 1, 1, 1, 1); 0 for clean chunks.
+    """
+
+    examples: Examples
+    first: Passes
+    second: Passes
+    half: torch.Tensor
+
+
+def passes(chosen: Sequence[Window]) -> Passes:
+    """Returns the base model's passes for a student's windows of equal length."""
+    every = [teacher_windows(window) for window in chosen]
+    found = [[guidance_weights(chunk.time, BASE.runtime) for chunk in window] for window in chosen]
+    weights = torch.tensor([[[getattr(w, kind) for w in row] for row in found] for kind in _KINDS])
+    return Passes(
+        collate([p[kind] for kind in _KINDS for p in every], CHUNK_FRAMES), weights[..., None, None, None, None]
+    )
+
+
+def lesson(clips: Sequence[Video], chosen: Sequence[Window], rng: random.Random, drawer: WindowDrawer) -> Lesson:
+    """Makes the lesson of windows of equal length, for as many steps as the drawer's."""
+    ends = [end_times(window, drawer.config.runtime.num_steps) for window in chosen]
+    later = [
+        tuple(dataclasses.replace(c, time=0.5 * (c.time + end)) for c, end in zip(window, row, strict=True))
+        for window, row in zip(chosen, ends, strict=True)
+    ]
+    half = [[0.5 * (end - c.time) for c, end in zip(w, row, strict=True)] for w, row in zip(chosen, ends, strict=True)]
+    return Lesson(
+        examples(clips, chosen, rng), passes(chosen), passes(later), torch.tensor(half)[..., None, None, None, None]
+    )
+
+
+def end_times(window: Window, num_steps: int) -> list[float]:
+    """Returns the time at which each chunk's step ends; that of a clean chunk is its own."""
+    grid = _grid(num_steps)
+
+    def end(chunk: WindowChunk) -> float:
+        return chunk.time if chunk.clean else grid[min(range(len(grid)), key=lambda i: abs(grid[i] - chunk.time)) + 1]
+
+    return [end(chunk) for chunk in window]
+
+
+@cache
+def _grid(num_steps: int) -> list[float]:
+    return time_grid(num_steps, STUDENT.engine.shortcut_mode).tolist()
+
+
 class Teacher:
     """The base model's guided velocities."""
 
-    def __init__(self, model: Trained, config: MagiConfig) -> None:
-        """Takes a trained base model and the guidance scales."""
-        self.model, self.runtime = model.eval().requires_grad_(False), config.runtime
+    def __init__(self, model: Trained) -> None:
+        """Takes a trained base model."""
+        self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def velocity(
-        self, chosen: list[Window], latents: torch.Tensor, embeds: torch.Tensor, lengths: torch.Tensor
+        self, passes: Passes, latents: torch.Tensor, embeds: torch.Tensor, lengths: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the guided velocities of a batch of windows of equal length, (B, n, 16, W, h, w)."""
-        passes = [teacher_windows(window) for window in chosen]
-        batch = collate([p[kind] for kind in _KINDS for p in passes], CHUNK_FRAMES).to(latents.device)
+        """Returns the guided velocities of a batch of windows, (B, n, 16, W, h, w)."""
         count = len(_KINDS)
         every = self.model.transformer(
             latents.repeat(count, *[1] * (latents.ndim - 1)),
             captions=embeds.repeat(count, 1, 1, 1),
-            lengths=lengths.repeat(count, 1) * batch.captioned,
-            **batch.inputs(),
+            lengths=lengths.repeat(count, 1) * passes.windows.captioned,
+            **passes.windows.inputs(),
         )
-        found = dict(zip(_KINDS, every.chunk(count), strict=True))
-        guided = [
-            combine(guidance_weights(chunk.time, self.runtime), {kind: v[row, i] for kind, v in found.items()})
-            for row, window in enumerate(chosen)
-            for i, chunk in enumerate(window)
-        ]
-        return torch.stack(guided).view_as(latents)
+        return (passes.weights * every.float().unflatten(0, (count, -1))).sum(0)
 
-    def two_steps(
-        self, chosen: list[Window], ends: torch.Tensor, latents: torch.Tensor, batch: Batch, *caption: torch.Tensor
-    ) -> torch.Tensor:
-        """Returns the mean velocity of two equal steps from the windows' times to `ends`, (B, n)."""
-        half = 0.5 * (ends - batch.times)[..., None, None, None, None]
-        first = self.velocity(chosen, latents, *caption)
-        kept = batch.clean_frames[:, :, None, :, None, None]
-        between = torch.where(kept, latents, latents + half * first)
-        times = (0.5 * (ends + batch.times)).tolist()
-        moved = [
-            tuple(c if c.clean else dataclasses.replace(c, time=t) for c, t in zip(window, row, strict=True))
-            for window, row in zip(chosen, times, strict=True)
-        ]
-        return 0.5 * (first + self.velocity(moved, between, *caption))
+    def two_steps(self, lesson: Lesson, latents: torch.Tensor, *caption: torch.Tensor) -> torch.Tensor:
+        """Returns the mean velocity of the two halves of the windows' steps."""
+        first = self.velocity(lesson.first, latents, *caption)
+        kept = lesson.examples.windows.clean_frames[:, :, None, :, None, None]
+        between = torch.where(kept, latents, latents + lesson.half * first)
+        return 0.5 * (first + self.velocity(lesson.second, between, *caption))
 
 
-def end_times(chosen: list[Window], num_steps: int) -> torch.Tensor:
-    """Returns the time at which each chunk's step ends, (B, n); that of a clean chunk is its own."""
-    grid = time_grid(num_steps, STUDENT.engine.shortcut_mode)
-
-    def end(chunk: WindowChunk) -> float:
-        return chunk.time if chunk.clean else float(grid[int((grid - chunk.time).abs().argmin()) + 1])
-
-    return torch.tensor([[end(c) for c in window] for window in chosen])
-
-
-def loss_of(
-    student: Trained, teacher: Teacher, clips: list[Video], chosen: list[Window], num_steps: int, rng: random.Random
-) -> torch.Tensor:
+def loss_of(student: Trained, teacher: Teacher, lesson: Lesson) -> torch.Tensor:
     """Returns how far the student's velocities are from the mean of the teacher's two steps."""
-    device = student.text.special.device
-    batch, clean = collate(chosen, CHUNK_FRAMES).to(device), clean_latents(clips, chosen).to(device)
-    latents = batch.latents(clean, torch.randn(clean.shape, device=device))
+    batch, windows = lesson.examples, lesson.examples.windows
+    clean = worn(batch.latents.float(), windows)
+    latents = windows.latents(clean, torch.randn_like(clean))
     with torch.no_grad():
-        embeds, lengths = student.captions(clips, chosen, rng)
-    lengths = lengths * batch.captioned
-    target = teacher.two_steps(chosen, end_times(chosen, num_steps).to(device), latents, batch, embeds, lengths)
-    velocity = student.transformer(latents, captions=embeds, lengths=lengths, **batch.inputs())
-    return batch.loss(velocity, target, torch.zeros_like(target))
+        embeds, lengths = student.captions(batch)
+    target = teacher.two_steps(lesson, latents, embeds, lengths)
+    velocity = student.transformer(latents, captions=embeds, lengths=lengths, **windows.inputs())
+    return windows.loss(velocity, target, torch.zeros_like(target))
 
 
 def main() -> None:
@@ -129,7 +169,7 @@ def main() -> None:
     add_arguments(parser)
     add_chunks(parser)
     parser.add_argument("--base", type=Path, required=True, help="state.pt of the base model's training")
-    parser.set_defaults(steps=4000, batch=32, rate=1e-3, chunks=["2=0.5", "4=0.5"])
+    parser.set_defaults(steps=4000, batch=32, rate=1e-3, muon=0.005, chunks=["2=0.5", "4=0.5"])
     args = parser.parse_args()
     start(args)
     base = torch.load(args.base, weights_only=True, map_location=args.device)["average"]
@@ -138,28 +178,15 @@ def main() -> None:
     student.load_state_dict(base)
     for part in (student.text, student.hints):
         part.requires_grad_(False)
-    training = Training(student, student.transformer.videodit_blocks["layers"], args, MUON_RATE)
-    chunks, rng = lengths_of(args.chunks), training.rng
-    pool = Pool(components_of(args.out), max(chunks), training.first_seed, videos.POOL)
-    drawn = {
-        steps: windows(
-            pool,
-            WindowDrawer(STUDENT.with_runtime(num_steps=steps), windows=(1, 2, 4), passes=PASSES, jitter=False),
-            chunks,
-            args.batch,
-            rng,
-        )
+    training = Training(student, student.transformer.videodit_blocks["layers"], args)
+    drawers = [
+        WindowDrawer(STUDENT.with_runtime(num_steps=steps), windows=(1, 2, 4), passes=PASSES, jitter=False)
         for steps in STEPS
-    }
-    guide = Teacher(teacher, BASE)
-
-    def loss() -> tuple[torch.Tensor, int]:
-        steps = rng.choice(STEPS)
-        clips, chosen = next(drawn[steps])
-        training.seed = pool.next_seed
-        return loss_of(student, guide, clips, chosen, steps, rng), len(clips)
-
-    training.run(loss)
+    ]
+    stream = Stream(components_of(args.out), drawers, lengths_of(args.chunks), args.batch, lesson, *training.place)
+    compile_layers(teacher.transformer.videodit_blocks["layers"], args)
+    guide = Teacher(teacher)
+    training.run(stream, lambda lesson: (loss_of(student, guide, lesson), len(lesson.examples.latents)))
 
 
 if __name__ == "__main__":

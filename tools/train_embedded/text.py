@@ -14,7 +14,9 @@ from transformers import T5Config, T5EncoderModel
 from .captions import vocabulary, words
 
 WIDTH = 64
-CAPTION_TOKENS = 40  # of a caption, at most, with the tokens before it
+PREFIX = 7  # special tokens before a caption, at most
+LONGEST = 33  # tokens of a caption itself, at most
+CAPTION_TOKENS = PREFIX + LONGEST
 SPECIAL_ROWS = 100  # as many as the published file has
 PAD, END, UNKNOWN = 0, 1, 2
 _FIRST_WORD = 3

@@ -8,6 +8,7 @@ The same command resumes a run; with more steps, or other lengths of video, it g
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,19 +16,20 @@ from torch import nn
 
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 
-from . import hints, videos, world
+from . import hints, world
+from .batches import Examples, Stream, examples
 from .components import components_of
 from .forward import TrainingTransformer
 from .hints import Hints
 from .loop import Training, add_arguments, add_chunks, lengths_of, start
 from .text import CAPTION_TOKENS, WIDTH, TextEncoder
-from .videos import CHUNK_FRAMES, Pool, Video, padded, prefix_rows, windows
-from .windows import Window, WindowDrawer, collate
+from .videos import CHUNK_FRAMES, Video
+from .windows import Batch, Window, WindowDrawer
 
 MODEL = ModelConfig(
-    num_layers=5,
+    num_layers=6,
     hidden_size=128,
-    ffn_hidden_size=384,
+    ffn_hidden_size=512,
     num_attention_heads=4,
     num_query_groups=4,
     kv_channels=32,
@@ -48,7 +50,7 @@ BASE = MagiConfig(
     ),
     EngineConfig(),
 )
-MUON_RATE = 0.01
+WEAR = 0.1  # largest standard deviation of the noise on the chunks that a window goes on from
 PASSES = {"text": 0.75, "prev": 0.15, "independent": 0.1}
 
 
@@ -61,40 +63,41 @@ class Trained(nn.Module):
         self.text = TextEncoder()
         self.hints = Hints(config.model.hidden_size, config.model.patch_size)
 
-    def captions(
-        self, clips: list[Video], chosen: list[Window], rng: random.Random
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encodes the captions of a batch of windows of equal length: (B, n, L, WIDTH), and the lengths (B, n)."""
-        device = self.text.special.device
-        tokens = padded([v.tokens[c.chunk] for v, w in zip(clips, chosen, strict=True) for c in w])
-        rows = padded([row for w in chosen for row in prefix_rows(w, rng)], -1)
-        embeds, lengths = self.text(tokens.to(device), rows.to(device))
-        shape = len(chosen), len(chosen[0])
-        return embeds.unflatten(0, shape), lengths.unflatten(0, shape)
+    def captions(self, batch: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodes the captions of a batch: (B, n, L, WIDTH), and their lengths (B, n), 0 where the null caption belongs."""
+        embeds, lengths = self.text(batch.tokens, batch.rows)
+        captioned = batch.windows.captioned
+        return embeds.unflatten(0, captioned.shape), lengths.view_as(captioned) * captioned
 
-    def loss(self, clips: list[Video], chosen: list[Window], rng: random.Random) -> torch.Tensor:
-        """Returns the loss of a batch of windows of equal length: flow matching, and a little of `hints.py`."""
-        device = self.text.special.device
-        batch = collate(chosen, CHUNK_FRAMES).to(device)
-        clean = clean_latents(clips, chosen).to(device)
-        noise = torch.randn(clean.shape, device=device)
-        embeds, lengths = self.captions(clips, chosen, rng)
+    def loss(self, batch: Examples) -> torch.Tensor:
+        """Returns the loss of a batch: flow matching, and a little of `hints.py`."""
+        windows, clean = batch.windows, batch.latents.float()
+        noise = torch.randn_like(clean)
+        embeds, lengths = self.captions(batch)
         velocity, hidden = self.transformer(
-            batch.latents(clean, noise),
+            windows.latents(worn(clean, windows), noise),
             captions=embeds,
-            lengths=lengths * batch.captioned,
-            **batch.inputs(),
+            lengths=lengths,
+            **windows.inputs(),
             tap=hints.LAYER,
         )
-        numbers = torch.cat([v.numbers[[c.chunk for c in w]] for v, w in zip(clips, chosen, strict=True)]).to(device)
-        shapes = torch.tensor([v.shape for v in clips], device=device).repeat_interleave(len(chosen[0]))
-        hint = self.hints.loss(hidden, numbers, shapes, batch.learned.any(-1).flatten())
-        return batch.loss(velocity, clean, noise) + hints.WEIGHT * hint
+        hint = self.hints.loss(hidden, batch.numbers, batch.shapes, windows.learned.any(-1).flatten())
+        return windows.loss(velocity, clean, noise) + hints.WEIGHT * hint
 
 
-def clean_latents(clips: list[Video], chosen: list[Window]) -> torch.Tensor:
-    """Returns the latents of the chunks of a batch of windows: (B, n, 16, W, h, w) float32."""
-    return torch.stack([v.latents[[c.chunk for c in w]] for v, w in zip(clips, chosen, strict=True)]).float()
+def worn(clean: torch.Tensor, windows: Batch) -> torch.Tensor:
+    """Returns clean latents with a little noise on the clean chunks, (B, n, 16, W, h, w).
+
+    Those that the sampler goes on from are its own, which are never quite clean.
+    """
+    strength = WEAR * torch.rand(len(clean), 1, 1, 1, 1, 1, device=clean.device)
+    chunks = windows.clean_frames.all(-1)[..., None, None, None, None]
+    return clean + strength * chunks * torch.randn_like(clean)
+
+
+def made(clips: Sequence[Video], chosen: Sequence[Window], rng: random.Random, _: WindowDrawer) -> Examples:
+    """Makes a batch."""
+    return examples(clips, chosen, rng)
 
 
 def main() -> None:
@@ -103,24 +106,17 @@ def main() -> None:
     add_arguments(parser)
     add_chunks(parser)
     parser.add_argument("--init", type=Path, help="state.pt of another run, whose weights a new run begins with")
-    parser.set_defaults(steps=20000, batch=32, rate=1.5e-3, chunks=["1=1"])
+    parser.set_defaults(steps=20000, batch=32, rate=1.5e-3, muon=0.01, chunks=["1=1"])
     args = parser.parse_args()
     start(args)
     model = Trained(BASE).to(args.device)
     if args.init:
         known = torch.load(args.init, weights_only=True, map_location=args.device)["average"]
         model.load_state_dict(model.state_dict() | known)
-    training = Training(model, model.transformer.videodit_blocks["layers"], args, MUON_RATE)
-    chunks, rng = lengths_of(args.chunks), training.rng
-    pool = Pool(components_of(args.out), max(chunks), training.first_seed, videos.POOL)
-    drawn = windows(pool, WindowDrawer(BASE, windows=(1, 2, 4), passes=PASSES), chunks, args.batch, rng)
-
-    def loss() -> tuple[torch.Tensor, int]:
-        clips, chosen = next(drawn)
-        training.seed = pool.next_seed
-        return model.loss(clips, chosen, rng), len(clips)
-
-    training.run(loss)
+    training = Training(model, model.transformer.videodit_blocks["layers"], args)
+    drawer = WindowDrawer(BASE, windows=(1, 2, 4), passes=PASSES)
+    stream = Stream(components_of(args.out), [drawer], lengths_of(args.chunks), args.batch, made, *training.place)
+    training.run(stream, lambda batch: (model.loss(batch), len(batch.latents)))
 
 
 if __name__ == "__main__":

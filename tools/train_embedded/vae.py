@@ -12,12 +12,15 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import IterableDataset, get_worker_info
 
 from magi.config import LATENT_CHANNELS, LATENT_SCALE
 from magi.media.frames import to_model
@@ -27,6 +30,7 @@ from magi.vae.model import PATCH_VALUES, Decoder, Encoder, VAEConfig
 from . import world
 from .components import PATCH, Components, components_of
 from .loop import Training, add_arguments, start
+from .windows import Tensors
 
 CONFIG = {
     "video_size": world.SIZE,
@@ -41,7 +45,6 @@ CONFIG = {
 }
 TILE = 12  # frames that are encoded and decoded at a time, as published
 NOISE = 0.1  # largest standard deviation of the noise on latents
-MUON = 50  # its rate, which the matrices of the blocks get, over that of AdamW, which all else gets
 _Z, _WIDTH = LATENT_CHANNELS, 128
 _STEADY = 64.0  # a constant beside which a signal hardly moves a layer norm's deviation: the norm becomes linear
 _CHANNELS = 4  # of the decoder before its last convolution: RGB and one that holds the constant
@@ -115,8 +118,21 @@ def _nothing() -> None:
     pass
 
 
-def tiles(components: Components, rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns random tiles of training scenes: latents (B, 16, 3, 8, 8) and pixels (B, 3, 12, 64, 64) in [-1, 1]."""
+@dataclass(frozen=True)
+class Tiles(Tensors):
+    """A batch of tiles.
+
+    Attributes:
+        latents: (B, 16, 3, 8, 8).
+        video: their pixels in [-1, 1], (B, 3, 12, 64, 64).
+    """
+
+    latents: torch.Tensor
+    video: torch.Tensor
+
+
+def tiles(components: Components, rng: random.Random, size: int) -> Tiles:
+    """Returns random tiles of training scenes."""
     latents, videos = [], []
     while len(videos) < size:
         frames = world.frames(world.draw(rng.randrange(10**6), 2))
@@ -124,13 +140,29 @@ def tiles(components: Components, rng: random.Random, size: int) -> tuple[torch.
             tile = frames[first : first + TILE]
             latents.append(components.latents(tile))
             videos.append(to_model(torch.from_numpy(tile)))
-    return torch.stack(latents[:size]), torch.cat(videos[:size])
+    return Tiles(torch.stack(latents[:size]), torch.cat(videos[:size]))
 
 
-def loss_of(decoder: Decoder, latents: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
+class TileStream(IterableDataset[Tiles]):
+    """Batches of tiles without end."""
+
+    def __init__(self, components: Components, size: int, part: tuple[int, int], first: int) -> None:
+        """Takes the tiles of a batch, and where to begin, as `Stream` does."""
+        self.components, self.size, self.part, self.first = components, size, part, first
+
+    def __iter__(self) -> Iterator[Tiles]:
+        """Yields batches."""
+        info = get_worker_info()
+        rng = random.Random(f"{self.part} {info and info.id} {self.first}")  # noqa: S311
+        while True:
+            yield tiles(self.components, rng, self.size)
+
+
+def loss_of(decoder: Decoder, batch: Tiles) -> torch.Tensor:
     """Returns the mean error: squares, and half as much of absolute values, which keeps edges crisp."""
-    noise = NOISE * torch.rand(len(latents), 1, 1, 1, 1) * torch.randn_like(latents)
-    difference = decoder(latents + noise, _nothing) - video
+    latents = batch.latents
+    noise = NOISE * torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) * torch.randn_like(latents)
+    difference = decoder(latents + noise, _nothing).float() - batch.video
     return difference.square().mean() + 0.5 * difference.abs().mean()
 
 
@@ -150,18 +182,18 @@ def main() -> None:
     """Trains, and writes weights and config at the end."""
     parser = argparse.ArgumentParser(description="Makes the embedded model's VAE.")
     add_arguments(parser)
-    parser.set_defaults(steps=3000, batch=8, rate=1e-4)
+    parser.set_defaults(steps=3000, batch=8, rate=1e-4, muon=5e-3)
     args = parser.parse_args()
     start(args)
     components = components_of(args.out)
     encoder, decoder = linear_vae(components)
-    training = Training(decoder.to(args.device), decoder.blocks, args, MUON * args.rate)
-
-    def loss() -> tuple[torch.Tensor, int]:
-        latents, video = tiles(components, training.rng, args.batch)
-        return loss_of(decoder, latents.to(args.device), video.to(args.device)), args.batch
-
-    training.run(loss, lambda: {"psnr": round(psnr(components, decoder, range(16)), 2)})
+    training = Training(decoder.to(args.device), decoder.blocks, args)
+    stream = TileStream(components, args.batch, *training.place)
+    training.run(
+        stream,
+        lambda batch: (loss_of(decoder, batch), len(batch.video)),
+        lambda: {"psnr": round(psnr(components, decoder, range(16)), 2)},
+    )
     decoder.load_state_dict(training.average)
     save(args.out / "vae", state_for_inference(encoder, decoder.cpu()))
 

@@ -1,7 +1,7 @@
 """Training videos as latents, kept in a pool and drawn many times with other noise, times and windows."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,9 @@ from .hints import NUMBERS, numbers
 from .text import PAD, SPECIAL_ROWS, UNKNOWN, tokenize
 from .windows import Window, WindowDrawer
 
-POOL = 2048  # videos
-USES = 4  # how often a video is drawn before it is replaced, on average
+POOL = 4096  # videos that a pool has room for
+FIRST = 512  # videos that it begins with
+USES = 24  # how many are drawn for each new one
 CHUNK_FRAMES = world.CHUNK // PATCH[0]
 _SIDE = world.SIZE // SPATIAL_DOWNSAMPLE
 _PICTURES = 0.15  # share of the videos that begin with a picture
@@ -62,43 +63,43 @@ def make(components: Components, seed: int, chunks: int) -> Video:
 
 
 class Pool:
-    """Videos of which some are replaced by new ones all the time: one for every `USES` that are drawn.
+    """Videos that are drawn many times: it grows by one for every `USES` that are drawn, and then loses its oldest ones.
 
     All tensors lie in two blocks of memory: thousands of small ones that stay would each keep the hole that the large temporary
     ones beside it leave, gigabytes in all.
     """
 
-    def __init__(self, components: Components, chunks: int, first_seed: int, size: int) -> None:
-        """Makes `size` videos of as many chunks, of the seeds from `first_seed` on."""
-        self.components, self.chunks, self.next_seed = components, chunks, first_seed
-        self._drawn = 0
-        self._latents = torch.empty(size, chunks, *latent_shape(), dtype=torch.float16)
-        self._numbers = torch.empty(size, chunks, CHUNK_FRAMES, NUMBERS)
-        self._others: list[tuple[list[list[int]], bool, int]] = [([], False, 0)] * size  # tokens, picture, shape
-        self.replace(size)
+    def __init__(self, components: Components, chunks: int, first_seed: int) -> None:
+        """Makes the first videos, of as many chunks, of the seeds from `first_seed` on."""
+        self.components, self.chunks, self.first_seed = components, chunks, first_seed
+        self.made = self._drawn = 0
+        self._latents = torch.empty(POOL, chunks, *latent_shape(), dtype=torch.float16)
+        self._numbers = torch.empty(POOL, chunks, CHUNK_FRAMES, NUMBERS)
+        self._others: list[tuple[list[list[int]], bool, int]] = [([], False, 0)] * POOL  # tokens, picture, shape
+        self.add(min(FIRST, POOL))
 
-    def replace(self, count: int) -> None:
-        """Replaces the oldest videos."""
+    def add(self, count: int) -> None:
+        """Adds new videos, in place of the oldest ones where it is full."""
         for _ in range(count):
-            place = self.next_seed % len(self._others)
-            video = make(self.components, self.next_seed, self.chunks)
+            place = self.made % POOL
+            video = make(self.components, self.first_seed + self.made, self.chunks)
             self._latents[place], self._numbers[place] = video.latents, video.numbers
             self._others[place] = video.tokens, video.picture, video.shape
-            self.next_seed += 1
+            self.made += 1
 
     def draw(self, rng: random.Random, chunks: int) -> Video:
-        """Returns the first chunks of one of the videos; replacing it later does not change it."""
-        place = rng.randrange(len(self._others))
+        """Returns the first chunks of one of the videos; what is added later does not change it."""
+        place = rng.randrange(min(self.made, POOL))
         tokens, picture, shape = self._others[place]
         latents, numbers = (block[place, :chunks].clone() for block in (self._latents, self._numbers))
         self._drawn += 1
         if self._drawn % USES == 0:
-            self.replace(1)
+            self.add(1)
         return Video(latents, tokens[:chunks], picture, numbers, shape)
 
 
 def windows(
-    pool: Pool, drawer: WindowDrawer, chunks: dict[int, float], tokens: int, rng: random.Random
+    pool: Pool, drawer: WindowDrawer, chunks: Mapping[int, float], tokens: int, rng: random.Random
 ) -> Iterator[tuple[list[Video], list[Window]]]:
     """Yields batches of windows of equal length, so that nothing is padded.
 
@@ -135,10 +136,9 @@ def prefix_rows(window: Window, rng: random.Random) -> list[list[int]]:
     ]
 
 
-def padded(rows: list[list[int]], value: int = PAD) -> torch.Tensor:
-    """Returns lists of numbers side by side: (N, longest)."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long).view(len(rows), -1)
+def padded(rows: list[list[int]], length: int, value: int = PAD) -> torch.Tensor:
+    """Returns lists of numbers side by side: (N, length)."""
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.long)
 
 
 def latent_shape() -> tuple[int, int, int, int]:
