@@ -3,8 +3,8 @@
 import platform
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -146,7 +146,9 @@ def run_bench(
         torch.cuda.reset_peak_memory_stats(device)
         if settings.budget is not None:
             total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, settings.budget / total), device)
+            # It takes no device without an index; None is the current one, which "cuda" stands for.
+            card = None if device.index is None else device
+            torch.cuda.set_per_process_memory_fraction(min(1.0, settings.budget / total), card)
     source = _source(settings)
     # Random weights are kept in memory, as they would have to be made again at every use.
     options = MemoryOptions(settings.budget, settings.offload, pinned=None if settings.model else True)
@@ -165,8 +167,6 @@ def run_bench(
     model = load_transformer(source, settings.config, device, settings.dtype, progress=on_load, placement=placement)
     load_seconds = time.perf_counter() - started
     fetch_seconds = _fetch_all(model) if placement.streaming and not on_cpu else 0.0
-    recorded: list[tuple[float, int]] = []
-    _record_work(model, recorded)
     times = [0.0]
 
     def timed(event: ProgressEvent) -> None:
@@ -179,28 +179,29 @@ def run_bench(
         if on_progress:
             on_progress(len(times) - 1, warmup + count, fraction)
 
-    sampler = make_sampler(
-        model,
-        caption=Caption(torch.randn(_CAPTION_TOKENS, settings.config.model.caption_channels)),
-        style_tokens=(),
-        duration_tokens=False,
-        state=_middle_of_a_video(settings.config, active, device),
-        # With fewer chunks than the window holds, no more may enter: they would be timed too.
-        num_frames=chunk_frames * (active if active < runtime.window_size else active + warmup + count),
-        progress=timed,
-        heartbeat=on_fraction,
-    )
-    sampler.fill_cache()
-    recorded.clear()
-    synchronize(device)
-    times[0] = time.perf_counter()
     profiler = torch.profiler.profile(activities=_activities(device)) if settings.profile else None
-    try:
-        with profiler or nullcontext():
-            for _ in sampler:
-                pass
-    except _Enough:
-        pass
+    with _recorded_work(model) as recorded:
+        sampler = make_sampler(
+            model,
+            caption=Caption(torch.randn(_CAPTION_TOKENS, settings.config.model.caption_channels)),
+            style_tokens=(),
+            duration_tokens=False,
+            state=_middle_of_a_video(settings.config, active, device),
+            # With fewer chunks than the window holds, no more may enter: they would be timed too.
+            num_frames=chunk_frames * (active if active < runtime.window_size else active + warmup + count),
+            progress=timed,
+            heartbeat=on_fraction,
+        )
+        sampler.fill_cache()
+        recorded.clear()
+        synchronize(device)
+        times[0] = time.perf_counter()
+        try:
+            with profiler or nullcontext():
+                for _ in sampler:
+                    pass
+        except _Enough:
+            pass
     seconds = [b - a for a, b in pairwise(times)][warmup:]
     # Iterations differ (some also refresh a finished chunk): time and work must be those of the same one.
     typical, (flops, tokens) = sorted(zip(seconds, recorded[warmup:], strict=True))[(len(seconds) - 1) // 2]
@@ -269,7 +270,10 @@ def _middle_of_a_video(config: MagiConfig, active: int, device: torch.device) ->
     return SamplerState(iteration, {c: torch.randn(shape, device=device) for c in range(active)})
 
 
-def _record_work(model: Transformer, recorded: list[tuple[float, int]]) -> None:
+@contextmanager
+def _recorded_work(model: Transformer) -> Iterator[list[tuple[float, int]]]:
+    """Yields a list that gets operations and tokens of each of the model's iterations while this lasts."""
+    recorded: list[tuple[float, int]] = []
     forward = model.forward
 
     def recording(passes: list[Pass], *rest: object) -> object:
@@ -278,6 +282,12 @@ def _record_work(model: Transformer, recorded: list[tuple[float, int]]) -> None:
         return forward(passes, *rest)  # type: ignore[arg-type]
 
     model.forward = recording  # type: ignore[method-assign, assignment]
+    try:
+        yield recorded
+    finally:
+        del (
+            model.forward
+        )  # the model and this would keep each other, and the card's memory, until Python looks for cycles
 
 
 def _activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:

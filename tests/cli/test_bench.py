@@ -1,7 +1,9 @@
 """The benchmark and the count of operations behind it."""
 
+import gc
 import json
 import math
+import weakref
 from dataclasses import replace
 from itertools import count
 
@@ -303,6 +305,36 @@ def test_the_plans_peak_is_what_a_card_takes(preset, offload):
     result = run_bench(BenchSettings(config, "cuda", iterations=2, offload=offload))
     assert result.predicted_peak == pytest.approx(result.peak_memory, rel=0.1)
     assert result.layers_on_device == (0 if offload else 6)
+
+
+@pytest.mark.gpu
+def test_a_budget_is_kept():
+    config = MagiConfig.preset("4.5B_base").with_layers(6).with_runtime(video_size_h=480, video_size_w=832)
+    whole = run_bench(BenchSettings(config, "cuda", iterations=1))
+    budget = int(whole.peak_memory * 0.8)
+    result = run_bench(BenchSettings(config, "cuda", iterations=1, budget=budget))
+    assert result.layers_on_device < 6
+    assert result.peak_memory <= budget
+
+
+def test_the_model_goes_with_its_last_user(settings, monkeypatch):
+    """Without waiting for Python to look for cycles: a card's memory is needed for what comes next."""
+    models = []
+    load = measure.load_transformer
+
+    def loaded(*arguments, **options):
+        model = load(*arguments, **options)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(measure, "load_transformer", loaded)
+    gc.collect()
+    gc.disable()
+    try:
+        run_bench(settings())
+        assert [model() for model in models] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_real_file_can_be_measured(settings, tiny_config, tmp_path):

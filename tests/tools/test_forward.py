@@ -177,7 +177,7 @@ def test_a_batch_gives_what_its_windows_give_alone(tiny_config, trained, randn):
 def test_what_is_drawn(tiny_config):
     """All times, passes, prefixes and clean chunks of a run turn up, and nothing is learned from what is clean."""
     config = tiny_config(num_steps=16)
-    drawer, rng = WindowDrawer(config, windows=(1, 2, 4)), random.Random(0)
+    drawer, rng = WindowDrawer(config, windows=(1, 2, 4), late=0), random.Random(0)
     windows = [drawer.draw(4, rng) for _ in range(3000)]
     active = [c for window in windows for c in window if not c.clean]
     times = torch.tensor([c.time for c in active])
@@ -191,6 +191,8 @@ def test_what_is_drawn(tiny_config):
     apart = [w for w in windows if len(w) > 1 and all(c.first_seen == i for i, c in enumerate(w))]
     assert apart
     assert all(c.position == 0 and not c.captioned for w in apart for c in w if w[0].position == w[1].position)
+    later = [c.time for _ in range(500) for c in replace(drawer, late=0.5).draw(1, rng) if not c.clean]
+    assert sum(later) / len(later) > 1.3 * float(times.mean())
     on_grid = {float(t) for t in time_grid(16)}
     assert not {c.time for c in active} <= on_grid
     still = WindowDrawer(config, jitter=False)

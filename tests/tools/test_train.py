@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from magi.model_files.load import load_transformer
+from magi.sampling.schedule import Schedule, time_grid
 from magi.sampling.special_tokens import SpecialTokens
 from magi.text.encoder import TextEncoder
 from magi.text.t5_tokenizer import load_tokenizer
-from tools.train_embedded import components, text, train, world
+from tools.train_embedded import components, distill, text, train, videos, world
 from tools.train_embedded.captions import captions
 from tools.train_embedded.export import export
 from tools.train_embedded.videos import Pool, make, padded, prefix_rows, windows
-from tools.train_embedded.windows import WindowDrawer
+from tools.train_embedded.windows import WindowDrawer, window_alone, window_at
 
 SENTENCES = ["A small red circle moves left.", "The background is dark-blue, and we see a Cat!", "up"]
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, monkeypatch):
     """(arguments) -> the rows of the log after a run with them."""
-    monkeypatch.setattr(train, "POOL", 24)
+    monkeypatch.setattr(videos, "POOL", 24)
 
     def run(*arguments):
         options = ["--out", folder, "--batch", 8, "--every", 2, "--threads", 1, "--device", "cpu", *arguments]
@@ -98,7 +99,7 @@ def test_a_picture_is_one_latent_frame(folder):
 
 
 def test_what_is_drawn_from_the_pool(folder):
-    pool, rng = Pool(components.components_of(folder), 2, 16, 0), random.Random(0)
+    pool, rng = Pool(components.components_of(folder), 2, 0, 16), random.Random(0)
     drawn = windows(pool, WindowDrawer(train.BASE), {1: 1.0, 2: 1.0}, 6, rng)
     seen = set()
     for _ in range(30):
@@ -112,6 +113,62 @@ def test_what_is_drawn_from_the_pool(folder):
                 assert window[0].prefix_frames == 1
             assert len(prefix_rows(window, rng)) == len(window)
     assert seen == {1, 2}
-    before = list(pool.videos)
-    pool.replace(5)
-    assert sum(a is not b for a, b in zip(before, pool.videos, strict=True)) == 5
+    assert pool.next_seed > 32, "drawing renews the pool"
+    held = pool.draw(random.Random(3), 2)
+    kept, seed = held.latents.clone(), pool.next_seed
+    pool.replace(16)
+    assert pool.next_seed == seed + 16
+    assert torch.equal(held.latents, kept)
+    assert not torch.equal(pool.draw(random.Random(3), 2).latents, kept)
+
+
+def test_the_teacher_runs_the_passes_of_the_base_model():
+    """Over the same chunks as the student, with the flags that the base model's own windows have."""
+    base, student = train.BASE.with_runtime(num_steps=16), distill.STUDENT.with_runtime(num_steps=16)
+    schedule = Schedule.of(base.runtime, 5, 0)
+    for it in list(schedule)[::5]:
+        passes = distill.teacher_windows(window_at(it, schedule, student, "text"))
+        for kind in ("text", "prev"):
+            expected = window_at(it, schedule, base, kind)
+            for ours, theirs in zip(passes[kind], expected, strict=True):
+                same = ("chunk", "position", "time", "clean", "captioned", "first_seen", "step_size")
+                assert [getattr(ours, n) for n in same] == [getattr(theirs, n) for n in same]
+                assert ours.clean or ours.conditional == theirs.conditional
+        alone = {c.chunk: c for c in passes["independent"] if not c.clean}
+        for theirs in window_alone(it, schedule, base):
+            ours = alone[theirs.chunk]
+            assert (ours.position, ours.captioned, ours.conditional) == (0, False, False)
+        assert all(c.first_seen == i for i, c in enumerate(passes["independent"]))
+
+
+@pytest.mark.parametrize("steps", distill.STEPS)
+def test_steps_end_where_the_next_begin(steps):
+    config = distill.STUDENT.with_runtime(num_steps=steps)
+    schedule, grid = Schedule.of(config.runtime, 4, 0), time_grid(steps, config.engine.shortcut_mode)
+    for it in schedule:
+        window = window_at(it, schedule, config, "text")
+        ends = distill.end_times([window], steps)[0]
+        for chunk, end in zip(window, ends.tolist(), strict=True):
+            if chunk.clean:
+                assert end == pytest.approx(chunk.time)
+            else:
+                assert end == pytest.approx(float(grid[it.grid[chunk.chunk - it.chunks[0]] + 1]))
+
+
+def test_distilling_is_resumed_and_keeps_the_text_encoder(run, folder, tmp_path, monkeypatch):
+    run("--steps", 6)
+    monkeypatch.setattr(videos, "POOL", 8)
+    out = tmp_path / "student"
+    out.mkdir()
+    (out / "components.pt").write_bytes((folder / "components.pt").read_bytes())
+    for steps in (2, 3):
+        options = ["--base", folder / "state.pt", "--out", out, "--batch", 4, "--every", 1, "--threads", 1]
+        options += ["--device", "cpu", "--chunks", "2=1", "--steps", steps]
+        monkeypatch.setattr(sys, "argv", ["distill", *map(str, options)])
+        distill.main()
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    base = torch.load(folder / "state.pt", weights_only=True)["average"]
+    student = torch.load(out / "state.pt", weights_only=True)["average"]
+    changed = {name.split(".")[0] for name in base if not torch.equal(base[name], student[name])}
+    assert changed == {"transformer"}

@@ -1,7 +1,8 @@
 """The principal components of the world's patches of 4 x 8 x 8 pixels, which are its latents.
 
-A patch has 768 values, and 16 components keep 98.9 % of their variance. Scaled to mean 0 and variance 1 they are what the
-transformer learns; the encoder computes them, and the decoder learns to draw crisp frames from them (`vae.py`).
+A patch has 768 values, and 16 components keep 98.9 % of their variance. The encoder computes them, the transformer learns to make
+them, and the decoder to draw crisp frames from them (`vae.py`). Their mean is 0 and their variance is 1 over all, but each
+keeps the root of its own spread: brightness, which tells where the object is, stands out from the noise before the details do.
 """
 
 from dataclasses import dataclass
@@ -18,14 +19,15 @@ from . import world
 
 PATCH = (TEMPORAL_DOWNSAMPLE, SPATIAL_DOWNSAMPLE, SPATIAL_DOWNSAMPLE)
 SCENES = 1500  # that they are computed from
+DETAILS = 96
 
 
 def pixels(frames: NDArray[np.uint8]) -> torch.Tensor:
     """Returns frames (T, H, W, 3) as numbers from -1 to 1, by patch: (T / 4, H / 8, W / 8, 3 * 4 * 8 * 8)."""
     t, h, w = (n // p for n, p in zip(frames.shape, PATCH, strict=False))
-    video = torch.from_numpy(np.ascontiguousarray(frames)).float() / 127.5 - 1
-    video = video.view(t, PATCH[0], h, PATCH[1], w, PATCH[2], 3)
-    return video.permute(0, 2, 4, 6, 1, 3, 5).flatten(3)  # (t, h, w, channel and place)
+    video = torch.from_numpy(np.ascontiguousarray(frames)).view(t, PATCH[0], h, PATCH[1], w, PATCH[2], 3)
+    patches = video.permute(0, 2, 4, 6, 1, 3, 5).flatten(3)  # (t, h, w, channel and place)
+    return patches.float().div_(127.5).sub_(1)
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class Components:
         mean: of a patch, (768,).
         analysis: a patch less its mean times this is its latents, (768, 16).
         synthesis: latents times this, and the mean, are the nearest patch that there is to them, (16, 768).
+        details: the same for the components after these, which latents lack, (96, 768).
     """
 
     mean: torch.Tensor
     analysis: torch.Tensor
     synthesis: torch.Tensor
+    details: torch.Tensor
 
     @classmethod
     def of_world(cls) -> "Components":
@@ -54,14 +58,23 @@ class Components:
             count += len(patches)
         mean = total / count
         values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
-        deviation, basis = values.flip(0)[:LATENT_CHANNELS].sqrt(), vectors.flip(1)[:, :LATENT_CHANNELS]
+        kept = LATENT_CHANNELS + DETAILS
+        deviation, basis = values.flip(0)[:kept].sqrt(), vectors.flip(1)[:, :kept]
         # The sign of an eigenvector is any: make its largest entry positive.
         basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-        return cls(mean.float(), (basis / deviation).float(), (basis * deviation).T.float())
+        patterns = basis * deviation
+        spread = deviation[:LATENT_CHANNELS].sqrt()
+        spread /= spread.square().mean().sqrt()
+        return cls(
+            mean.float(),
+            analysis=(basis / deviation)[:, :LATENT_CHANNELS].mul(spread).float(),
+            synthesis=(patterns[:, :LATENT_CHANNELS] / spread).T.float(),
+            details=patterns[:, LATENT_CHANNELS:].T.float(),
+        )
 
     def latents(self, frames: NDArray[np.uint8]) -> torch.Tensor:
-        """Returns the latents of frames (T, H, W, 3): (16, T / 4, H / 8, W / 8), of mean 0 and variance 1 over the world."""
-        return ((pixels(frames) - self.mean) @ self.analysis).permute(3, 0, 1, 2)
+        """Returns the latents of frames (T, H, W, 3): (16, T / 4, H / 8, W / 8); over the world of mean 0 and variance 1."""
+        return (pixels(frames).sub_(self.mean) @ self.analysis).permute(3, 0, 1, 2)
 
 
 def components_of(folder: Path) -> Components:
@@ -71,6 +84,6 @@ def components_of(folder: Path) -> Components:
         return Components(**torch.load(file, weights_only=True))
     components = Components.of_world()
     part = folder / "components.part"
-    torch.save(vars(components), part)
+    torch.save({name: x.clone() for name, x in vars(components).items()}, part)
     put_in_place(part, file)
     return components

@@ -81,13 +81,12 @@ def _scene(seed: int, chunks: int, changes: float = 0.0) -> world.Scene:
 
 def _matches(seen: Seen | None, scene: world.Scene, chunk: int) -> dict[str, bool]:
     """Returns what of a second is as the scene has it."""
-    expected = world.shown_motions(scene)[chunk]
     return {
         "object": seen is not None,
         "background": seen is not None and seen.background == scene.background,
         "colour": seen is not None and seen.colour == scene.colours[chunk],
         "shape": seen is not None and seen.shape == scene.shape,
-        "motion": seen is not None and seen.motion == (expected or scene.motions[chunk]),
+        "motion": seen is not None and seen.motion == world.shown_or_asked(scene)[chunk],
     }
 
 
@@ -157,9 +156,7 @@ def clip(maker: Maker, count: int, frames_before: int) -> Score:
         if scene.motions[0] not in world.DIRECTIONS:
             continue
         seconds = frames_before / world.FPS
-        # Only scenes in which nothing meets an edge before the new second has passed.
-        needed = int(np.ceil(seconds + 1))
-        if world.shown_motions(scene)[:needed] != list(scene.motions[:needed]):
+        if not _moves_freely(scene, frames_before + world.CHUNK):
             continue
         prompts = captions(scene, seed, held_out=True)[:1]
         before = world.frames(scene)[:frames_before]
@@ -170,6 +167,13 @@ def clip(maker: Maker, count: int, frames_before: int) -> Score:
         off = np.inf if seen is None else float(np.linalg.norm(np.array(seen.velocity) - way))
         score.add(np.concatenate([before, frames]), prompts, velocity=off <= SPEED_ERROR * scene.speed, **right)
     return score
+
+
+def _moves_freely(scene: world.Scene, frames: int) -> bool:
+    """Returns whether an object that moves meets no edge within so many frames."""
+    centre = world.path(scene).centre[:frames]
+    way = scene.speed * (frames - 1) / world.FPS
+    return bool(np.abs(centre[-1] - centre[0]).max() > way - 0.01)
 
 
 def long(maker: Maker, count: int) -> Score:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from magi.config import MagiConfig
 from magi.sampling.special_tokens import FILE_NAME
 
+from .distill import STUDENT
 from .text import T5, tokenizer_json
 from .train import BASE
 
@@ -52,8 +53,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for transformer/, text_encoder/ and special tokens"
     )
+    parser.add_argument("--distilled", action="store_true", help="the state is of the distilled model")
     args = parser.parse_args()
-    export(args.state, args.out, BASE)
+    export(args.state, args.out, STUDENT if args.distilled else BASE)
 
 
 if __name__ == "__main__":

@@ -221,7 +221,8 @@ class TrainingTransformer(nn.Module):
         positions: torch.Tensor,
         sees: torch.Tensor,
         step_sizes: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        tap: int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Computes the velocities of all chunks of a batch of windows.
 
         Args:
@@ -233,9 +234,10 @@ class TrainingTransformer(nn.Module):
             positions: index of each chunk in its video, (B, n).
             sees: whether chunk i sees the K/V of chunk j, (B, n, n) bool. Every chunk sees at least itself.
             step_sizes: second time signal of distilled models, (B, n) float32.
+            tap: a layer after which the hidden states, (M, S, D), are returned, too.
 
         Returns:
-            (B, n, 16, W, h, w) float32.
+            (B, n, 16, W, h, w) float32; with `tap`, a pair of these and the hidden states.
         """
         c, (chunks, _, frames, height, width) = self.config, latents.shape[1:]
         rows, columns = height // c.patch_size, width // c.patch_size
@@ -251,21 +253,22 @@ class TrainingTransformer(nn.Module):
         angles = angles.cos(), angles.sin()
         text, text_mask = self._text(captions, lengths)
         mask = None if chunks == 1 else _per_token(sees, x.shape[1])[:, None]  # (B, 1, n * S, n * S)
-        for block in self.videodit_blocks["layers"]:
+        hidden = x
+        for layer, block in enumerate(self.videodit_blocks["layers"]):
             x = block(x, condition, chunks, angles, mask, text, text_mask)
+            hidden = x if layer == tap else hidden
         out = self.final_linear["linear"](self.videodit_blocks["final_layernorm"](x))  # (M, S, patch * channels)
-        return (
-            rearrange(
-                out,
-                "(b n) (t h w) (p q c) -> b n c t (h p) (w q)",
-                n=chunks,
-                h=rows,
-                w=columns,
-                p=c.patch_size,
-                q=c.patch_size,
-            )
-            / c.x_rescale_factor
+        out = rearrange(
+            out,
+            "(b n) (t h w) (p q c) -> b n c t (h p) (w q)",
+            n=chunks,
+            h=rows,
+            w=columns,
+            p=c.patch_size,
+            q=c.patch_size,
         )
+        velocity = out / c.x_rescale_factor
+        return velocity if tap is None else (velocity, hidden)
 
     def _condition(
         self, times: torch.Tensor, conditional: torch.Tensor, step_sizes: torch.Tensor | None

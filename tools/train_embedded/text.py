@@ -14,7 +14,9 @@ from transformers import T5Config, T5EncoderModel
 from .captions import vocabulary, words
 
 WIDTH = 64
-CAPTION_TOKENS = 40  # of a caption, at most, with the tokens before it
+PREFIX = 7  # special tokens before a caption, at most
+LONGEST = 33  # tokens of a caption itself, at most
+CAPTION_TOKENS = PREFIX + LONGEST
 SPECIAL_ROWS = 100  # as many as the published file has
 PAD, END, UNKNOWN = 0, 1, 2
 _FIRST_WORD = 3
@@ -107,8 +109,3 @@ class TextEncoder(nn.Module):
         there = torch.cat([before, held], dim=1)
         order = (~there).to(torch.uint8).argsort(dim=1, stable=True)  # those that are there first
         return every.gather(1, order[..., None].expand_as(every)), there.sum(1)
-
-    def state_for_inference(self) -> dict[str, torch.Tensor]:
-        """Returns T5's weights by their official names."""
-        state = self.t5.state_dict()
-        return {name: x for name, x in state.items() if name != "encoder.embed_tokens.weight"}

@@ -7,30 +7,29 @@ The same command resumes a run; with more steps, or other lengths of video, it g
 """
 
 import argparse
-import json
 import random
-import time
-from collections import deque
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
-from magi.system.whole_files import put_in_place
 
-from . import world
+from . import hints, world
+from .batches import Examples, Stream, examples
 from .components import components_of
 from .forward import TrainingTransformer
+from .hints import Hints
+from .loop import Training, add_arguments, add_chunks, lengths_of, start
 from .text import CAPTION_TOKENS, WIDTH, TextEncoder
-from .videos import CHUNK_FRAMES, Pool, Video, padded, prefix_rows, windows
-from .windows import Window, WindowDrawer, collate
+from .videos import CHUNK_FRAMES, Video
+from .windows import Batch, Window, WindowDrawer
 
 MODEL = ModelConfig(
-    num_layers=5,
+    num_layers=6,
     hidden_size=128,
-    ffn_hidden_size=384,
+    ffn_hidden_size=512,
     num_attention_heads=4,
     num_query_groups=4,
     kv_channels=32,
@@ -51,11 +50,7 @@ BASE = MagiConfig(
     ),
     EngineConfig(),
 )
-POOL = 4096  # videos
-USES = 4  # how often a video is drawn, on average
-WARMUP = 300  # steps
-AVERAGE = 0.999  # of the weights, per step
-MUON_RATE = 0.02
+WEAR = 0.1  # largest standard deviation of the noise on the chunks that a window goes on from
 PASSES = {"text": 0.75, "prev": 0.15, "independent": 0.1}
 
 
@@ -66,141 +61,62 @@ class Trained(nn.Module):
         super().__init__()
         self.transformer = TrainingTransformer(config.model)
         self.text = TextEncoder()
+        self.hints = Hints(config.model.hidden_size, config.model.patch_size)
 
-    def loss(self, videos: list[Video], chosen: list[Window], rng: random.Random) -> torch.Tensor:
-        """Returns the flow-matching loss of a batch of windows of equal length."""
-        device = next(self.parameters()).device
-        batch = collate(chosen, CHUNK_FRAMES).to(device)
-        shape = batch.chunks.shape
-        clean = torch.stack([v.latents[[c.chunk for c in w]] for v, w in zip(videos, chosen, strict=True)])
-        clean = clean.to(device, torch.float32)  # (B, n, 16, W, h, w)
-        noise = torch.randn(clean.shape, device=device)
-        tokens = [v.tokens[c.chunk] for v, w in zip(videos, chosen, strict=True) for c in w]
-        rows = [row for w in chosen for row in prefix_rows(w, rng)]
-        captions, lengths = self.text(padded(tokens).to(device), padded(rows, -1).to(device))
-        velocity = self.transformer(
-            batch.latents(clean, noise),
-            captions=captions.unflatten(0, shape),
-            lengths=lengths.unflatten(0, shape) * batch.captioned,
-            **batch.inputs(),
+    def captions(self, batch: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodes the captions of a batch: (B, n, L, WIDTH), and their lengths (B, n), 0 where the null caption belongs."""
+        embeds, lengths = self.text(batch.tokens, batch.rows)
+        captioned = batch.windows.captioned
+        return embeds.unflatten(0, captioned.shape), lengths.view_as(captioned) * captioned
+
+    def loss(self, batch: Examples) -> torch.Tensor:
+        """Returns the loss of a batch: flow matching, and a little of `hints.py`."""
+        windows, clean = batch.windows, batch.latents.float()
+        noise = torch.randn_like(clean)
+        embeds, lengths = self.captions(batch)
+        velocity, hidden = self.transformer(
+            windows.latents(worn(clean, windows), noise),
+            captions=embeds,
+            lengths=lengths,
+            **windows.inputs(),
+            tap=hints.LAYER,
         )
-        return batch.loss(velocity, clean, noise)
+        hint = self.hints.loss(hidden, batch.numbers, batch.shapes, windows.learned.any(-1).flatten())
+        return windows.loss(velocity, clean, noise) + hints.WEIGHT * hint
 
 
-def optimizers(model: Trained, rate: float) -> list[torch.optim.Optimizer]:
-    """Returns Muon for the matrices of the transformer's layers and AdamW for all other weights."""
-    layers = {id(p) for p in model.transformer.videodit_blocks["layers"].parameters() if p.ndim == 2}
-    matrices = [p for p in model.parameters() if id(p) in layers]
-    others = [p for p in model.parameters() if id(p) not in layers]
-    return [
-        torch.optim.Muon(matrices, lr=MUON_RATE, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
+def worn(clean: torch.Tensor, windows: Batch) -> torch.Tensor:
+    """Returns clean latents with a little noise on the clean chunks, (B, n, 16, W, h, w).
+
+    Those that the sampler goes on from are its own, which are never quite clean.
+    """
+    strength = WEAR * torch.rand(len(clean), 1, 1, 1, 1, 1, device=clean.device)
+    chunks = windows.clean_frames.all(-1)[..., None, None, None, None]
+    return clean + strength * chunks * torch.randn_like(clean)
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Returns the share of the highest learning rate: a short rise, then flat, and down to zero over the last quarter."""
-    return min(1, (step + 1) / WARMUP, 4 * max(0, steps - step) / steps)
-
-
-def arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Trains the embedded base model.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the state and the log")
-    parser.add_argument("--steps", type=int, default=20000)
-    parser.add_argument(
-        "--chunks", nargs="+", default=["1=1"], metavar="LENGTH=WEIGHT", help="lengths of the videos and how often each"
-    )
-    parser.add_argument("--batch", type=int, default=96, help="chunks of a batch (default: %(default)d)")
-    parser.add_argument("--rate", type=float, default=3e-3, help="highest rate of AdamW (default: %(default)g)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the layers: a minute more, then a seventh faster"
-    )
-    parser.add_argument("--every", type=int, default=100, help="steps between lines of the log")
-    return parser.parse_args()
+def made(clips: Sequence[Video], chosen: Sequence[Window], rng: random.Random, _: WindowDrawer) -> Examples:
+    """Makes a batch."""
+    return examples(clips, chosen, rng)
 
 
 def main() -> None:
     """Trains."""
-    args = arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(0)
+    parser = argparse.ArgumentParser(description="Trains the embedded base model.")
+    add_arguments(parser)
+    add_chunks(parser)
+    parser.add_argument("--init", type=Path, help="state.pt of another run, whose weights a new run begins with")
+    parser.set_defaults(steps=20000, batch=32, rate=1.5e-3, muon=0.01, chunks=["1=1"])
+    args = parser.parse_args()
+    start(args)
     model = Trained(BASE).to(args.device)
-    average = {name: x.detach().clone() for name, x in model.state_dict().items()}
-    optimizing = optimizers(model, args.rate)
-    state, first, samples, seconds, seed = args.out / "state.pt", 0, 0, 0.0, 0
-    if state.is_file():
-        saved = torch.load(state, weights_only=True, map_location=args.device)
-        model.load_state_dict(saved["model"])
-        average = saved["average"]
-        for optimizer, content in zip(optimizing, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(content)
-        first, samples, seconds, seed = (saved[name] for name in ("step", "samples", "seconds", "seed"))
-        torch.manual_seed(first)
-    if args.compile:
-        for block in model.transformer.videodit_blocks["layers"]:
-            block.compile(dynamic=False)
-    peaks = [group["lr"] for optimizer in optimizing for group in optimizer.param_groups]
-    chunks = {int(length): float(weight) for length, weight in (item.split("=") for item in args.chunks)}
-    components = components_of(args.out)
-    pool = Pool(components, max(chunks), POOL, seed)
-    rng = random.Random(first)  # noqa: S311
-    drawn = windows(pool, WindowDrawer(BASE, windows=(1, 2, 4), passes=PASSES), chunks, args.batch, rng)
-    names = list(average)
-
-    def save(step: int) -> None:
-        content = {
-            "model": model.state_dict(),
-            "average": average,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizing],
-            "step": step,
-            "samples": samples,
-            "seconds": seconds,
-            "seed": pool.next_seed,
-            "config": asdict(MODEL),
-        }
-        part = args.out / "state.part"
-        torch.save(content, part)
-        put_in_place(part, state)
-
-    recent: deque[float] = deque(maxlen=args.every)
-    began = saved_at = time.monotonic()
-    replaced = 0.0
-    with (args.out / "log.jsonl").open("a", encoding="utf-8") as log:
-        for step in range(first, args.steps):
-            share = rate_at(step, args.steps)
-            groups = [group for optimizer in optimizing for group in optimizer.param_groups]
-            for group, peak in zip(groups, peaks, strict=True):
-                group["lr"] = peak * share
-            videos, chosen = next(drawn)
-            loss = model.loss(videos, chosen, rng)
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizing:
-                optimizer.step()
-            keep = min(AVERAGE, (1 + step) / (10 + step))
-            current = model.state_dict()
-            torch._foreach_lerp_([average[n] for n in names], [current[n] for n in names], 1 - keep)
-            recent.append(loss.item())
-            samples += len(videos)
-            replaced += len(videos) / USES
-            pool.replace(int(replaced))
-            replaced %= 1
-            now = time.monotonic()
-            seconds, began = seconds + now - began, now
-            if (step + 1) % args.every == 0 or step + 1 == args.steps:
-                row = {"step": step + 1, "samples": samples, "loss": round(sum(recent) / len(recent), 4)}
-                row |= {"seconds": round(seconds), "rate": round(share, 3), "chunks": chunks}
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-            if now - saved_at > 120 or step + 1 == args.steps:
-                save(step + 1)
-                saved_at = now
+    if args.init:
+        known = torch.load(args.init, weights_only=True, map_location=args.device)["average"]
+        model.load_state_dict(model.state_dict() | known)
+    training = Training(model, model.transformer.videodit_blocks["layers"], args)
+    drawer = WindowDrawer(BASE, windows=(1, 2, 4), passes=PASSES)
+    stream = Stream(components_of(args.out), [drawer], lengths_of(args.chunks), args.batch, made, *training.place)
+    training.run(stream, lambda batch: (model.loss(batch), len(batch.latents)))
 
 
 if __name__ == "__main__":

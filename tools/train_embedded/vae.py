@@ -12,13 +12,15 @@ import argparse
 import json
 import math
 import random
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import IterableDataset, get_worker_info
 
 from magi.config import LATENT_CHANNELS, LATENT_SCALE
 from magi.media.frames import to_model
@@ -27,6 +29,8 @@ from magi.vae.model import PATCH_VALUES, Decoder, Encoder, VAEConfig
 
 from . import world
 from .components import PATCH, Components, components_of
+from .loop import Training, add_arguments, start
+from .windows import Tensors
 
 CONFIG = {
     "video_size": world.SIZE,
@@ -40,8 +44,7 @@ CONFIG = {
     "use_final_proj": True,
 }
 TILE = 12  # frames that are encoded and decoded at a time, as published
-NOISE = 0.3  # largest standard deviation of the noise on latents
-WARMUP = 200  # steps
+NOISE = 0.1  # largest standard deviation of the noise on latents
 _Z, _WIDTH = LATENT_CHANNELS, 128
 _STEADY = 64.0  # a constant beside which a signal hardly moves a layer norm's deviation: the norm becomes linear
 _CHANNELS = 4  # of the decoder before its last convolution: RGB and one that holds the constant
@@ -56,10 +59,10 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
     config = VAEConfig(**CONFIG)
     encoder, decoder = Encoder(config), Decoder(config)
     both = torch.cat([torch.eye(_Z), -torch.eye(_Z), torch.zeros(_WIDTH - 2 * _Z, _Z)])  # (D, 16)
-    signs = torch.tensor([1.0, -1.0]).repeat(_WIDTH // 2)
-    signs[: 2 * _Z] = 0
+    constant = torch.tensor([_STEADY, -_STEADY]).repeat(_WIDTH // 2)
+    constant[: 2 * _Z] = 0
     with torch.no_grad():
-        for trunk, constant in ((encoder, _STEADY * signs), (decoder, 16 * signs)):
+        for trunk in (encoder, decoder):
             trunk.cls_token.zero_()
             trunk.pos_embed.copy_(constant.expand_as(trunk.pos_embed))
             deviation = float(constant.square().mean().sqrt())
@@ -73,7 +76,7 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
                 block.norm2.weight.fill_(deviation)
                 block.norm2.bias.copy_(-constant)
                 block.attn.qkv.bias.copy_(-block.attn.qkv.weight @ constant)
-        decoder.pos_embed[..., 2 * _Z :] += 0.5 * torch.randn(decoder.pos_embed[..., 2 * _Z :].shape)
+        decoder.pos_embed[..., _Z : 2 * _Z] += 0.5 * torch.randn(decoder.pos_embed[..., _Z : 2 * _Z].shape)
         for parameter in encoder.blocks.parameters():
             parameter.zero_()
         analysis = components.analysis.T  # (16, 768)
@@ -85,7 +88,9 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
         decoder.proj_in.weight.copy_(both)
         decoder.proj_in.bias.zero_()
         pixels = torch.zeros(PATCH_VALUES, _CHANNELS, _WIDTH)  # the decoder has a patch's channels last
-        pixels[:, :3, :_Z] = components.synthesis.T.view(3, PATCH_VALUES, _Z).transpose(0, 1)
+        # What the blocks find out about the components that latents lack goes into the features that are still free.
+        for features, patterns in ((slice(_Z), components.synthesis), (slice(2 * _Z, _WIDTH), components.details)):
+            pixels[:, :3, features] = patterns.T.view(3, PATCH_VALUES, -1).transpose(0, 1)
         bias = torch.zeros(PATCH_VALUES, _CHANNELS)
         bias[:, :3] = components.mean.view(3, PATCH_VALUES).T
         for values in (pixels, bias):  # the norm takes the mean away: keep it at zero
@@ -113,8 +118,21 @@ def _nothing() -> None:
     pass
 
 
-def tiles(components: Components, rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns random tiles of training scenes: latents (B, 16, 3, 8, 8) and pixels (B, 3, 12, 64, 64) in [-1, 1]."""
+@dataclass(frozen=True)
+class Tiles(Tensors):
+    """A batch of tiles.
+
+    Attributes:
+        latents: (B, 16, 3, 8, 8).
+        video: their pixels in [-1, 1], (B, 3, 12, 64, 64).
+    """
+
+    latents: torch.Tensor
+    video: torch.Tensor
+
+
+def tiles(components: Components, rng: random.Random, size: int) -> Tiles:
+    """Returns random tiles of training scenes."""
     latents, videos = [], []
     while len(videos) < size:
         frames = world.frames(world.draw(rng.randrange(10**6), 2))
@@ -122,13 +140,29 @@ def tiles(components: Components, rng: random.Random, size: int) -> tuple[torch.
             tile = frames[first : first + TILE]
             latents.append(components.latents(tile))
             videos.append(to_model(torch.from_numpy(tile)))
-    return torch.stack(latents[:size]), torch.cat(videos[:size])
+    return Tiles(torch.stack(latents[:size]), torch.cat(videos[:size]))
 
 
-def loss_of(decoder: Decoder, latents: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
+class TileStream(IterableDataset[Tiles]):
+    """Batches of tiles without end."""
+
+    def __init__(self, components: Components, size: int, part: tuple[int, int], first: int) -> None:
+        """Takes the tiles of a batch, and where to begin, as `Stream` does."""
+        self.components, self.size, self.part, self.first = components, size, part, first
+
+    def __iter__(self) -> Iterator[Tiles]:
+        """Yields batches."""
+        info = get_worker_info()
+        rng = random.Random(f"{self.part} {info and info.id} {self.first}")  # noqa: S311
+        while True:
+            yield tiles(self.components, rng, self.size)
+
+
+def loss_of(decoder: Decoder, batch: Tiles) -> torch.Tensor:
     """Returns the mean error: squares, and half as much of absolute values, which keeps edges crisp."""
-    noise = NOISE * torch.rand(len(latents), 1, 1, 1, 1) * torch.randn_like(latents)
-    difference = decoder(latents + noise, _nothing) - video
+    latents = batch.latents
+    noise = NOISE * torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) * torch.randn_like(latents)
+    difference = decoder(latents + noise, _nothing).float() - batch.video
     return difference.square().mean() + 0.5 * difference.abs().mean()
 
 
@@ -138,72 +172,40 @@ def psnr(components: Components, decoder: Decoder, seeds: range) -> float:
     with torch.no_grad():
         for seed in seeds:
             frames = np.ascontiguousarray(world.frames(world.draw(seed, 1, held_out=True))[:TILE])
-            decoded = decoder(components.latents(frames)[None], _nothing)
+            latents = components.latents(frames)[None].to(decoder.cls_token.device)
+            decoded = decoder(latents, _nothing).cpu()
             errors.append(float((decoded.clamp(-1, 1) - to_model(torch.from_numpy(frames))).square().mean()))
     return 10 * math.log10(4 / (sum(errors) / len(errors)))
 
 
-def rate(step: int, steps: int, peak: float) -> float:
-    """Returns the learning rate: a linear rise, then half a cosine to zero."""
-    return peak * min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
-
-
 def main() -> None:
-    """Trains, and writes weights and config after every 250 steps."""
+    """Trains, and writes weights and config at the end."""
     parser = argparse.ArgumentParser(description="Makes the embedded model's VAE.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights, the state and the log")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate (default: %(default)g)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_arguments(parser)
+    parser.set_defaults(steps=3000, batch=8, rate=1e-4, muon=5e-3)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    start(args)
     components = components_of(args.out)
     encoder, decoder = linear_vae(components)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.0)
-    state, first = args.out / "state.pt", 0
-    if state.is_file():
-        saved = torch.load(state, weights_only=True)
-        decoder.load_state_dict(saved["decoder"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
-    rng = random.Random(first)  # noqa: S311
-    print({"step": first, "psnr": round(psnr(components, decoder, range(64)), 2)}, flush=True)
-    began, mean = time.monotonic(), 0.0
-    with (args.out / "log.jsonl").open("a", encoding="utf-8") as log:
-        for step in range(first, args.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step, args.steps, args.rate)
-            loss = loss_of(decoder, *tiles(components, rng, args.batch))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-            optimizer.step()
-            value = loss.item()
-            mean = value if step == first else 0.98 * mean + 0.02 * value
-            if (step + 1) % 250 == 0 or step + 1 == args.steps:
-                row = {"step": step + 1, "loss": round(mean, 5), "seconds": round(time.monotonic() - began)}
-                row |= {"psnr": round(psnr(components, decoder, range(64)), 2)}
-                print(row, flush=True)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                content = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-                save(args.out, state_for_inference(encoder, decoder), content)
+    training = Training(decoder.to(args.device), decoder.blocks, args)
+    stream = TileStream(components, args.batch, *training.place)
+    training.run(
+        stream,
+        lambda batch: (loss_of(decoder, batch), len(batch.video)),
+        lambda: {"psnr": round(psnr(components, decoder, range(16)), 2)},
+    )
+    decoder.load_state_dict(training.average)
+    save(args.out / "vae", state_for_inference(encoder, decoder.cpu()))
 
 
-def save(folder: Path, weights: dict[str, torch.Tensor], state: dict) -> None:
-    """Writes the weights as the pipeline reads them, and the state to resume from, each whole or not at all."""
-    vae = folder / "vae"
-    vae.mkdir(exist_ok=True)
-    part = folder / "state.part"
-    torch.save(state, part)
-    put_in_place(part, folder / "state.pt")
-    save_file(weights, vae / "part.safetensors")
-    put_in_place(vae / "part.safetensors", vae / "diffusion_pytorch_model.safetensors")
+def save(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Writes the weights and the config as the pipeline reads them, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "part.safetensors"
+    save_file(weights, part)
+    put_in_place(part, folder / "diffusion_pytorch_model.safetensors")
     config = {"model_type": "vit", "ddconfig": CONFIG}
-    write_whole(vae / "config.json", json.dumps(config, indent=1).encode())
+    write_whole(folder / "config.json", json.dumps(config, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Training videos as latents, kept in a pool and drawn many times with other noise, times and windows."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,13 @@ from magi.sampling.special_tokens import STYLES, SpecialTokens
 from . import world
 from .captions import captions
 from .components import PATCH, Components
+from .hints import NUMBERS, numbers
 from .text import PAD, SPECIAL_ROWS, UNKNOWN, tokenize
 from .windows import Window, WindowDrawer
 
+POOL = 4096  # videos that a pool has room for
+FIRST = 512  # videos that it begins with
+USES = 24  # how many are drawn for each new one
 CHUNK_FRAMES = world.CHUNK // PATCH[0]
 _SIDE = world.SIZE // SPATIAL_DOWNSAMPLE
 _PICTURES = 0.15  # share of the videos that begin with a picture
@@ -32,11 +36,15 @@ class Video:
         latents: (chunks, 16, 6, 8, 8) float16.
         tokens: token ids of each chunk's caption.
         picture: whether its first latent frame is a picture: its four frames are the same.
+        numbers: what the scene is in numbers (`hints.py`), (chunks, 6, 7).
+        shape: the index of its shape.
     """
 
     latents: torch.Tensor
     tokens: list[list[int]]
     picture: bool
+    numbers: torch.Tensor
+    shape: int
 
 
 def make(components: Components, seed: int, chunks: int) -> Video:
@@ -51,29 +59,47 @@ def make(components: Components, seed: int, chunks: int) -> Video:
         [UNKNOWN if rng.random() < _LOST_WORDS else token for token in caption[:-1]] + caption[-1:]
         for caption in tokenize(captions(scene, seed))
     ]
-    return Video(latents.to(torch.float16), tokens, picture)
+    return Video(latents.to(torch.float16), tokens, picture, numbers(scene), world.SHAPES.index(scene.shape))
 
 
 class Pool:
-    """Videos of which some are replaced by new ones all the time."""
+    """Videos that are drawn many times: it grows by one for every `USES` that are drawn, and then loses its oldest ones.
 
-    def __init__(self, components: Components, chunks: int, size: int, first_seed: int) -> None:
-        """Makes `size` videos of as many chunks, of the seeds from `first_seed` on."""
-        self.components, self.chunks, self.next_seed = components, chunks, first_seed
-        self.videos = [self._new() for _ in range(size)]
+    All tensors lie in two blocks of memory: thousands of small ones that stay would each keep the hole that the large temporary
+    ones beside it leave, gigabytes in all.
+    """
 
-    def replace(self, count: int) -> None:
-        """Replaces the oldest videos."""
+    def __init__(self, components: Components, chunks: int, first_seed: int) -> None:
+        """Makes the first videos, of as many chunks, of the seeds from `first_seed` on."""
+        self.components, self.chunks, self.first_seed = components, chunks, first_seed
+        self.made = self._drawn = 0
+        self._latents = torch.empty(POOL, chunks, *latent_shape(), dtype=torch.float16)
+        self._numbers = torch.empty(POOL, chunks, CHUNK_FRAMES, NUMBERS)
+        self._others: list[tuple[list[list[int]], bool, int]] = [([], False, 0)] * POOL  # tokens, picture, shape
+        self.add(min(FIRST, POOL))
+
+    def add(self, count: int) -> None:
+        """Adds new videos, in place of the oldest ones where it is full."""
         for _ in range(count):
-            self.videos[self.next_seed % len(self.videos)] = self._new()
+            place = self.made % POOL
+            video = make(self.components, self.first_seed + self.made, self.chunks)
+            self._latents[place], self._numbers[place] = video.latents, video.numbers
+            self._others[place] = video.tokens, video.picture, video.shape
+            self.made += 1
 
-    def _new(self) -> Video:
-        self.next_seed += 1
-        return make(self.components, self.next_seed - 1, self.chunks)
+    def draw(self, rng: random.Random, chunks: int) -> Video:
+        """Returns the first chunks of one of the videos; what is added later does not change it."""
+        place = rng.randrange(min(self.made, POOL))
+        tokens, picture, shape = self._others[place]
+        latents, numbers = (block[place, :chunks].clone() for block in (self._latents, self._numbers))
+        self._drawn += 1
+        if self._drawn % USES == 0:
+            self.add(1)
+        return Video(latents, tokens[:chunks], picture, numbers, shape)
 
 
 def windows(
-    pool: Pool, drawer: WindowDrawer, chunks: dict[int, float], tokens: int, rng: random.Random
+    pool: Pool, drawer: WindowDrawer, chunks: Mapping[int, float], tokens: int, rng: random.Random
 ) -> Iterator[tuple[list[Video], list[Window]]]:
     """Yields batches of windows of equal length, so that nothing is padded.
 
@@ -87,7 +113,8 @@ def windows(
     waiting: dict[int, tuple[list[Video], list[Window]]] = {}
     lengths, weights = list(chunks), list(chunks.values())
     while True:
-        video, length = rng.choice(pool.videos), rng.choices(lengths, weights)[0]
+        length = rng.choices(lengths, weights)[0]
+        video = pool.draw(rng, length)
         window = drawer.draw(length, rng, video.picture)
         batch = waiting.setdefault(len(window), ([], []))
         batch[0].append(video)
@@ -109,10 +136,9 @@ def prefix_rows(window: Window, rng: random.Random) -> list[list[int]]:
     ]
 
 
-def padded(rows: list[list[int]], value: int = PAD) -> torch.Tensor:
-    """Returns lists of numbers side by side: (N, longest)."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long).view(len(rows), -1)
+def padded(rows: list[list[int]], length: int, value: int = PAD) -> torch.Tensor:
+    """Returns lists of numbers side by side: (N, length)."""
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.long)
 
 
 def latent_shape() -> tuple[int, int, int, int]:

@@ -9,9 +9,11 @@ Shapes: B windows, n chunks of the longest one, W latent frames of a chunk.
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cache
+from itertools import accumulate
+from typing import Literal, TypeVar
 
 import torch
 
@@ -20,6 +22,7 @@ from magi.sampling.guidance import guidance_weights, is_nearly_clean
 from magi.sampling.schedule import Iteration, Schedule, step_size_signal, time_grid
 
 PassKind = Literal["text", "prev", "independent"]
+T = TypeVar("T", bound="Tensors")
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,8 @@ class WindowDrawer:
         no_prefix: how often a video has no prefix; otherwise it has any number of latent frames that leaves something to make.
         whole_prefix: how often a prefix ends with a chunk.
         jitter: whether times lie anywhere between a step's two ends, instead of at its start.
+        late: how much more often a long step is drawn than a short one: its length to this power. Two thirds of all steps
+            are at times below 0.2, where little can be known of the video yet, so little is learned from most of them.
     """
 
     config: MagiConfig
@@ -160,13 +165,14 @@ class WindowDrawer:
     no_prefix: float = 0.6
     whole_prefix: float = 0.3
     jitter: bool = True
+    late: float = 0.5
 
     def draw(self, chunks: int, rng: random.Random, picture: bool = False) -> Window:
         """Draws a window of a video with so many chunks; one that begins with a picture has this as its prefix."""
         prefix_frames = 1 if picture else self._prefix_frames(chunks, rng)
         runtime = self.config.with_runtime(window_size=rng.choice(self.windows)).runtime
         schedule = Schedule.of(runtime, chunks, prefix_frames // runtime.chunk_width)
-        it = schedule[rng.randrange(len(schedule))]
+        it = schedule[rng.choices(range(len(schedule)), cum_weights=_weights(schedule, self.late))[0]]
         shift = rng.random() if self.jitter else 0.0
         kind = rng.choices(list(self.passes), list(self.passes.values()))[0]
         alone = window_alone(it, schedule, self.config, prefix_frames, shift) if kind == "independent" else ()
@@ -184,8 +190,36 @@ class WindowDrawer:
         return rng.randrange(1, chunks * width)
 
 
+@cache
+def _weights(schedule: Schedule, late: float) -> list[float]:
+    """Returns the cumulative weights with which a schedule's iterations are drawn."""
+    grid = time_grid(schedule.num_steps)
+    lengths = ((grid[1:] - grid[:-1]) ** late).tolist()
+    return list(accumulate(sum(lengths[g] for g in it.grid) / len(it.grid) for it in schedule))
+
+
+class Tensors:
+    """A dataclass of tensors and of others of its kind, which moves as one."""
+
+    def each(self: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
+        """Returns it with every tensor changed; None stays."""
+
+        def changed(value: "torch.Tensor | Tensors | None") -> "torch.Tensor | Tensors | None":
+            return value.each(change) if isinstance(value, Tensors) else value if value is None else change(value)
+
+        return dataclasses.replace(self, **{f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def to(self: T, device: torch.device | str) -> T:
+        """Returns it on a device."""
+        return self.each(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self: T) -> T:
+        """Returns it in page-locked memory; torch's loader asks for it by this name."""
+        return self.each(torch.Tensor.pin_memory)
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(Tensors):
     """Windows side by side, padded to the longest; a padding chunk sees itself and nothing is learned from it.
 
     Attributes:
@@ -212,11 +246,6 @@ class Batch:
     used: torch.Tensor
     step_sizes: torch.Tensor | None
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """Returns the batch on a device."""
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in moved.items()})
-
     def of_videos(self, values: torch.Tensor) -> torch.Tensor:
         """Takes from values per chunk of B videos, (B, K, ...), those of the windows' chunks: (B, n, ...)."""
         return values[torch.arange(len(values), device=values.device)[:, None], self.chunks]
@@ -232,7 +261,7 @@ class Batch:
 
     def loss(self, velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Returns the mean squared error of velocities, (B, n, 16, W, h, w), over the learned frames."""
-        error = (velocity - (clean - noise)).square().mean(dim=(2, 4, 5))  # (B, n, W)
+        error = (velocity.float() - (clean - noise)).square().mean(dim=(2, 4, 5))  # (B, n, W)
         return (error * self.learned).sum() / self.learned.sum()
 
     def inputs(self) -> dict[str, torch.Tensor | None]:

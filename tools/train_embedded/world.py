@@ -273,6 +273,11 @@ def shown_motions(scene: Scene) -> list[str | None]:
     return shown
 
 
+def shown_or_asked(scene: Scene) -> list[str]:
+    """Returns the motion that there is to see in each chunk, or the one that was asked for where that is none clearly."""
+    return [shown or asked for shown, asked in zip(shown_motions(scene), scene.motions, strict=True)]
+
+
 def _states(scene: Scene) -> list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]:
     """Returns (centre, radius, angle) per chunk, each with the first frame of the next chunk at its end."""
     time = np.arange(CHUNK + 1) / FPS

@@ -1,0 +1,99 @@
+"""Batches as tensors, made beside the training: workers draw videos and windows, the training takes what is ready."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from .components import Components
+from .text import LONGEST, PREFIX
+from .videos import CHUNK_FRAMES, Pool, Video, padded, prefix_rows, windows
+from .windows import Batch, Tensors, Window, WindowDrawer, collate
+
+T = TypeVar("T", bound=Tensors)
+_SEEDS = 10**8  # of the videos of one worker
+
+
+@dataclass(frozen=True)
+class Examples(Tensors):
+    """A batch of B windows of n chunks each, and what is known of them.
+
+    Attributes:
+        windows: which chunks there are, at which time, and what each sees.
+        latents: of the videos, clean, (B, n, 16, W, h, w) float16.
+        tokens: of the captions, (B * n, LONGEST).
+        rows: of the special tokens before them, (B * n, PREFIX), padded at the end with -1.
+        numbers: what the scenes are in numbers (`hints.py`), (B * n, W, 7).
+        shapes: indices of the shapes, (B * n,).
+    """
+
+    windows: Batch
+    latents: torch.Tensor
+    tokens: torch.Tensor
+    rows: torch.Tensor
+    numbers: torch.Tensor
+    shapes: torch.Tensor
+
+
+def examples(clips: Sequence[Video], chosen: Sequence[Window], rng: random.Random) -> Examples:
+    """Makes a batch of windows of equal length and the videos they are of."""
+    pairs = [(v, [c.chunk for c in w]) for v, w in zip(clips, chosen, strict=True)]
+    return Examples(
+        windows=collate(chosen, CHUNK_FRAMES),
+        latents=torch.stack([v.latents[chunks] for v, chunks in pairs]),
+        tokens=padded([v.tokens[i] for v, chunks in pairs for i in chunks], LONGEST),
+        rows=padded([row for w in chosen for row in prefix_rows(w, rng)], PREFIX, -1),
+        numbers=torch.cat([v.numbers[chunks] for v, chunks in pairs]),
+        shapes=torch.tensor([v.shape for v, chunks in pairs for _ in chunks]),
+    )
+
+
+class Stream(IterableDataset[T]):
+    """Batches without end. Every worker has videos of its own."""
+
+    def __init__(
+        self,
+        components: Components,
+        drawers: Sequence[WindowDrawer],
+        chunks: Mapping[int, float],
+        size: int,
+        made: Callable[[Sequence[Video], Sequence[Window], random.Random, WindowDrawer], T],
+        part: tuple[int, int],
+        first: int,
+    ) -> None:
+        """Takes what batches are made of.
+
+        Args:
+            components: of the world.
+            drawers: of windows; every batch is of one of them.
+            chunks: lengths of the videos, and how often each is drawn.
+            size: chunks of a batch, about.
+            made: makes the batch.
+            part: the number of this process, and of how many.
+            first: how far from the beginning of its seeds each worker begins.
+        """
+        self.components, self.drawers, self.chunks, self.size, self.made = components, drawers, chunks, size, made
+        self.part, self.first = part, first
+
+    def __iter__(self) -> Iterator[T]:
+        """Yields batches."""
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        number = self.part[0] * workers + worker
+        seed = number * _SEEDS + self.first
+        rng = random.Random(seed)  # noqa: S311
+        pool = Pool(self.components, max(self.chunks), seed)
+        drawn = [windows(pool, drawer, self.chunks, self.size, rng) for drawer in self.drawers]
+        while True:
+            which = rng.randrange(len(drawn))
+            yield self.made(*next(drawn[which]), rng, self.drawers[which])
+
+
+def loader(stream: IterableDataset[T], workers: int, device: str) -> Iterator[T]:
+    """Yields the batches of a stream on a device; with 0 workers they are made in between."""
+    cuda = torch.device(device).type == "cuda"
+    for batch in DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=cuda):
+        yield batch.to(device)
