@@ -9,12 +9,13 @@ import torch
 
 from magi.model_files.load import load_transformer
 from magi.sampling.schedule import Schedule, time_grid
-from magi.sampling.special_tokens import SpecialTokens
+from magi.sampling.special_tokens import STYLES, SpecialTokens
 from magi.text.encoder import TextEncoder
 from magi.text.t5_tokenizer import load_tokenizer
 from tools.train_embedded import components, distill, text, train, videos, world
+from tools.train_embedded.batches import LONGEST, PREFIX, Stream, examples, loader
 from tools.train_embedded.captions import captions
-from tools.train_embedded.export import export
+from tools.train_embedded.export import STUDENT_FOLDER, averaged, write_text, write_transformer
 from tools.train_embedded.videos import Pool, make, padded, prefix_rows, windows
 from tools.train_embedded.windows import WindowDrawer, window_alone, window_at
 
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, monkeypatch):
     """(arguments) -> the rows of the log after a run with them."""
-    monkeypatch.setattr(videos, "POOL", 24)
+    monkeypatch.setattr(videos, "FIRST", 24)
 
     def run(*arguments):
         options = ["--out", folder, "--batch", 8, "--every", 2, "--threads", 1, "--device", "cpu", *arguments]
@@ -53,19 +54,20 @@ def test_a_run_is_resumed_and_exported(run, folder, tmp_path):
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert rows[-1]["samples"] > rows[1]["samples"]
     state = torch.load(folder / "state.pt", weights_only=True)
-    assert state["seed"] > first["seed"], "new videos come after those of the first run"
     name = "transformer.videodit_blocks.layers.0.mlp.linear_fc1.weight"
     assert not torch.equal(state["model"][name], first["model"][name])
 
-    export(folder / "state.pt", tmp_path, train.BASE)
-    model = load_transformer(tmp_path / "transformer", device="cpu", dtype=torch.float32)
+    weights = averaged(folder / "state.pt")
+    write_transformer(weights, tmp_path / STUDENT_FOLDER, train.BASE)
+    write_text(weights, tmp_path)
+    model = load_transformer(tmp_path / STUDENT_FOLDER, device="cpu", dtype=torch.float32)
     assert model.config.model == train.MODEL
     trained = text.TextEncoder()
     trained.load_state_dict({k.removeprefix("text."): v for k, v in state["average"].items() if k.startswith("text.")})
     special = SpecialTokens.load(tmp_path / "special_tokens.npz")
     rows = [[8, 1], [], [3]]  # of special tokens, before each sentence
     with torch.no_grad():
-        embeds, lengths = trained(padded(text.tokenize(SENTENCES)), padded(rows, -1))
+        embeds, lengths = trained(padded(text.tokenize(SENTENCES), LONGEST), padded(rows, PREFIX, -1))
     with TextEncoder.load(tmp_path / "text_encoder", device="cpu") as encoder:
         for i, sentence in enumerate(SENTENCES):
             alone = torch.cat([special.other[rows[i]], encoder.encode(sentence)])
@@ -81,7 +83,8 @@ def test_the_tokenizer_splits_as_training_did(tmp_path):
     assert [tokenizer.encode(sentence) for sentence in every] == text.tokenize(every)
     assert tokenizer.encode("a tiny cat") == [text.ids()["a"], text.UNKNOWN, text.UNKNOWN, text.END]
     longest = max(len(tokens) for tokens in text.tokenize(every))
-    assert longest + 7 <= text.CAPTION_TOKENS, "with all style and duration tokens a caption fits"
+    assert longest <= text.LONGEST
+    assert len(STYLES) + 1 == text.PREFIX, "all styles and a duration"
 
 
 def test_a_picture_is_one_latent_frame(folder):
@@ -98,28 +101,58 @@ def test_a_picture_is_one_latent_frame(folder):
         torch.testing.assert_close(video.latents[0, :, 1:].float(), plain[:, 1:], atol=0.02, rtol=0.01)
 
 
-def test_what_is_drawn_from_the_pool(folder):
-    pool, rng = Pool(components.components_of(folder), 2, 0, 16), random.Random(0)
+def test_what_is_drawn_from_the_pool(folder, monkeypatch):
+    monkeypatch.setattr(videos, "FIRST", 16)
+    monkeypatch.setattr(videos, "USES", 4)
+    pool, rng = Pool(components.components_of(folder), 2, 0), random.Random(0)
     drawn = windows(pool, WindowDrawer(train.BASE), {1: 1.0, 2: 1.0}, 6, rng)
     seen = set()
     for _ in range(30):
-        videos, chosen = next(drawn)
+        clips, chosen = next(drawn)
         assert len({len(window) for window in chosen}) == 1
-        assert len(videos) * len(chosen[0]) >= 6
+        assert len(clips) * len(chosen[0]) >= 6
         seen.add(len(chosen[0]))
-        for video, window in zip(videos, chosen, strict=True):
+        for video, window in zip(clips, chosen, strict=True):
             assert window[-1].chunk < len(video.latents)
             if video.picture and window[0].chunk == 0 and not window[0].clean:
                 assert window[0].prefix_frames == 1
             assert len(prefix_rows(window, rng)) == len(window)
     assert seen == {1, 2}
-    assert pool.next_seed > 32, "drawing renews the pool"
+    assert pool.made > 32, "drawing adds new videos"
+    monkeypatch.setattr(videos, "POOL", pool.made)
     held = pool.draw(random.Random(3), 2)
-    kept, seed = held.latents.clone(), pool.next_seed
-    pool.replace(16)
-    assert pool.next_seed == seed + 16
+    kept, count = held.latents.clone(), pool.made
+    pool.add(count)
+    assert pool.made == 2 * count
     assert torch.equal(held.latents, kept)
     assert not torch.equal(pool.draw(random.Random(3), 2).latents, kept)
+
+
+def test_workers_make_batches_of_videos_of_their_own(folder, monkeypatch):
+    monkeypatch.setattr(videos, "FIRST", 8)
+    drawer = WindowDrawer(train.BASE, windows=(1, 2))
+    stream = Stream(components.components_of(folder), [drawer], {2: 1.0}, 8, train.made, (0, 1), 0)
+    batches = loader(stream, 2, "cpu")
+    first, second = next(batches), next(batches)  # one of each worker
+    for batch in (first, second):
+        windows_, n = batch.latents.shape[:2]
+        assert batch.tokens.shape == (windows_ * n, LONGEST)
+        assert batch.rows.shape == (windows_ * n, PREFIX)
+        assert batch.windows.times.shape == (windows_, n)
+    alike = {tuple(x.flatten().tolist()) for x in first.latents} & {tuple(x.flatten().tolist()) for x in second.latents}
+    assert not alike
+
+
+def test_chunks_that_a_window_goes_on_from_are_worn(folder):
+    """A little noise on them, and on nothing else."""
+    pool = [make(components.components_of(folder), seed, 3) for seed in range(4)]
+    schedule = Schedule.of(train.BASE.runtime, 3, 1)
+    chosen = [window_at(schedule[0], schedule, train.BASE, "text", prefix_frames=6)] * 4
+    batch = examples(pool, chosen, random.Random(0))
+    clean = batch.latents.float()
+    off = (train.worn(clean, batch.windows) - clean).flatten(2).std(-1)
+    assert 0 < off[:, 0].max() < 1.2 * train.WEAR
+    assert off[:, 1:].max() == 0
 
 
 def test_the_teacher_runs_the_passes_of_the_base_model():
@@ -147,8 +180,7 @@ def test_steps_end_where_the_next_begin(steps):
     schedule, grid = Schedule.of(config.runtime, 4, 0), time_grid(steps, config.engine.shortcut_mode)
     for it in schedule:
         window = window_at(it, schedule, config, "text")
-        ends = distill.end_times([window], steps)[0]
-        for chunk, end in zip(window, ends.tolist(), strict=True):
+        for chunk, end in zip(window, distill.end_times(window, steps), strict=True):
             if chunk.clean:
                 assert end == pytest.approx(chunk.time)
             else:
@@ -157,7 +189,7 @@ def test_steps_end_where_the_next_begin(steps):
 
 def test_distilling_is_resumed_and_keeps_the_text_encoder(run, folder, tmp_path, monkeypatch):
     run("--steps", 6)
-    monkeypatch.setattr(videos, "POOL", 8)
+    monkeypatch.setattr(videos, "FIRST", 8)
     out = tmp_path / "student"
     out.mkdir()
     (out / "components.pt").write_bytes((folder / "components.pt").read_bytes())

@@ -21,6 +21,7 @@ from magi import MagiPipeline
 
 from . import world
 from .captions import captions
+from .export import BASE_FOLDER, STUDENT_FOLDER
 from .measure import Seen, measure
 from .sheet import contact_sheet
 
@@ -213,8 +214,8 @@ TASKS: dict[str, Callable[[Maker, int], Score]] = {
 def main() -> None:
     """Runs the tasks, prints a line for each, and draws a contact sheet of the first clips of each."""
     parser = argparse.ArgumentParser(description="Measures what model files make of held-out scenes.")
-    parser.add_argument("--model", type=Path, required=True, help="folder with transformer/ and text_encoder/")
-    parser.add_argument("--vae", type=Path, help="folder of the VAE (default: vae/ in the model's folder)")
+    parser.add_argument("--model", type=Path, required=True, help="folder that `export.py` wrote")
+    parser.add_argument("--base", action="store_true", help="the base model instead of the distilled one")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--count", type=int, default=100, help="clips of each task (default: %(default)d)")
     parser.add_argument("--guidance", type=float, help="text guidance (default: the model's own)")
@@ -227,8 +228,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     pipeline = MagiPipeline.from_files(
-        args.model / "transformer",
-        args.vae or args.model / "vae",
+        args.model / (BASE_FOLDER if args.base else STUDENT_FOLDER),
+        args.model / "vae",
         args.model / "text_encoder",
         args.model / "special_tokens.npz",
         vae_dtype=torch.float32,
