@@ -40,8 +40,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """Returns the orthogonal matrices nearest to some, (N, R, C), by a few steps of Newton and Schulz: bfloat16, singular values about 1."""
-    x = matrices.to(torch.bfloat16)
+    """Returns the orthogonal matrices nearest to some, (N, R, C), by a few steps of Newton and Schulz: singular values about 1."""
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)  # what is faster
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(_EPSILON)
