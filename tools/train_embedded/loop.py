@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="chunks, or tiles, of a batch (default: %(default)d)")
     parser.add_argument("--rate", type=float, help="highest rate of AdamW (default: %(default)g)")
     parser.add_argument("--muon", type=float, help="highest rate of Muon (default: %(default)g)")
+    parser.add_argument("--init", type=Path, help="state.pt of another run, whose weights a new run begins with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
@@ -79,6 +80,13 @@ def rank_and_count() -> tuple[int, int]:
 def rate_at(step: int, done: float) -> float:
     """Returns the share of the highest learning rate: a short rise, then straight down to zero as `done` goes from 0 to 1."""
     return min((step + 1) / WARMUP, max(0.0, 1 - done))
+
+
+def begin_with(model: nn.Module, state: Path | None) -> None:
+    """Takes the averaged weights of a state, if there is one; what it lacks stays."""
+    if state:
+        known = torch.load(state, weights_only=True, map_location="cpu")["average"]
+        model.load_state_dict(model.state_dict() | known)
 
 
 def compile_layers(layers: nn.ModuleList, args: argparse.Namespace) -> None:

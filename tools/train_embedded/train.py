@@ -9,7 +9,6 @@ The same command resumes a run; with more steps, or other lengths of video, it g
 import argparse
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from .batches import Examples, Stream, examples
 from .components import components_of
 from .forward import TrainingTransformer
 from .hints import Hints
-from .loop import Training, add_arguments, add_chunks, lengths_of, start
+from .loop import Training, add_arguments, add_chunks, begin_with, lengths_of, start
 from .text import CAPTION_TOKENS, WIDTH, TextEncoder
 from .videos import CHUNK_FRAMES, Video
 from .windows import Batch, Window, WindowDrawer
@@ -105,14 +104,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the embedded base model.")
     add_arguments(parser)
     add_chunks(parser)
-    parser.add_argument("--init", type=Path, help="state.pt of another run, whose weights a new run begins with")
     parser.set_defaults(steps=20000, batch=32, rate=1.5e-3, muon=0.01, chunks=["1=1"])
     args = parser.parse_args()
     start(args)
     model = Trained(BASE).to(args.device)
-    if args.init:
-        known = torch.load(args.init, weights_only=True, map_location=args.device)["average"]
-        model.load_state_dict(model.state_dict() | known)
+    begin_with(model, args.init)
     training = Training(model, model.transformer.videodit_blocks["layers"], args)
     drawer = WindowDrawer(BASE, windows=(1, 2, 4), passes=PASSES)
     stream = Stream(components_of(args.out), [drawer], lengths_of(args.chunks), args.batch, made, *training.place)

@@ -1,0 +1,48 @@
+"""What the model in the box makes is what the prompt says: a quick part of its evaluation, with fixed seeds and with margins.
+
+docs/embedded-model.md has the numbers of the whole.
+"""
+
+import numpy as np
+import pytest
+
+from magi import MagiPipeline
+from tools.train_embedded import world
+from tools.train_embedded.evaluate import TASKS, Maker
+from tools.train_embedded.measure import measure
+
+FLOORS = {
+    "text": (16, {"object": 0.5, "colour": 0.5, "motion": 0.4}),
+    "change": (8, {"turned": 0.6, "object": 0.7, "colour": 0.7}),
+    "picture": (12, {"place": 0.9, "colour": 0.8, "motion": 0.7}),
+    "clip32": (12, {"object": 0.8, "colour": 0.8, "motion": 0.7}),
+}
+
+
+@pytest.fixture(scope="module")
+def maker():
+    return Maker(MagiPipeline.embedded(device="cpu"))
+
+
+@pytest.mark.parametrize("task", FLOORS)
+def test_it_does_what_is_asked(task, maker):
+    count, floors = FLOORS[task]
+    shares = TASKS[task](maker, count).shares()
+    assert {name: share for name, share in shares.items() if share < floors.get(name, 0)} == {}, shares
+
+
+def test_the_readmes_first_video(maker):
+    """The demo's circle goes right, then down, and stays what it is."""
+    prompts = ["A small red circle moves to the right on a white background."] * 2
+    prompts += ["The small red circle now moves down on a white background."] * 2
+    seen = measure(maker.video(prompts, 0))
+    assert all(seen)
+    assert {s.colour for s in seen} == {"red"}
+    assert {s.background for s in seen} == {"white"}
+    assert [seen[0].motion, seen[3].motion] == ["right", "down"]
+
+
+def test_another_seed_is_another_video(maker):
+    videos = [maker.video(["A large blue square moves up on a beige background."], seed).astype(float) for seed in (1, 2)]
+    assert np.abs(videos[0] - videos[1]).mean() > 4
+    assert videos[0].shape == (world.CHUNK, world.SIZE, world.SIZE, 3)
