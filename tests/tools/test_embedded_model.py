@@ -43,6 +43,8 @@ def test_the_readmes_first_video(maker):
 
 
 def test_another_seed_is_another_video(maker):
-    videos = [maker.video(["A large blue square moves up on a beige background."], seed).astype(float) for seed in (1, 2)]
+    videos = [
+        maker.video(["A large blue square moves up on a beige background."], seed).astype(float) for seed in (1, 2)
+    ]
     assert np.abs(videos[0] - videos[1]).mean() > 4
     assert videos[0].shape == (world.CHUNK, world.SIZE, world.SIZE, 3)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from magi.config import SPATIAL_DOWNSAMPLE, EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 
 from . import hints, world
 from .batches import Examples, Stream, examples
@@ -21,6 +21,7 @@ from .components import components_of
 from .forward import TrainingTransformer
 from .hints import Hints
 from .loop import Training, add_arguments, add_chunks, begin_with, lengths_of, start
+from .neighbours import look_at_neighbours
 from .text import CAPTION_TOKENS, WIDTH, TextEncoder
 from .videos import CHUNK_FRAMES, Video
 from .windows import Batch, Window, WindowDrawer
@@ -59,6 +60,7 @@ class Trained(nn.Module):
     def __init__(self, config: MagiConfig) -> None:
         super().__init__()
         self.transformer = TrainingTransformer(config.model)
+        look_at_neighbours(self.transformer, world.SIZE // SPATIAL_DOWNSAMPLE // config.model.patch_size)
         self.text = TextEncoder()
         self.hints = Hints(config.model.hidden_size, config.model.patch_size)
 
