@@ -2,8 +2,8 @@
 
 import torch
 
+from tools.train_embedded import neighbours
 from tools.train_embedded.forward import TrainingTransformer
-from tools.train_embedded.neighbours import look_at_neighbours
 from tools.train_embedded.train import MODEL
 
 SIDE, FRAMES = 4, 6
@@ -12,10 +12,10 @@ SIDE, FRAMES = 4, 6
 def test_the_first_heads_look_at_a_neighbour():
     torch.manual_seed(0)
     transformer = TrainingTransformer(MODEL)
-    look_at_neighbours(transformer, SIDE)
+    neighbours.look_at_neighbours(transformer, SIDE)
     angles = transformer._angles(torch.zeros(1, 1).long(), FRAMES, SIDE, SIDE).flatten(0, 2)
     x = torch.randn(1, FRAMES * SIDE**2, MODEL.hidden_size)
-    for number, ways in enumerate([((0, 1), (0, -1)), ((1, 0), (-1, 0))] * 3):
+    for number, ways in enumerate(neighbours._WAYS * 3):
         attention = transformer.videodit_blocks["layers"][number].self_attention
         normed = attention.linear_qkv["layer_norm"](x)
         q, k = (
@@ -26,7 +26,9 @@ def test_the_first_heads_look_at_a_neighbour():
         )
         seen = (q @ k.mT / MODEL.kv_channels**0.5).softmax(-1)[0].unflatten(1, (FRAMES, SIDE, SIDE))
         seen = seen.unflatten(-1, (FRAMES, SIDE, SIDE)).sum(4).mean(1)  # (heads, row, column, row, column)
-        for head, (rows, columns) in enumerate(ways):
-            places = seen[head, 1 + (rows < 0), 1 + (columns < 0)]
-            assert places.argmax() == SIDE * (1 + (rows < 0) + rows) + 1 + (columns < 0) + columns
-            assert places.max() > 0.18
+        index = torch.arange(float(SIDE))
+        inner = seen[:, 1:3, 1:3].mean((1, 2))  # (heads, row, column), of the tokens in the middle
+        rows_, columns_ = (inner.sum(-1) * index).sum(-1), (inner.sum(-2) * index).sum(-1)
+        along, across = (columns_, rows_) if ways[0][1] else (rows_, columns_)
+        assert along[0] - along[1] > 1, "one head looks ahead, the other back"
+        assert abs(across[0] - across[1]) < 0.7
