@@ -184,7 +184,9 @@ def main() -> None:
         WindowDrawer(STUDENT.with_runtime(num_steps=steps), windows=(1, 2, 4), passes=PASSES, jitter=False)
         for steps in STEPS
     ]
-    stream = Stream(components_of(args.out), drawers, lengths_of(args.chunks), args.batch, lesson, *training.place)
+    stream = Stream(
+        components_of(args.out), drawers, lengths_of(args.chunks), args.batch, lesson, args.uses, *training.place
+    )
     compile_layers(teacher.transformer.videodit_blocks["layers"], args)
     guide = Teacher(teacher)
     training.run(stream, lambda lesson: (loss_of(student, guide, lesson), len(lesson.examples.latents)))

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that make batches (default: none but this one)"
     )
+    parser.add_argument("--uses", type=int, default=24, help="windows drawn for each new video (default: %(default)d)")
     parser.add_argument("--every", type=int, default=100, help="steps between lines of the log (default: %(default)d)")
     parser.add_argument(
         "--compile", action="store_true", help="compile the layers: a minute more, then a seventh faster"
@@ -170,7 +171,8 @@ class Training:
                 share = rate_at(self.step, self.done)
                 for optimizer, peak in zip(self.optimizers, (self.args.muon, self.args.rate), strict=True):
                     optimizer.param_groups[0]["lr"] = peak * share
-                with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                # Without its cache, which does not go with CUDA graphs.
+                with torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False):
                     loss, samples = loss_of(next(batches))
                 self.model.zero_grad(set_to_none=True)
                 loss.backward()
