@@ -103,8 +103,7 @@ def test_a_picture_is_one_latent_frame(folder):
 
 def test_what_is_drawn_from_the_pool(folder, monkeypatch):
     monkeypatch.setattr(videos, "FIRST", 16)
-    monkeypatch.setattr(videos, "USES", 4)
-    pool, rng = Pool(components.components_of(folder), 2, 0), random.Random(0)
+    pool, rng = Pool(components.components_of(folder), 2, 0, uses=4), random.Random(0)
     drawn = windows(pool, WindowDrawer(train.BASE), {1: 1.0, 2: 1.0}, 6, rng)
     seen = set()
     for _ in range(30):
@@ -131,7 +130,7 @@ def test_what_is_drawn_from_the_pool(folder, monkeypatch):
 def test_workers_make_batches_of_videos_of_their_own(folder, monkeypatch):
     monkeypatch.setattr(videos, "FIRST", 8)
     drawer = WindowDrawer(train.BASE, windows=(1, 2))
-    stream = Stream(components.components_of(folder), [drawer], {2: 1.0}, 8, train.made, (0, 1), 0)
+    stream = Stream(components.components_of(folder), [drawer], {2: 1.0}, 8, train.made, 24, (0, 1), 0)
     batches = loader(stream, 2, "cpu")
     first, second = next(batches), next(batches)  # one of each worker
     for batch in (first, second):

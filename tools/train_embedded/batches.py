@@ -61,6 +61,7 @@ class Stream(IterableDataset[T]):
         chunks: Mapping[int, float],
         size: int,
         made: Callable[[Sequence[Video], Sequence[Window], random.Random, WindowDrawer], T],
+        uses: int,
         part: tuple[int, int],
         first: int,
     ) -> None:
@@ -72,11 +73,12 @@ class Stream(IterableDataset[T]):
             chunks: lengths of the videos, and how often each is drawn.
             size: chunks of a batch, about.
             made: makes the batch.
+            uses: how many windows are drawn for each new video.
             part: the number of this process, and of how many.
             first: how far from the beginning of its seeds each worker begins.
         """
         self.components, self.drawers, self.chunks, self.size, self.made = components, drawers, chunks, size, made
-        self.part, self.first = part, first
+        self.uses, self.part, self.first = uses, part, first
 
     def __iter__(self) -> Iterator[T]:
         """Yields batches."""
@@ -85,7 +87,7 @@ class Stream(IterableDataset[T]):
         number = self.part[0] * workers + worker
         seed = number * _SEEDS + self.first
         rng = random.Random(seed)  # noqa: S311
-        pool = Pool(self.components, max(self.chunks), seed)
+        pool = Pool(self.components, max(self.chunks), seed, self.uses)
         drawn = [windows(pool, drawer, self.chunks, self.size, rng) for drawer in self.drawers]
         while True:
             which = rng.randrange(len(drawn))

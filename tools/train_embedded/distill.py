@@ -23,7 +23,7 @@ from magi.sampling.schedule import time_grid
 
 from .batches import Examples, Stream, examples
 from .components import components_of
-from .loop import Training, add_arguments, add_chunks, compile_layers, lengths_of, start
+from .loop import Training, add_arguments, add_chunks, begin_with, compile_layers, lengths_of, start
 from .train import BASE, Trained, worn
 from .videos import CHUNK_FRAMES, Video
 from .windows import Batch, PassKind, Tensors, Window, WindowChunk, WindowDrawer, collate
@@ -172,10 +172,11 @@ def main() -> None:
     parser.set_defaults(steps=4000, batch=32, rate=1e-3, muon=0.005, chunks=["2=0.5", "4=0.5"])
     args = parser.parse_args()
     start(args)
-    base = torch.load(args.base, weights_only=True, map_location=args.device)["average"]
     teacher, student = Trained(BASE).to(args.device), Trained(STUDENT).to(args.device)
-    teacher.load_state_dict(base)
-    student.load_state_dict(base)
+    for model in (teacher, student):
+        begin_with(model, args.base)
+    begin_with(student, args.init)
+    student.text.load_state_dict(teacher.text.state_dict())  # both models have one
     for part in (student.text, student.hints):
         part.requires_grad_(False)
     training = Training(student, student.transformer.videodit_blocks["layers"], args)
@@ -183,7 +184,9 @@ def main() -> None:
         WindowDrawer(STUDENT.with_runtime(num_steps=steps), windows=(1, 2, 4), passes=PASSES, jitter=False)
         for steps in STEPS
     ]
-    stream = Stream(components_of(args.out), drawers, lengths_of(args.chunks), args.batch, lesson, *training.place)
+    stream = Stream(
+        components_of(args.out), drawers, lengths_of(args.chunks), args.batch, lesson, args.uses, *training.place
+    )
     compile_layers(teacher.transformer.videodit_blocks["layers"], args)
     guide = Teacher(teacher)
     training.run(stream, lambda lesson: (loss_of(student, guide, lesson), len(lesson.examples.latents)))

@@ -33,11 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help="chunks, or tiles, of a batch (default: %(default)d)")
     parser.add_argument("--rate", type=float, help="highest rate of AdamW (default: %(default)g)")
     parser.add_argument("--muon", type=float, help="highest rate of Muon (default: %(default)g)")
+    parser.add_argument("--init", type=Path, help="state.pt of another run, whose weights a new run begins with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that make batches (default: none but this one)"
     )
+    parser.add_argument("--uses", type=int, default=24, help="windows drawn for each new video (default: %(default)d)")
     parser.add_argument("--every", type=int, default=100, help="steps between lines of the log (default: %(default)d)")
     parser.add_argument(
         "--compile", action="store_true", help="compile the layers: a minute more, then a seventh faster"
@@ -79,6 +81,13 @@ def rank_and_count() -> tuple[int, int]:
 def rate_at(step: int, done: float) -> float:
     """Returns the share of the highest learning rate: a short rise, then straight down to zero as `done` goes from 0 to 1."""
     return min((step + 1) / WARMUP, max(0.0, 1 - done))
+
+
+def begin_with(model: nn.Module, state: Path | None) -> None:
+    """Takes the averaged weights of a state, if there is one; what it lacks stays."""
+    if state:
+        known = torch.load(state, weights_only=True, map_location="cpu")["average"]
+        model.load_state_dict(model.state_dict() | known)
 
 
 def compile_layers(layers: nn.ModuleList, args: argparse.Namespace) -> None:
@@ -162,7 +171,8 @@ class Training:
                 share = rate_at(self.step, self.done)
                 for optimizer, peak in zip(self.optimizers, (self.args.muon, self.args.rate), strict=True):
                     optimizer.param_groups[0]["lr"] = peak * share
-                with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                # Without its cache, which does not go with CUDA graphs.
+                with torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False):
                     loss, samples = loss_of(next(batches))
                 self.model.zero_grad(set_to_none=True)
                 loss.backward()

@@ -8,23 +8,25 @@ The same command resumes a run; with more steps, or other lengths of video, it g
 
 import argparse
 import random
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from magi.config import EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
+from magi.config import SPATIAL_DOWNSAMPLE, EngineConfig, MagiConfig, ModelConfig, RuntimeConfig
 
 from . import hints, world
 from .batches import Examples, Stream, examples
 from .components import components_of
 from .forward import TrainingTransformer
+from .graphs import Graphs
 from .hints import Hints
-from .loop import Training, add_arguments, add_chunks, lengths_of, start
+from .loop import Training, add_arguments, add_chunks, begin_with, lengths_of, start
+from .neighbours import look_at_neighbours
 from .text import CAPTION_TOKENS, WIDTH, TextEncoder
 from .videos import CHUNK_FRAMES, Video
-from .windows import Batch, Window, WindowDrawer
+from .windows import Batch, Tensors, Window, WindowDrawer
 
 MODEL = ModelConfig(
     num_layers=6,
@@ -54,14 +56,32 @@ WEAR = 0.1  # largest standard deviation of the noise on the chunks that a windo
 PASSES = {"text": 0.75, "prev": 0.15, "independent": 0.1}
 
 
+@dataclass(frozen=True)
+class Step(Tensors):
+    """A batch after noise was mixed in: the latents (B, n, 16, W, h, w) three times, and what else the loss needs."""
+
+    windows: Batch
+    noisy: torch.Tensor
+    clean: torch.Tensor
+    noise: torch.Tensor
+    lengths: torch.Tensor
+    numbers: torch.Tensor
+    shapes: torch.Tensor
+
+
 class Trained(nn.Module):
     """What is trained: transformer and text encoder."""
 
     def __init__(self, config: MagiConfig) -> None:
         super().__init__()
         self.transformer = TrainingTransformer(config.model)
+        look_at_neighbours(self.transformer, world.SIZE // SPATIAL_DOWNSAMPLE // config.model.patch_size)
         self.text = TextEncoder()
         self.hints = Hints(config.model.hidden_size, config.model.patch_size)
+        self.core: Callable[[torch.Tensor, Step], torch.Tensor] = self._core
+
+    def _core(self, embeds: torch.Tensor, step: Step) -> torch.Tensor:
+        return Core(self.transformer, self.hints)(embeds, step)
 
     def captions(self, batch: Examples) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes the captions of a batch: (B, n, L, WIDTH), and their lengths (B, n), 0 where the null caption belongs."""
@@ -73,16 +93,26 @@ class Trained(nn.Module):
         """Returns the loss of a batch: flow matching, and a little of `hints.py`."""
         windows, clean = batch.windows, batch.latents.float()
         noise = torch.randn_like(clean)
+        noisy = windows.latents(worn(clean, windows), noise)
         embeds, lengths = self.captions(batch)
+        return self.core(embeds, Step(windows, noisy, clean, noise, lengths, batch.numbers, batch.shapes))
+
+
+class Core(nn.Module):
+    """What there is between encoded captions and the loss: most of a step's work, without a random number."""
+
+    def __init__(self, transformer: TrainingTransformer, hints_: Hints) -> None:
+        super().__init__()
+        self.transformer, self.hints = transformer, hints_
+
+    def forward(self, embeds: torch.Tensor, step: Step) -> torch.Tensor:
+        """Returns the loss."""
+        windows = step.windows
         velocity, hidden = self.transformer(
-            windows.latents(worn(clean, windows), noise),
-            captions=embeds,
-            lengths=lengths,
-            **windows.inputs(),
-            tap=hints.LAYER,
+            step.noisy, captions=embeds, lengths=step.lengths, **windows.inputs(), tap=hints.LAYER
         )
-        hint = self.hints.loss(hidden, batch.numbers, batch.shapes, windows.learned.any(-1).flatten())
-        return windows.loss(velocity, clean, noise) + hints.WEIGHT * hint
+        hint = self.hints.loss(hidden, step.numbers, step.shapes, windows.learned.any(-1).flatten())
+        return windows.loss(velocity, step.clean, step.noise) + hints.WEIGHT * hint
 
 
 def worn(clean: torch.Tensor, windows: Batch) -> torch.Tensor:
@@ -105,17 +135,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the embedded base model.")
     add_arguments(parser)
     add_chunks(parser)
-    parser.add_argument("--init", type=Path, help="state.pt of another run, whose weights a new run begins with")
+    parser.add_argument("--graphs", action="store_true", help="run a step's kernels as CUDA graphs: half the time")
     parser.set_defaults(steps=20000, batch=32, rate=1.5e-3, muon=0.01, chunks=["1=1"])
     args = parser.parse_args()
     start(args)
     model = Trained(BASE).to(args.device)
-    if args.init:
-        known = torch.load(args.init, weights_only=True, map_location=args.device)["average"]
-        model.load_state_dict(model.state_dict() | known)
+    begin_with(model, args.init)
+    if args.graphs:
+        model.core = Graphs(lambda: Core(model.transformer, model.hints))
     training = Training(model, model.transformer.videodit_blocks["layers"], args)
     drawer = WindowDrawer(BASE, windows=(1, 2, 4), passes=PASSES)
-    stream = Stream(components_of(args.out), [drawer], lengths_of(args.chunks), args.batch, made, *training.place)
+    stream = Stream(
+        components_of(args.out), [drawer], lengths_of(args.chunks), args.batch, made, args.uses, *training.place
+    )
     training.run(stream, lambda batch: (model.loss(batch), len(batch.latents)))
 
 

@@ -18,7 +18,6 @@ from .windows import Window, WindowDrawer
 
 POOL = 4096  # videos that a pool has room for
 FIRST = 512  # videos that it begins with
-USES = 24  # how many are drawn for each new one
 CHUNK_FRAMES = world.CHUNK // PATCH[0]
 _SIDE = world.SIZE // SPATIAL_DOWNSAMPLE
 _PICTURES = 0.15  # share of the videos that begin with a picture
@@ -63,15 +62,15 @@ def make(components: Components, seed: int, chunks: int) -> Video:
 
 
 class Pool:
-    """Videos that are drawn many times: it grows by one for every `USES` that are drawn, and then loses its oldest ones.
+    """Videos that are drawn many times: it grows by one for every `uses` that are drawn, and then loses its oldest ones.
 
     All tensors lie in two blocks of memory: thousands of small ones that stay would each keep the hole that the large temporary
     ones beside it leave, gigabytes in all.
     """
 
-    def __init__(self, components: Components, chunks: int, first_seed: int) -> None:
+    def __init__(self, components: Components, chunks: int, first_seed: int, uses: int) -> None:
         """Makes the first videos, of as many chunks, of the seeds from `first_seed` on."""
-        self.components, self.chunks, self.first_seed = components, chunks, first_seed
+        self.components, self.chunks, self.first_seed, self.uses = components, chunks, first_seed, uses
         self.made = self._drawn = 0
         self._latents = torch.empty(POOL, chunks, *latent_shape(), dtype=torch.float16)
         self._numbers = torch.empty(POOL, chunks, CHUNK_FRAMES, NUMBERS)
@@ -93,7 +92,7 @@ class Pool:
         tokens, picture, shape = self._others[place]
         latents, numbers = (block[place, :chunks].clone() for block in (self._latents, self._numbers))
         self._drawn += 1
-        if self._drawn % USES == 0:
+        if self._drawn % self.uses == 0:
             self.add(1)
         return Video(latents, tokens[:chunks], picture, numbers, shape)
 
