@@ -285,9 +285,8 @@ def _recorded_work(model: Transformer) -> Iterator[list[tuple[float, int]]]:
     try:
         yield recorded
     finally:
-        del (
-            model.forward
-        )  # the model and this would keep each other, and the card's memory, until Python looks for cycles
+        # The model and this would keep each other, and the card's memory, until Python looks for cycles.
+        del model.forward
 
 
 def _activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:
