@@ -146,9 +146,8 @@ def run_bench(
         torch.cuda.reset_peak_memory_stats(device)
         if settings.budget is not None:
             total = torch.cuda.get_device_properties(device).total_memory
-            # It takes no device without an index; None is the current one, which "cuda" stands for.
-            card = None if device.index is None else device
-            torch.cuda.set_per_process_memory_fraction(min(1.0, settings.budget / total), card)
+            # By its index: it takes no device without one. None is the current card, as "cuda" is.
+            torch.cuda.set_per_process_memory_fraction(min(1.0, settings.budget / total), device.index)
     source = _source(settings)
     # Random weights are kept in memory, as they would have to be made again at every use.
     options = MemoryOptions(settings.budget, settings.offload, pinned=None if settings.model else True)
@@ -285,9 +284,8 @@ def _recorded_work(model: Transformer) -> Iterator[list[tuple[float, int]]]:
     try:
         yield recorded
     finally:
-        del (
-            model.forward
-        )  # the model and this would keep each other, and the card's memory, until Python looks for cycles
+        # The model and this would keep each other, and the card's memory, until Python looks for cycles.
+        del model.forward
 
 
 def _activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:

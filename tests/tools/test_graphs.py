@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tools.train_embedded import components, train
-from tools.train_embedded.batches import Stream, loader
+from tools.train_embedded.batches import Stream, examples, loader
 from tools.train_embedded.graphs import Graphs, _Flat
 from tools.train_embedded.windows import WindowDrawer
 
@@ -15,7 +15,7 @@ def batches(monkeypatch):
     monkeypatch.setattr(components, "SCENES", 10)
     monkeypatch.setattr("tools.train_embedded.videos.FIRST", 8)
     drawer = WindowDrawer(train.BASE, windows=(1, 2))
-    return Stream(components.Components.of_world(), [drawer], {1: 1.0, 2: 1.0}, 6, train.made, 24, (0, 1), 0)
+    return Stream(components.Components.of_world(), [(drawer, examples)], {1: 1.0, 2: 1.0}, 6, 24, (0, 1), 0)
 
 
 def gradients(model, batch, device):
@@ -33,10 +33,12 @@ def test_flat_it_is_the_same(batches):
     batch = next(iter(batches))
     wanted, expected = gradients(model, batch, "cpu")
 
+    method = model.core
+
     def flat(embeds, step):
         tensors = []
         step.each(lambda t: tensors.append(t) or t)
-        return _Flat(train.Core(model.transformer, model.hints), step)(embeds, *tensors)
+        return _Flat(model, method, step)(embeds, *tensors)
 
     model.core = flat
     loss, found = gradients(model, batch, "cpu")
@@ -49,10 +51,11 @@ def test_flat_it_is_the_same(batches):
 def test_a_graph_gives_the_same_gradients(batches):
     torch.manual_seed(0)
     model = train.Trained(train.BASE).cuda()
+    method = model.core
     for batch, _ in zip(loader(batches, 0, "cuda"), range(6), strict=False):
-        model.core = model._core
+        model.core = method
         wanted, expected = gradients(model, batch, "cuda")
-        model.core = graphs = Graphs(lambda: train.Core(model.transformer, model.hints))
+        model.core = graphs = Graphs(model, method)
         for _ in range(2):
             loss, found = gradients(model, batch, "cuda")
             assert loss == pytest.approx(wanted, rel=1e-3)

@@ -5,17 +5,17 @@ import torch
 
 from tools.train_embedded import hints, world
 
-SCENE = world.Scene("star", "large", "black", ("right", "grows"), ("red", "red"), (20.0, 30.0), 10.0, 12.0, 0.4, 90.0)
+SCENE = world.Scene("star", "large", "black", ("right", "grows"), ("red", "red"), (24.0, 32.0), 8.0)
 
 
 def test_the_numbers_of_a_scene():
     numbers = hints.numbers(SCENE)
     assert numbers.shape == (2, 6, 7)
-    # Four frames of half a pixel each: the mean of the first patch is 0.75 pixels further.
-    assert numbers[0, 0, :3].tolist() == pytest.approx([20.75 / 16, 30 / 16, 0], abs=1e-4)
-    assert numbers[0, :, 0].diff().tolist() == pytest.approx([2 / 16] * 5, abs=1e-4)
-    assert numbers[0, 0, 3:].tolist() == pytest.approx([12 / 18, 0, 0, 0])
-    assert numbers[1, 0, 3:].tolist() == pytest.approx([0, 0, 0.4 / 0.45, 0])
+    # Four frames of a third of a pixel each: the mean of the first patch is half a pixel further.
+    assert numbers[0, 0, :2].tolist() == pytest.approx([24.5 / 16, 32 / 16], abs=1e-4)
+    assert numbers[0, :, 0].diff().tolist() == pytest.approx([4 / 3 / 16] * 5, abs=1e-4)
+    assert numbers[0, 0, 3:].tolist() == pytest.approx([0.5, 0, 0, 0])
+    assert numbers[1, 0, 3:].tolist() == pytest.approx([0, 0, 1, 0])
     assert numbers[1, -1, 2] > numbers[1, 0, 2] > 0
 
 

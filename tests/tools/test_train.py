@@ -130,7 +130,7 @@ def test_what_is_drawn_from_the_pool(folder, monkeypatch):
 def test_workers_make_batches_of_videos_of_their_own(folder, monkeypatch):
     monkeypatch.setattr(videos, "FIRST", 8)
     drawer = WindowDrawer(train.BASE, windows=(1, 2))
-    stream = Stream(components.components_of(folder), [drawer], {2: 1.0}, 8, train.made, 24, (0, 1), 0)
+    stream = Stream(components.components_of(folder), [(drawer, examples)], {2: 1.0}, 8, 24, (0, 1), 0)
     batches = loader(stream, 2, "cpu")
     first, second = next(batches), next(batches)  # one of each worker
     for batch in (first, second):

@@ -57,10 +57,9 @@ class Stream(IterableDataset[T]):
     def __init__(
         self,
         components: Components,
-        drawers: Sequence[WindowDrawer],
+        sources: Sequence[tuple[WindowDrawer, Callable[[Sequence[Video], Sequence[Window], random.Random], T]]],
         chunks: Mapping[int, float],
         size: int,
-        made: Callable[[Sequence[Video], Sequence[Window], random.Random, WindowDrawer], T],
         uses: int,
         part: tuple[int, int],
         first: int,
@@ -69,15 +68,14 @@ class Stream(IterableDataset[T]):
 
         Args:
             components: of the world.
-            drawers: of windows; every batch is of one of them.
+            sources: what draws windows, and what makes a batch of them; every batch is of one pair.
             chunks: lengths of the videos, and how often each is drawn.
             size: chunks of a batch, about.
-            made: makes the batch.
             uses: how many windows are drawn for each new video.
             part: the number of this process, and of how many.
             first: how far from the beginning of its seeds each worker begins.
         """
-        self.components, self.drawers, self.chunks, self.size, self.made = components, drawers, chunks, size, made
+        self.components, self.sources, self.chunks, self.size = components, sources, chunks, size
         self.uses, self.part, self.first = uses, part, first
 
     def __iter__(self) -> Iterator[T]:
@@ -88,10 +86,10 @@ class Stream(IterableDataset[T]):
         seed = number * _SEEDS + self.first
         rng = random.Random(seed)  # noqa: S311
         pool = Pool(self.components, max(self.chunks), seed, self.uses)
-        drawn = [windows(pool, drawer, self.chunks, self.size, rng) for drawer in self.drawers]
+        drawn = [(windows(pool, drawer, self.chunks, self.size, rng), made) for drawer, made in self.sources]
         while True:
-            which = rng.randrange(len(drawn))
-            yield self.made(*next(drawn[which]), rng, self.drawers[which])
+            chosen, made = rng.choice(drawn)
+            yield made(*next(chosen), rng)
 
 
 def loader(stream: IterableDataset[T], workers: int, device: str) -> Iterator[T]:

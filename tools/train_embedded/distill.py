@@ -12,7 +12,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import get_args
 
@@ -94,9 +94,9 @@ def passes(chosen: Sequence[Window]) -> Passes:
     )
 
 
-def lesson(clips: Sequence[Video], chosen: Sequence[Window], rng: random.Random, drawer: WindowDrawer) -> Lesson:
-    """Makes the lesson of windows of equal length, for as many steps as the drawer's."""
-    ends = [end_times(window, drawer.config.runtime.num_steps) for window in chosen]
+def lesson(clips: Sequence[Video], chosen: Sequence[Window], rng: random.Random, num_steps: int) -> Lesson:
+    """Makes the lesson of windows of equal length, of runs with so many steps."""
+    ends = [end_times(window, num_steps) for window in chosen]
     later = [
         tuple(dataclasses.replace(c, time=0.5 * (c.time + end)) for c, end in zip(window, row, strict=True))
         for window, row in zip(chosen, ends, strict=True)
@@ -180,13 +180,14 @@ def main() -> None:
     for part in (student.text, student.hints):
         part.requires_grad_(False)
     training = Training(student, student.transformer.videodit_blocks["layers"], args)
-    drawers = [
-        WindowDrawer(STUDENT.with_runtime(num_steps=steps), windows=(1, 2, 4), passes=PASSES, jitter=False)
+    sources = [
+        (
+            WindowDrawer(STUDENT.with_runtime(num_steps=steps), windows=(1, 2, 4), passes=PASSES, jitter=False),
+            partial(lesson, num_steps=steps),
+        )
         for steps in STEPS
     ]
-    stream = Stream(
-        components_of(args.out), drawers, lengths_of(args.chunks), args.batch, lesson, args.uses, *training.place
-    )
+    stream = Stream(components_of(args.out), sources, lengths_of(args.chunks), args.batch, args.uses, *training.place)
     compile_layers(teacher.transformer.videodit_blocks["layers"], args)
     guide = Teacher(teacher)
     training.run(stream, lambda lesson: (loss_of(student, guide, lesson), len(lesson.examples.latents)))

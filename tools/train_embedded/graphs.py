@@ -15,33 +15,33 @@ T = TypeVar("T", bound=Tensors)
 
 
 class Graphs:
-    """A module that takes a tensor, which needs a gradient, and `Tensors`; for each of their shapes there is a graph."""
+    """A method of a module that takes a tensor, which needs a gradient, and `Tensors`: a graph for each of their shapes."""
 
-    def __init__(self, module: Callable[[], nn.Module]) -> None:
-        """Takes what makes the module; its weights must be the same each time."""
-        self._module = module
+    def __init__(self, module: nn.Module, method: Callable[[torch.Tensor, T], torch.Tensor]) -> None:
+        """Takes the module, whose weights get gradients, and its method."""
+        self._module, self._method = module, method
         self._graphs: dict[tuple[torch.Size, ...], Callable[..., torch.Tensor]] = {}
 
     def __call__(self, x: torch.Tensor, others: T) -> torch.Tensor:
-        """Returns what the module returns."""
+        """Returns what the method returns."""
         tensors: list[torch.Tensor] = []
         others.each(lambda tensor: tensors.append(tensor) or tensor)
         shapes = tuple(tensor.shape for tensor in (x, *tensors))
         if shapes not in self._graphs:
-            flat = _Flat(self._module(), others)
+            flat = _Flat(self._module, self._method, others)
             inputs = (x.detach().clone().requires_grad_(x.requires_grad), *(t.clone() for t in tensors))
             self._graphs[shapes] = torch.cuda.make_graphed_callables(flat, inputs, allow_unused_input=True)
         return self._graphs[shapes](x, *tensors)
 
 
 class _Flat(nn.Module):
-    """The module as a function of tensors alone."""
+    """The method as a module, which has the weights, and takes tensors alone."""
 
-    def __init__(self, module: nn.Module, structure: Tensors) -> None:
+    def __init__(self, module: nn.Module, method: Callable[[torch.Tensor, T], torch.Tensor], structure: T) -> None:
         super().__init__()
-        self.module, self._structure = module, structure
+        self.module, self._method, self._structure = module, method, structure
 
     def forward(self, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """Returns what the module returns."""
+        """Returns what the method returns."""
         each = iter(tensors)
-        return self.module(x, self._structure.each(lambda _: next(each)))
+        return self._method(x, self._structure.each(lambda _: next(each)))

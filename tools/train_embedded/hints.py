@@ -31,9 +31,9 @@ def numbers(scene: world.Scene) -> torch.Tensor:
     per_chunk = np.array(
         [
             (
-                *(scene.speed * way / world.SPEED[1] for way in world.DIRECTIONS.get(motion, (0, 0))),
-                world.RESIZING.get(motion, 0) * scene.growth / world.GROWTH[1],
-                scene.turn / world.TURN[1] if motion == "turns" else 0.0,
+                *(scene.speed * way / world.SPEEDS[1] for way in world.DIRECTIONS.get(motion, (0, 0))),
+                world.RESIZING.get(motion, 0),
+                scene.turn / 120 if motion == "turns" else 0.0,
             )
             for motion in world.shown_or_asked(scene)
         ]

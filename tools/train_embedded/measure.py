@@ -24,9 +24,8 @@ from .world import (
     RGB,
     SHAPES,
     SIZE,
-    SPEED,
+    SPEEDS,
     SYMMETRY,
-    TURN,
     coverage,
     oklab,
 )
@@ -35,6 +34,7 @@ Floats = NDArray[np.float64]
 
 _LEAST_FRAMES = 6  # a shorter rest of a video tells no motion
 _LEAST_CONTRAST = 0.1  # of the object from the background, in OKLab
+_LEAST_TURN = 360 / max(SYMMETRY.values())  # degrees per second
 _UNSTEADY = 4.0  # degrees that angles are off a steady turn, where there is none to see
 _LEAST_FOUND = 0.5  # share of all that differs from the background that lies in one place, where there is an object
 _WORST_FIT = 0.15  # of a shape, above which it is none: those of much blurred, noisy objects are below 0.1
@@ -156,7 +156,7 @@ def _object(frames: NDArray[np.float32], background: Floats) -> tuple[Floats, Fl
     if (area < 8).any():
         return None
     for _ in range(3):  # what lies elsewhere does not belong to it
-        near = _near(centre, np.clip(1.9 * np.sqrt(area / np.pi), MIN_RADIUS, MAX_RADIUS) + 3)
+        near = _near(centre, np.clip(1.9 * np.sqrt(area / np.pi), MIN_RADIUS, 1.3 * MAX_RADIUS) + 3)
         centre, area = _moments(clean * near)
         if (area < 8).any():
             return None
@@ -281,9 +281,9 @@ def _slope(time: Floats, value: Floats) -> float:
 
 def _motion(velocity: tuple[float, float], growth: float, turn: float) -> str:
     """Returns the motion that is nearest to its least speed in the world, "still" where all are below half of it."""
-    strength = {name: float(np.dot(velocity, way)) / SPEED[0] for name, way in DIRECTIONS.items()}
-    strength |= {name: sign * growth / GROWTH[0] for name, sign in RESIZING.items()}
-    strength["turns"] = abs(turn) / TURN[0]
+    strength = {name: float(np.dot(velocity, way)) / SPEEDS[0] for name, way in DIRECTIONS.items()}
+    strength |= {name: sign * growth / np.log(GROWTH) for name, sign in RESIZING.items()}
+    strength["turns"] = abs(turn) / _LEAST_TURN
     strength["still"] = 0.5
     return max(strength, key=lambda name: strength[name])
 

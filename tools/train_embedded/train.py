@@ -7,8 +7,6 @@ The same command resumes a run; with more steps, or other lengths of video, it g
 """
 
 import argparse
-import random
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +23,8 @@ from .hints import Hints
 from .loop import Training, add_arguments, add_chunks, begin_with, lengths_of, start
 from .neighbours import look_at_neighbours
 from .text import CAPTION_TOKENS, WIDTH, TextEncoder
-from .videos import CHUNK_FRAMES, Video
-from .windows import Batch, Tensors, Window, WindowDrawer
+from .videos import CHUNK_FRAMES
+from .windows import Batch, Tensors, WindowDrawer
 
 MODEL = ModelConfig(
     num_layers=6,
@@ -78,10 +76,6 @@ class Trained(nn.Module):
         look_at_neighbours(self.transformer, world.SIZE // SPATIAL_DOWNSAMPLE // config.model.patch_size)
         self.text = TextEncoder()
         self.hints = Hints(config.model.hidden_size, config.model.patch_size)
-        self.core: Callable[[torch.Tensor, Step], torch.Tensor] = self._core
-
-    def _core(self, embeds: torch.Tensor, step: Step) -> torch.Tensor:
-        return Core(self.transformer, self.hints)(embeds, step)
 
     def captions(self, batch: Examples) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes the captions of a batch: (B, n, L, WIDTH), and their lengths (B, n), 0 where the null caption belongs."""
@@ -97,16 +91,8 @@ class Trained(nn.Module):
         embeds, lengths = self.captions(batch)
         return self.core(embeds, Step(windows, noisy, clean, noise, lengths, batch.numbers, batch.shapes))
 
-
-class Core(nn.Module):
-    """What there is between encoded captions and the loss: most of a step's work, without a random number."""
-
-    def __init__(self, transformer: TrainingTransformer, hints_: Hints) -> None:
-        super().__init__()
-        self.transformer, self.hints = transformer, hints_
-
-    def forward(self, embeds: torch.Tensor, step: Step) -> torch.Tensor:
-        """Returns the loss."""
+    def core(self, embeds: torch.Tensor, step: Step) -> torch.Tensor:
+        """Returns the loss from encoded captions on: most of a step's work, without a random number."""
         windows = step.windows
         velocity, hidden = self.transformer(
             step.noisy, captions=embeds, lengths=step.lengths, **windows.inputs(), tap=hints.LAYER
@@ -125,29 +111,23 @@ def worn(clean: torch.Tensor, windows: Batch) -> torch.Tensor:
     return clean + strength * chunks * torch.randn_like(clean)
 
 
-def made(clips: Sequence[Video], chosen: Sequence[Window], rng: random.Random, _: WindowDrawer) -> Examples:
-    """Makes a batch."""
-    return examples(clips, chosen, rng)
-
-
 def main() -> None:
     """Trains."""
     parser = argparse.ArgumentParser(description="Trains the embedded base model.")
     add_arguments(parser)
     add_chunks(parser)
     parser.add_argument("--graphs", action="store_true", help="run a step's kernels as CUDA graphs: half the time")
-    parser.set_defaults(steps=20000, batch=32, rate=1.5e-3, muon=0.01, chunks=["1=1"])
+    parser.set_defaults(steps=20000, batch=32, rate=3e-3, muon=0.02, chunks=["1=1"])
     args = parser.parse_args()
     start(args)
     model = Trained(BASE).to(args.device)
     begin_with(model, args.init)
     if args.graphs:
-        model.core = Graphs(lambda: Core(model.transformer, model.hints))
+        model.core = Graphs(model, model.core)  # type: ignore[method-assign, assignment]
     training = Training(model, model.transformer.videodit_blocks["layers"], args)
     drawer = WindowDrawer(BASE, windows=(1, 2, 4), passes=PASSES)
-    stream = Stream(
-        components_of(args.out), [drawer], lengths_of(args.chunks), args.batch, made, args.uses, *training.place
-    )
+    sources = [(drawer, examples)]
+    stream = Stream(components_of(args.out), sources, lengths_of(args.chunks), args.batch, args.uses, *training.place)
     training.run(stream, lambda batch: (model.loss(batch), len(batch.latents)))
 
 

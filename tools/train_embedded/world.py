@@ -2,14 +2,18 @@
 
 A `Scene` is drawn from a seed and rendered by `frames`; `captions.py` says it in English. Every picture is `SIZE` x `SIZE` pixels,
 a clip has `FPS` frames per second and `CHUNK` frames (one second) per chunk. Motion and colour may change where a chunk begins.
-An object that reaches the edge of the frame stops there, and one that has grown or shrunk to the limit keeps its size, so every
+An object that comes to the margin of the frame stops there, and one that has grown or shrunk to the limit keeps its size, so every
 sequence of motions can be shown, however long. x points right and y down; lengths are in pixels, times in seconds.
+
+Chunks begin with few different pictures: the object is at a point of a grid, has one of four sizes and stands upright. Motions take
+it to the next such picture in a second. A small model can learn these with all their edges; of a world in which every number may
+have any value it learned only blurred ones (docs/embedded-model.md).
 
 Some combinations of shape, colour and motion are never in a training scene (`is_held_out`): evaluation asks for those.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeVar
 
@@ -56,13 +60,14 @@ SYMMETRY = {
     "star": 5,
 }  # how often a full turn repeats the shape; others never turn
 
-# Ranges that a scene's numbers are drawn from.
-RADIUS = {"small": (7.0, 8.5), "large": (11.0, 12.5)}  # of the circle around the shape, when the scene begins
-SPEED = (10.0, 18.0)  # pixels per second
-GROWTH = (0.3, 0.45)  # natural logarithm of the radius, per second
-TURN = (60.0, 120.0)  # degrees per second, clockwise
-MIN_RADIUS, MAX_RADIUS = 4.5, 20.0
-EDGE = 1.0  # that the object keeps from the frame's edge
+# The numbers of scenes.
+GRID = 8.0  # distance of the places at which objects begin
+MARGIN = 16.0  # that an object's centre keeps from the frame's edge
+SPEEDS = (8.0, 16.0)  # pixels per second
+GROWTH = 2**0.5  # of the radius in a second
+RADIUS = {"small": 7.5, "large": 7.5 * GROWTH}  # of the circle around the shape, when the scene begins
+MIN_RADIUS, MAX_RADIUS = RADIUS["small"] / GROWTH, RADIUS["large"] * GROWTH
+ROOM = 1.5  # seconds that a scene's first motion has at least before it comes to the margin
 
 CLEAR = 0.2  # least distance in OKLab of an object's colour from the background
 CHANGES = 0.3  # share of the chunks, but for the first, that bring a change
@@ -80,10 +85,7 @@ class Scene:
         motions: a name of `MOTIONS` per chunk.
         colours: a name of `COLOURS` per chunk.
         start: centre of the object in the first frame, (x, y) in pixels.
-        radius: of the circle around the shape in the first frame, in pixels.
         speed: pixels per second, where it moves.
-        growth: change of the radius' natural logarithm per second, where it grows or shrinks.
-        turn: degrees per second, clockwise, where it turns.
     """
 
     shape: str
@@ -92,10 +94,12 @@ class Scene:
     motions: tuple[str, ...]
     colours: tuple[str, ...]
     start: tuple[float, float]
-    radius: float
     speed: float
-    growth: float
-    turn: float
+
+    @property
+    def turn(self) -> float:
+        """Returns degrees per second, clockwise, where it turns: once to the next angle at which the shape looks the same."""
+        return 360 / SYMMETRY.get(self.shape, 1)
 
     @property
     def chunks(self) -> int:
@@ -182,13 +186,12 @@ def draw(seed: int, chunks: int, *, held_out: bool = False, changes: float = CHA
     shape, colour, motion = random.choice(combinations(held_out))
     background = random.choice(clear_backgrounds(colour))
     size = random.choice(tuple(RADIUS))
-    radius, speed = random.between(*RADIUS[size]), random.between(*SPEED)
-    growth, turn = random.between(*GROWTH), random.between(*TURN)
-    start = _start(random, motion, radius, speed, growth)
+    speed = random.choice(SPEEDS)
+    start = _start(random, motion, speed)
     motions: tuple[str, ...] = (motion,)
     colours: tuple[str, ...] = (colour,)
     while True:
-        scene = Scene(shape, size, background, motions, colours, start, radius, speed, growth, turn)
+        scene = Scene(shape, size, background, motions, colours, start, speed)
         if scene.chunks == chunks:
             return scene
         free = [name for name in MOTIONS if _allowed(scene, name, colours[-1], held_out) and _can_go_on(scene, name)]
@@ -221,14 +224,14 @@ class Draws:
         return options[int(self._generator.random() * len(options))]
 
 
-def _start(random: Draws, motion: str, radius: float, speed: float, growth: float) -> tuple[float, float]:
-    """Returns a place from which the motion has two seconds before it meets an edge."""
-    reach = EDGE + (min(radius * np.exp(2 * growth), MAX_RADIUS) if motion == "grows" else radius)
-    place = []
-    for direction in DIRECTIONS.get(motion, (0, 0)):
-        way = 2 * speed * direction
-        place.append(random.between(reach - min(way, 0), SIZE - reach - max(way, 0)))
-    return place[0], place[1]
+def _start(random: Draws, motion: str, speed: float) -> tuple[float, float]:
+    """Returns a point of the grid from which the motion has room."""
+    points = np.arange(MARGIN, SIZE - MARGIN + 1, GRID)
+    x, y = (
+        random.choice([float(p) for p in points if MARGIN <= p + ROOM * speed * way <= SIZE - MARGIN])
+        for way in DIRECTIONS.get(motion, (0, 0))
+    )
+    return x, y
 
 
 def _allowed(scene: Scene, motion: str, colour: str, held_out: bool) -> bool:
@@ -243,9 +246,7 @@ def _can_go_on(scene: Scene, motion: str) -> bool:
 
 def _with(scene: Scene, motion: str) -> Scene:
     """Returns the scene with a chunk more."""
-    numbers = scene.start, scene.radius, scene.speed, scene.growth, scene.turn
-    colours = (*scene.colours, scene.colours[-1])
-    return Scene(scene.shape, scene.size, scene.background, (*scene.motions, motion), colours, *numbers)
+    return replace(scene, motions=(*scene.motions, motion), colours=(*scene.colours, scene.colours[-1]))
 
 
 def path(scene: Scene) -> Path:
@@ -257,19 +258,17 @@ def path(scene: Scene) -> Path:
 def shown_motions(scene: Scene) -> list[str | None]:
     """Returns the motion that there is to see in each chunk.
 
-    Where the object is stopped by an edge or a limit that is "still", and None if it is stopped, or pushed aside, halfway.
+    Where the object is stopped by the margin or a limit that is "still", and None if it is stopped halfway.
     """
     shown: list[str | None] = []
     for motion, (centre, radius, _) in zip(scene.motions, _states(scene), strict=True):
-        moved = centre[-1] - centre[0]
-        change = float(np.abs(np.log(radius[-1] / radius[0])))
         if motion in DIRECTIONS:
-            done = float(moved @ np.array(DIRECTIONS[motion])) / scene.speed
+            done = float((centre[-1] - centre[0]) @ np.array(DIRECTIONS[motion])) / scene.speed
         elif motion in RESIZING:
-            done = change / scene.growth * (float(np.abs(moved).max()) < 2)
+            done = float(np.abs(np.log(radius[-1] / radius[0]))) / np.log(GROWTH)
         else:
             done = 1.0
-        shown.append(motion if done > 0.95 else "still" if done < 0.05 and np.abs(moved).max() < 0.5 else None)
+        shown.append(motion if done > 0.95 else "still" if done < 0.05 else None)
     return shown
 
 
@@ -281,13 +280,12 @@ def shown_or_asked(scene: Scene) -> list[str]:
 def _states(scene: Scene) -> list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]:
     """Returns (centre, radius, angle) per chunk, each with the first frame of the next chunk at its end."""
     time = np.arange(CHUNK + 1) / FPS
-    centre, radius, angle = np.array(scene.start), np.float64(scene.radius), np.float64(0)
+    centre, radius, angle = np.array(scene.start), np.float64(RADIUS[scene.size]), np.float64(0)
     states = []
     for motion in scene.motions:
-        sizes = np.clip(radius * np.exp(scene.growth * RESIZING.get(motion, 0) * time), MIN_RADIUS, MAX_RADIUS)
-        reach = (EDGE + sizes)[:, None]
+        sizes = np.clip(radius * GROWTH ** (RESIZING.get(motion, 0) * time), MIN_RADIUS, MAX_RADIUS)
         way = np.outer(time, DIRECTIONS.get(motion, (0, 0))) * scene.speed
-        centres = np.clip(centre + way, reach, SIZE - reach)
+        centres = np.clip(centre + way, MARGIN, SIZE - MARGIN)
         angles = angle + time * (scene.turn if motion == "turns" else 0)
         states.append((centres, sizes, angles))
         centre, radius, angle = centres[-1], sizes[-1], angles[-1]
