@@ -5,7 +5,7 @@ import torch
 
 from tools.train_embedded import hints, world
 
-SCENE = world.Scene("star", "large", "black", ("right", "grows"), ("red", "red"), (24.0, 32.0), 8.0)
+SCENE = world.Scene("star", "small", "black", ("right", "grows"), ("red", "red"), (24.0, 32.0), 8.0)
 
 
 def test_the_numbers_of_a_scene():

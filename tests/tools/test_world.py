@@ -53,7 +53,7 @@ def differing(picture, scene) -> np.ndarray:
 def test_a_seed_is_the_same_scene_everywhere():
     assert draw(7, 3) == draw(7, 3) != draw(8, 3)
     told = repr([draw(seed, 4) for seed in range(50)]) + repr([captions(draw(seed, 4), seed) for seed in range(50)])
-    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "63643e1095011516"
+    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "05233ae48cf2b897"
 
 
 def test_the_beginning_does_not_depend_on_the_length():
@@ -135,11 +135,11 @@ def test_motions_are_smooth_and_as_fast_as_the_scene_says():
 
 
 def test_every_second_begins_with_one_of_few_pictures(drawn):
-    """What a small model has to learn is as finite as that: places of a grid, four sizes, nothing askew."""
+    """What a small model has to learn is as finite as that: places of a grid, three sizes, nothing askew."""
     for scene in drawn:
         where = path(scene)
         assert not (where.centre[::CHUNK] % GRID).any(), scene
-        assert {round(radius, 3) for radius in where.radius[::CHUNK]} <= {5.303, 7.5, 10.607, 15.0}, scene
+        assert {round(radius, 3) for radius in where.radius[::CHUNK]} <= {7.5, 10.607, 15.0}, scene
         if scene.shape in SYMMETRY:
             turned = where.angle[::CHUNK] * SYMMETRY[scene.shape] / 360
             assert turned == pytest.approx(np.round(turned)), scene
@@ -173,7 +173,7 @@ def test_shapes_are_drawn_where_they_are_and_have_smooth_edges():
         )
         assert ((cover > 0.1) & (cover < 0.9)).sum() > 8
         reach = np.hypot(pixels - 30.3, (pixels - 27.8)[:, None])[cover > 0.5].max()
-        assert 8.5 < reach < 11
+        assert 12.5 < reach < 15.5
     assert len({frames(replace(STILL, shape=shape)).tobytes() for shape in SHAPES}) == len(SHAPES)
 
 

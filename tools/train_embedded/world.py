@@ -5,7 +5,7 @@ a clip has `FPS` frames per second and `CHUNK` frames (one second) per chunk. Mo
 An object that comes to the margin of the frame stops there, and one that has grown or shrunk to the limit keeps its size, so every
 sequence of motions can be shown, however long. x points right and y down; lengths are in pixels, times in seconds.
 
-Chunks begin with few different pictures: the object is at a point of a grid, has one of four sizes and stands upright. Motions take
+Chunks begin with few different pictures: the object is at a point of a grid, has one of three sizes and stands upright. Motions take
 it to the next such picture in a second. A small model can learn these with all their edges; of a world in which every number may
 have any value it learned only blurred ones (docs/embedded-model.md).
 
@@ -65,8 +65,8 @@ GRID = 8.0  # distance of the places at which objects begin
 MARGIN = 16.0  # that an object's centre keeps from the frame's edge
 SPEEDS = (8.0, 16.0)  # pixels per second
 GROWTH = 2**0.5  # of the radius in a second
-RADIUS = {"small": 7.5, "large": 7.5 * GROWTH}  # of the circle around the shape, when the scene begins
-MIN_RADIUS, MAX_RADIUS = RADIUS["small"] / GROWTH, RADIUS["large"] * GROWTH
+RADIUS = {"small": 15 / GROWTH, "large": 15.0}  # of the circle around the shape, when the scene begins
+MIN_RADIUS, MAX_RADIUS = RADIUS["small"] / GROWTH, RADIUS["large"]
 ROOM = 1.5  # seconds that a scene's first motion has at least before it comes to the margin
 
 CLEAR = 0.2  # least distance in OKLab of an object's colour from the background
@@ -185,7 +185,7 @@ def draw(seed: int, chunks: int, *, held_out: bool = False, changes: float = CHA
     random = Draws(seed, int(held_out))
     shape, colour, motion = random.choice(combinations(held_out))
     background = random.choice(clear_backgrounds(colour))
-    size = random.choice(tuple(RADIUS))
+    size = random.choice([name for name in RADIUS if motion != "grows" or RADIUS[name] < MAX_RADIUS])
     speed = random.choice(SPEEDS)
     start = _start(random, motion, speed)
     motions: tuple[str, ...] = (motion,)
