@@ -57,6 +57,13 @@ def test_a_run_is_resumed_and_exported(run, folder, tmp_path):
     name = "transformer.videodit_blocks.layers.0.mlp.linear_fc1.weight"
     assert not torch.equal(state["model"][name], first["model"][name])
 
+    # The empty channels, where a sampler leaves its noise, are neither seen nor made.
+    seen = state["average"]["transformer.x_embedder.weight"]
+    made = state["average"]["transformer.final_linear.linear.weight"].unflatten(0, (-1, seen.shape[1]))
+    for weight in (seen.transpose(0, 1), made.transpose(0, 1)):
+        assert weight[: components.USED].flatten(1).any(1).all()
+        assert not weight[components.USED :].any()
+
     weights = averaged(folder / "state.pt")
     write_transformer(weights, tmp_path / STUDENT_FOLDER, train.BASE)
     write_text(weights, tmp_path)

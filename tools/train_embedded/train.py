@@ -16,7 +16,7 @@ from magi.config import SPATIAL_DOWNSAMPLE, EngineConfig, MagiConfig, ModelConfi
 
 from . import hints, world
 from .batches import Examples, Stream, examples
-from .components import components_of
+from .components import USED, components_of, noise_like
 from .forward import TrainingTransformer
 from .graphs import Graphs
 from .hints import Hints
@@ -73,6 +73,10 @@ class Trained(nn.Module):
     def __init__(self, config: MagiConfig) -> None:
         super().__init__()
         self.transformer = TrainingTransformer(config.model)
+        with torch.no_grad():  # the empty channels are neither seen nor made
+            weight = self.transformer.x_embedder.weight
+            weight[:, USED:] = 0
+            weight *= (config.model.in_channels / USED) ** 0.5
         look_at_neighbours(self.transformer, world.SIZE // SPATIAL_DOWNSAMPLE // config.model.patch_size)
         self.text = TextEncoder()
         self.hints = Hints(config.model.hidden_size, config.model.patch_size)
@@ -86,7 +90,7 @@ class Trained(nn.Module):
     def loss(self, batch: Examples) -> torch.Tensor:
         """Returns the loss of a batch: flow matching, and a little of `hints.py`."""
         windows, clean = batch.windows, batch.latents.float()
-        noise = torch.randn_like(clean)
+        noise = noise_like(clean)
         noisy = windows.latents(worn(clean, windows), noise)
         embeds, lengths = self.captions(batch)
         return self.core(embeds, Step(windows, noisy, clean, noise, lengths, batch.numbers, batch.shapes))
@@ -108,7 +112,7 @@ def worn(clean: torch.Tensor, windows: Batch) -> torch.Tensor:
     """
     strength = WEAR * torch.rand(len(clean), 1, 1, 1, 1, 1, device=clean.device)
     chunks = windows.clean_frames.all(-1)[..., None, None, None, None]
-    return clean + strength * chunks * torch.randn_like(clean)
+    return clean + strength * chunks * noise_like(clean)
 
 
 def main() -> None:

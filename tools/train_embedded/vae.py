@@ -28,7 +28,7 @@ from magi.system.whole_files import put_in_place, write_whole
 from magi.vae.model import PATCH_VALUES, Decoder, Encoder, VAEConfig
 
 from . import world
-from .components import PATCH, Components, components_of
+from .components import PATCH, USED, Components, components_of, noise_like
 from .loop import Training, add_arguments, start
 from .windows import Tensors
 
@@ -44,7 +44,7 @@ CONFIG = {
     "use_final_proj": True,
 }
 TILE = 12  # frames that are encoded and decoded at a time, as published
-NOISE = 0.1  # largest standard deviation of the noise on latents
+NOISE = 0.25  # largest standard deviation of the noise on latents
 _Z, _WIDTH = LATENT_CHANNELS, 128
 _STEADY = 64.0  # a constant beside which a signal hardly moves a layer norm's deviation: the norm becomes linear
 _CHANNELS = 4  # of the decoder before its last convolution: RGB and one that holds the constant
@@ -85,7 +85,7 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
         encoder.last_layer.weight.zero_()[:_Z, :_Z] = torch.eye(_Z)
         encoder.last_layer.bias.zero_()
 
-        decoder.proj_in.weight.copy_(both)
+        decoder.proj_in.weight.copy_(both)[:, USED:] = 0
         decoder.proj_in.bias.zero_()
         pixels = torch.zeros(PATCH_VALUES, _CHANNELS, _WIDTH)  # the decoder has a patch's channels last
         # What the blocks find out about the components that latents lack goes into the features that are still free.
@@ -161,7 +161,7 @@ class TileStream(IterableDataset[Tiles]):
 def loss_of(decoder: Decoder, batch: Tiles) -> torch.Tensor:
     """Returns the mean error: squares, and half as much of absolute values, which keeps edges crisp."""
     latents = batch.latents
-    noise = NOISE * torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) * torch.randn_like(latents)
+    noise = NOISE * torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) * noise_like(latents)
     difference = decoder(latents + noise, _nothing).float() - batch.video
     return difference.square().mean() + 0.5 * difference.abs().mean()
 

@@ -21,6 +21,8 @@ from magi.config import MagiConfig
 from magi.sampling.guidance import guidance_weights, is_nearly_clean
 from magi.sampling.schedule import Iteration, Schedule, step_size_signal, time_grid
 
+from .components import USED
+
 PassKind = Literal["text", "prev", "independent"]
 T = TypeVar("T", bound="Tensors")
 
@@ -260,8 +262,8 @@ class Batch(Tensors):
         return torch.where(self.clean_frames[:, :, None, :, None, None], clean, t * clean + (1 - t) * noise)
 
     def loss(self, velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Returns the mean squared error of velocities, (B, n, 16, W, h, w), over the learned frames."""
-        error = (velocity.float() - (clean - noise)).square().mean(dim=(2, 4, 5))  # (B, n, W)
+        """Returns the mean squared error of velocities, (B, n, 16, W, h, w), over the learned frames and channels in use."""
+        error = (velocity.float() - (clean - noise))[:, :, :USED].square().mean(dim=(2, 4, 5))  # (B, n, W)
         return (error * self.learned).sum() / self.learned.sum()
 
     def inputs(self) -> dict[str, torch.Tensor | None]:
