@@ -5,16 +5,16 @@ import torch
 
 from tools.train_embedded import hints, world
 
-SCENE = world.Scene("star", "small", "black", ("right", "grows"), ("red", "red"), (24.0, 32.0), 8.0)
+SCENE = world.Scene("star", "small", "black", ("right", "grows"), ("red", "red"), (16.0, 32.0))
 
 
 def test_the_numbers_of_a_scene():
     numbers = hints.numbers(SCENE)
     assert numbers.shape == (2, 6, 7)
-    # Four frames of a third of a pixel each: the mean of the first patch is half a pixel further.
-    assert numbers[0, 0, :2].tolist() == pytest.approx([24.5 / 16, 32 / 16], abs=1e-4)
-    assert numbers[0, :, 0].diff().tolist() == pytest.approx([4 / 3 / 16] * 5, abs=1e-4)
-    assert numbers[0, 0, 3:].tolist() == pytest.approx([0.5, 0, 0, 0])
+    # Four frames of two thirds of a pixel each: the mean of the first patch is a pixel further.
+    assert numbers[0, 0, :2].tolist() == pytest.approx([17 / 16, 32 / 16], abs=1e-4)
+    assert numbers[0, :, 0].diff().tolist() == pytest.approx([8 / 3 / 16] * 5, abs=1e-4)
+    assert numbers[0, 0, 3:].tolist() == pytest.approx([1, 0, 0, 0])
     assert numbers[1, 0, 3:].tolist() == pytest.approx([0, 0, 1, 0])
     assert numbers[1, -1, 2] > numbers[1, 0, 2] > 0
 

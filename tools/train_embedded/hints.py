@@ -31,7 +31,7 @@ def numbers(scene: world.Scene) -> torch.Tensor:
     per_chunk = np.array(
         [
             (
-                *(scene.speed * way / world.SPEEDS[1] for way in world.DIRECTIONS.get(motion, (0, 0))),
+                *(way for way in world.DIRECTIONS.get(motion, (0, 0))),
                 world.RESIZING.get(motion, 0),
                 scene.turn / 120 if motion == "turns" else 0.0,
             )

@@ -46,7 +46,9 @@ CONFIG = {
 TILE = 12  # frames that are encoded and decoded at a time, as published
 NOISE = 0.25  # largest standard deviation of the noise on latents
 _Z, _WIDTH = LATENT_CHANNELS, 128
-_STEADY = 64.0  # a constant beside which a signal hardly moves a layer norm's deviation: the norm becomes linear
+# A constant beside which a signal hardly moves a layer norm's deviation: the norm becomes linear. The decoder's is small, as the
+# learned part of its attention sees it too, and every change of a weight is felt that much.
+_STEADY, _DECODER_STEADY = 64.0, 16.0
 _CHANNELS = 4  # of the decoder before its last convolution: RGB and one that holds the constant
 
 
@@ -59,10 +61,10 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
     config = VAEConfig(**CONFIG)
     encoder, decoder = Encoder(config), Decoder(config)
     both = torch.cat([torch.eye(_Z), -torch.eye(_Z), torch.zeros(_WIDTH - 2 * _Z, _Z)])  # (D, 16)
-    constant = torch.tensor([_STEADY, -_STEADY]).repeat(_WIDTH // 2)
-    constant[: 2 * _Z] = 0
     with torch.no_grad():
-        for trunk in (encoder, decoder):
+        for trunk, steady in ((encoder, _STEADY), (decoder, _DECODER_STEADY)):
+            constant = torch.tensor([steady, -steady]).repeat(_WIDTH // 2)
+            constant[: 2 * _Z] = 0
             trunk.cls_token.zero_()
             trunk.pos_embed.copy_(constant.expand_as(trunk.pos_embed))
             deviation = float(constant.square().mean().sqrt())
@@ -95,11 +97,11 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
         bias[:, :3] = components.mean.view(3, PATCH_VALUES).T
         for values in (pixels, bias):  # the norm takes the mean away: keep it at zero
             values[:, 3] = -values.sum(dim=(0, 1)) / PATCH_VALUES
-        bias[0::2, 3] += _STEADY
-        bias[1::2, 3] -= _STEADY
+        bias[0::2, 3] += _DECODER_STEADY
+        bias[1::2, 3] -= _DECODER_STEADY
         decoder.final_proj.weight.copy_(pixels.flatten(0, 1))
         decoder.final_proj.bias.copy_(bias.flatten())
-        decoder.final_norm.weight.fill_(_STEADY / math.sqrt(_CHANNELS))
+        decoder.final_norm.weight.fill_(_DECODER_STEADY / math.sqrt(_CHANNELS))
         nn.init.dirac_(decoder.last_layer.weight)
         decoder.last_layer.bias.zero_()
     return encoder.requires_grad_(False), decoder
