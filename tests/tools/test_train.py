@@ -210,3 +210,19 @@ def test_distilling_is_resumed_and_keeps_the_text_encoder(run, folder, tmp_path,
     student = torch.load(out / "state.pt", weights_only=True)["average"]
     changed = {name.split(".")[0] for name in base if not torch.equal(base[name], student[name])}
     assert changed == {"transformer"}
+
+
+def test_where_captions_are_among_the_encoded_tokens(folder):
+    """Those are asked what the caption says; the special tokens before them could not know."""
+    rng = random.Random(0)
+    schedule = Schedule.of(train.BASE.runtime, 2, 0)
+    chosen = [window_at(schedule[5], schedule, train.BASE, "text")] * 3
+    batch = examples([make(components.components_of(folder), seed, 2) for seed in range(3)], chosen, rng)
+    model = train.Trained(train.BASE)
+    with torch.no_grad():
+        embeds = model.captions(batch)[0].flatten(0, 1)
+        held = batch.tokens != text.PAD
+        alone = model.text.t5(input_ids=batch.tokens, attention_mask=held.long()).last_hidden_state
+    asked = train.caption_places(batch)
+    assert torch.equal(asked.sum(1), held.sum(1))
+    torch.testing.assert_close(embeds[asked], alone[held])
