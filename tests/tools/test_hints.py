@@ -40,12 +40,14 @@ class Answer(torch.nn.Module):
 def answers():
     """What all tokens would have to say of the scene: (2, 6, 16, numbers and scores)."""
     numbers, names = hints.numbers(SCENE), hints.labels(SCENE)
-    said = torch.zeros(2, 6, 16, 7 + sum(hints.TOLD) + 12)
+    said = torch.zeros(2, 6, 16, 7 + sum(hints.TOLD) + 12 + 6)
     said[..., :7] = numbers[:, :, None]
     starts = 7 + torch.tensor([0, *hints.TOLD]).cumsum(0)
     for chunk in range(2):
         for start, name in zip(starts, names[chunk, :5], strict=False):
             said[chunk, ..., start + name] = 50
+    for frame in range(6):
+        said[:, frame, :, starts[5] + 12 + frame] = 50
     for token in range(16):  # in rows of four, 16 pixels wide
         column, row = token % 4, token // 4
         said[:, :, token, 0] -= column + 0.5

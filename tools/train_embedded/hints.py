@@ -14,7 +14,7 @@ from magi.config import SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 
 from . import world
 
-LAYER = 2  # after which the tokens are asked
+LAYER = 3  # after which the tokens are asked
 WEIGHT = 0.1  # of this loss beside that of velocities
 _SCALE = 16.0  # pixels that count as one
 NUMBERS = 7  # place (2), radius, velocity (2), growth, turn
@@ -22,6 +22,7 @@ _RADII = (world.MIN_RADIUS, *sorted(world.RADIUS.values()))
 # What a caption says, but for the last: how large the object is when the second begins; each with the number of its values.
 TOLD = (len(world.SHAPES), len(world.COLOURS), len(world.BACKGROUNDS), len(world.MOTIONS), len(_RADII))
 LABELS = len(TOLD) + 2  # and the place, as its column and row
+_FRAMES = world.CHUNK // TEMPORAL_DOWNSAMPLE  # tokens are also asked which of a chunk's frames they are of: they are not told
 
 
 def numbers(scene: world.Scene) -> torch.Tensor:
@@ -77,7 +78,7 @@ class Hints(nn.Module):
             nn.LayerNorm(hidden_size),
             nn.Linear(hidden_size, hidden_size),
             nn.SiLU(),
-            nn.Linear(hidden_size, NUMBERS + sum(TOLD) + 2 * self._offsets),
+            nn.Linear(hidden_size, NUMBERS + sum(TOLD) + 2 * self._offsets + _FRAMES),
         )
         self.text_head = nn.Linear(text_size, sum(TOLD))
 
@@ -111,10 +112,12 @@ class Hints(nn.Module):
         expected = numbers[:, :, None].expand(-1, -1, cells, -1).clone()
         expected[..., :2] -= (place + 0.5) * (self.side / _SCALE)  # seen from the token
         wrong = F.smooth_l1_loss(said[..., :NUMBERS], expected, reduction="none").mean(dim=(1, 2, 3))
-        names = labels[:, None].repeat(1, cells, 1)  # (M, tokens of a frame, 7)
+        names = labels[:, None, None].repeat(1, frames, cells, 1)  # (M, W, tokens of a frame, 7)
         names[..., len(TOLD) :] += self.columns - 1 - place
-        sizes = (*TOLD, self._offsets, self._offsets)
-        named = sum(_wrong_names(said[..., NUMBERS:].flatten(0, 2), names.repeat(1, frames, 1).flatten(0, 1), sizes))
+        frame = torch.arange(frames, device=hidden.device)[:, None, None].expand(count, -1, cells, 1)
+        names = torch.cat([names, frame], dim=-1)
+        sizes = (*TOLD, self._offsets, self._offsets, _FRAMES)
+        named = sum(_wrong_names(said[..., NUMBERS:].flatten(0, 2), names.flatten(0, 2), sizes))
         every = wrong + 0.1 * named.view(count, -1).mean(1)
         return (every * counted).sum() / counted.sum().clamp_min(1)
 
