@@ -22,7 +22,9 @@ _RADII = (world.MIN_RADIUS, *sorted(world.RADIUS.values()))
 # What a caption says, but for the last: how large the object is when the second begins; each with the number of its values.
 TOLD = (len(world.SHAPES), len(world.COLOURS), len(world.BACKGROUNDS), len(world.MOTIONS), len(_RADII))
 LABELS = len(TOLD) + 2  # and the place, as its column and row
-_FRAMES = world.CHUNK // TEMPORAL_DOWNSAMPLE  # tokens are also asked which of a chunk's frames they are of: they are not told
+_FRAMES = (
+    world.CHUNK // TEMPORAL_DOWNSAMPLE
+)  # tokens are also asked which of a chunk's frames they are of: they are not told
 
 
 def numbers(scene: world.Scene) -> torch.Tensor:

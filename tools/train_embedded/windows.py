@@ -262,9 +262,13 @@ class Batch(Tensors):
         return torch.where(self.clean_frames[:, :, None, :, None, None], clean, t * clean + (1 - t) * noise)
 
     def loss(self, velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Returns the mean squared error of velocities, (B, n, 16, W, h, w), over the learned frames and channels in use."""
+        """Returns the mean squared error of velocities, (B, n, 16, W, h, w), over the learned frames and channels in use.
+
+        From time 0.5 on an error counts less and less: what it does to the latents is small there, as little is left to go.
+        """
         error = (velocity.float() - (clean - noise))[:, :, :USED].square().mean(dim=(2, 4, 5))  # (B, n, W)
-        return (error * self.learned).sum() / self.learned.sum()
+        weight = (2 - 2 * self.times).clamp(max=1)[..., None]  # (B, n, 1)
+        return (weight * error * self.learned).sum() / self.learned.sum()
 
     def inputs(self) -> dict[str, torch.Tensor | None]:
         """Returns the arguments of `TrainingTransformer.forward` that do not depend on the videos."""
