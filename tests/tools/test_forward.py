@@ -1,5 +1,6 @@
 """The training forward and its windows, held to the transformer and the sampler that run in the end."""
 
+import dataclasses
 import random
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from magi.sampling.prepare import make_sampler
 from magi.sampling.schedule import Schedule, time_grid
 from magi.transformer.weights import tensor_shapes
 from tests.conftest import TINY
+from tools.train_embedded.components import USED
 from tools.train_embedded.forward import TrainingTransformer
 from tools.train_embedded.windows import WindowDrawer, collate, equal_lengths, window_alone, window_at
 
@@ -219,6 +221,10 @@ def test_noise_and_loss_leave_the_prefix_alone(tiny_config, randn):
     assert float(batch.loss(velocity, clean, noise)) == 0
     velocity[:, 1, :, 2] += 1
     assert float(batch.loss(velocity, clean, noise)) == pytest.approx(1 / 10)  # of 4 + 6 frames
+    later = dataclasses.replace(batch, times=torch.full_like(batch.times, 0.9))
+    assert float(later.loss(velocity, clean, noise)) == pytest.approx(0.2 / 10)
+    velocity[:, :, USED:] += 7  # empty channels
+    assert float(batch.loss(velocity, clean, noise)) == pytest.approx(1 / 10)
 
 
 def test_names_shapes_and_types_are_the_official_ones():

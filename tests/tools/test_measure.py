@@ -17,6 +17,7 @@ from tools.train_embedded.world import (
     GROWTH,
     RESIZING,
     SHAPES,
+    SPEED,
     SYMMETRY,
     Path,
     Scene,
@@ -27,7 +28,7 @@ from tools.train_embedded.world import (
     shown_motions,
 )
 
-SCENE = Scene("star", "large", "grey", ("left",), ("red",), (48.0, 32.0), 16.0)
+SCENE = Scene("star", "large", "grey", ("left",), ("red",), (48.0, 32.0))
 
 
 def spoiled(video: np.ndarray, seed: int) -> np.ndarray:
@@ -63,8 +64,8 @@ def scores(seeds: range, spoil: bool) -> tuple[dict[str, float], dict[str, float
             error["centre"].append(np.abs(seen.centre - where.centre[part]).max())
             error["radius"].append(np.abs(seen.radius / where.radius[part] - 1).max())
             if shown in DIRECTIONS:
-                true = np.array(DIRECTIONS[shown]) * scene.speed
-                error["velocity"].append(np.linalg.norm(np.array(seen.velocity) - true) / scene.speed)
+                true = np.array(DIRECTIONS[shown]) * SPEED
+                error["velocity"].append(np.linalg.norm(np.array(seen.velocity) - true) / SPEED)
             if shown in RESIZING:
                 error["growth"].append(abs(seen.growth / np.log(GROWTH) - RESIZING[shown]))
             if shown == "turns":

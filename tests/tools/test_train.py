@@ -57,6 +57,13 @@ def test_a_run_is_resumed_and_exported(run, folder, tmp_path):
     name = "transformer.videodit_blocks.layers.0.mlp.linear_fc1.weight"
     assert not torch.equal(state["model"][name], first["model"][name])
 
+    # The empty channels, where a sampler leaves its noise, are neither seen nor made.
+    seen = state["average"]["transformer.x_embedder.weight"]
+    made = state["average"]["transformer.final_linear.linear.weight"].unflatten(0, (-1, seen.shape[1]))
+    for weight in (seen.transpose(0, 1), made.transpose(0, 1)):
+        assert weight[: components.USED].flatten(1).any(1).all()
+        assert not weight[components.USED :].any()
+
     weights = averaged(folder / "state.pt")
     write_transformer(weights, tmp_path / STUDENT_FOLDER, train.BASE)
     write_text(weights, tmp_path)
@@ -203,3 +210,19 @@ def test_distilling_is_resumed_and_keeps_the_text_encoder(run, folder, tmp_path,
     student = torch.load(out / "state.pt", weights_only=True)["average"]
     changed = {name.split(".")[0] for name in base if not torch.equal(base[name], student[name])}
     assert changed == {"transformer"}
+
+
+def test_where_captions_are_among_the_encoded_tokens(folder):
+    """Those are asked what the caption says; the special tokens before them could not know."""
+    rng = random.Random(0)
+    schedule = Schedule.of(train.BASE.runtime, 2, 0)
+    chosen = [window_at(schedule[5], schedule, train.BASE, "text")] * 3
+    batch = examples([make(components.components_of(folder), seed, 2) for seed in range(3)], chosen, rng)
+    model = train.Trained(train.BASE)
+    with torch.no_grad():
+        embeds = model.captions(batch)[0].flatten(0, 1)
+        held = batch.tokens != text.PAD
+        alone = model.text.t5(input_ids=batch.tokens, attention_mask=held.long()).last_hidden_state
+    asked = train.caption_places(batch)
+    assert torch.equal(asked.sum(1), held.sum(1))
+    torch.testing.assert_close(embeds[asked], alone[held])

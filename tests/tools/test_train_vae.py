@@ -52,13 +52,15 @@ def test_the_components_keep_a_scene(few_components):
     latents = few_components.latents(frames)
     assert latents.shape == (16, 6, 8, 8)
     patches = latents.permute(1, 2, 3, 0) @ few_components.synthesis + few_components.mean
-    assert psnr(patches.numpy() * 127.5, components.pixels(frames).numpy() * 127.5) > 26
+    assert psnr(patches.numpy() * 127.5, components.pixels(frames).numpy() * 127.5) > 22
 
 
 def test_latents_vary_as_noise_does(few_components):
     latents = torch.stack([few_components.latents(world.frames(world.draw(seed, 1))) for seed in range(1000, 1040)])
-    assert (latents.mean(dim=(0, 2, 3, 4)) / latents.std(dim=(0, 2, 3, 4))).abs().max() < 0.3
+    assert (latents.mean(dim=(0, 2, 3, 4)) / latents.std(dim=(0, 2, 3, 4)).clamp_min(1e-6)).abs().max() < 0.3
     deviations = latents.std(dim=(0, 2, 3, 4))
+    assert deviations[components.USED :].max() == 0
+    deviations = deviations[: components.USED]
     assert deviations.square().mean() == pytest.approx(1, abs=0.3)
     assert deviations.max() < 4
     assert deviations.min() > 0.25
@@ -70,7 +72,17 @@ def test_it_begins_as_the_components(few_components, tmp_path):
     frames = world.frames(world.draw(5, 1, held_out=True))
     latents = loaded.encode(to_model(torch.from_numpy(frames)), TILING)
     torch.testing.assert_close(latents[0], few_components.latents(frames), atol=0.01, rtol=0.01)
-    assert psnr(from_model(loaded.decode(latents, TILING)).numpy(), frames) > 26
+    assert psnr(from_model(loaded.decode(latents, TILING)).numpy(), frames) > 22
+
+
+def test_it_does_not_see_what_is_in_the_empty_channels(trained, few_components):
+    """A sampler leaves its noise there."""
+    _, decoder, _ = trained
+    latents = vae.tiles(few_components, random.Random(9), 1).latents
+    with torch.no_grad():
+        plain = decoder(latents, lambda: None)
+        latents[:, components.USED :] = torch.randn_like(latents[:, components.USED :])
+        assert torch.equal(decoder(latents, lambda: None), plain)
 
 
 def test_it_learns(trained):
@@ -115,7 +127,7 @@ def test_a_run_is_resumed_and_written(few_components, tmp_path, monkeypatch):
         vae.main()
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
-    assert rows[-1]["psnr"] > 25
+    assert rows[-1]["psnr"] > 22
     average = torch.load(tmp_path / "state.pt", weights_only=True)["average"]
     written = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(written["decoder.final_proj.weight"], average["final_proj.weight"])

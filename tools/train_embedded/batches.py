@@ -27,7 +27,7 @@ class Examples(Tensors):
         tokens: of the captions, (B * n, LONGEST).
         rows: of the special tokens before them, (B * n, PREFIX), padded at the end with -1.
         numbers: what the scenes are in numbers (`hints.py`), (B * n, W, 7).
-        shapes: indices of the shapes, (B * n,).
+        labels: and in names, (B * n, 7).
     """
 
     windows: Batch
@@ -35,7 +35,7 @@ class Examples(Tensors):
     tokens: torch.Tensor
     rows: torch.Tensor
     numbers: torch.Tensor
-    shapes: torch.Tensor
+    labels: torch.Tensor
 
 
 def examples(clips: Sequence[Video], chosen: Sequence[Window], rng: random.Random) -> Examples:
@@ -47,7 +47,7 @@ def examples(clips: Sequence[Video], chosen: Sequence[Window], rng: random.Rando
         tokens=padded([v.tokens[i] for v, chunks in pairs for i in chunks], LONGEST),
         rows=padded([row for w in chosen for row in prefix_rows(w, rng)], PREFIX, -1),
         numbers=torch.cat([v.numbers[chunks] for v, chunks in pairs]),
-        shapes=torch.tensor([v.shape for v, chunks in pairs for _ in chunks]),
+        labels=torch.cat([v.labels[chunks] for v, chunks in pairs]),
     )
 
 

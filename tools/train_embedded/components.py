@@ -1,8 +1,13 @@
 """The principal components of the world's patches of 4 x 8 x 8 pixels, which are its latents.
 
-A patch has 768 values, and 16 components keep 98.9 % of their variance. The encoder computes them, the transformer learns to make
-them, and the decoder to draw crisp frames from them (`vae.py`). Their mean is 0 and their variance is 1 over all, but each
-keeps the root of its own spread: brightness, which tells where the object is, stands out from the noise before the details do.
+A patch has 768 values, and five components keep 96.4 % of their variance: its mean colour, and how its brightness rises to the
+right and downwards. The encoder computes them, the transformer learns to make them, and the decoder to draw crisp frames from them
+(`vae.py`). Their mean is 0 and their variance is 1 over all, but each keeps the root of its own spread: brightness, which tells
+where the object is, stands out from the noise before the rest does.
+
+The other of the 16 channels are empty. A token of the transformer is four patches, and its velocity is most of all the noise that
+was mixed in, number by number: a small model that has to carry 64 of them through its layers has little room for anything else, and
+details are what a decoder draws more easily (docs/embedded-model.md).
 """
 
 from dataclasses import dataclass
@@ -10,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from magi.config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
@@ -19,7 +25,8 @@ from . import world
 
 PATCH = (TEMPORAL_DOWNSAMPLE, SPATIAL_DOWNSAMPLE, SPATIAL_DOWNSAMPLE)
 SCENES = 1500  # that they are computed from
-DETAILS = 96
+USED = 5  # of the latent channels; the others are empty
+DETAILS = 96  # components after these, which the decoder begins with
 
 
 def pixels(frames: NDArray[np.uint8]) -> torch.Tensor:
@@ -36,7 +43,7 @@ class Components:
 
     Attributes:
         mean: of a patch, (768,).
-        analysis: a patch less its mean times this is its latents, (768, 16).
+        analysis: a patch less its mean times this is its latents, (768, 16), zero for the empty channels.
         synthesis: latents times this, and the mean, are the nearest patch that there is to them, (16, 768).
         details: the same for the components after these, which latents lack, (96, 768).
     """
@@ -58,23 +65,35 @@ class Components:
             count += len(patches)
         mean = total / count
         values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
-        kept = LATENT_CHANNELS + DETAILS
+        kept = USED + DETAILS
         deviation, basis = values.flip(0)[:kept].sqrt(), vectors.flip(1)[:, :kept]
         # The sign of an eigenvector is any: make its largest entry positive.
         basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
         patterns = basis * deviation
-        spread = deviation[:LATENT_CHANNELS].sqrt()
+        spread = deviation[:USED].sqrt()
         spread /= spread.square().mean().sqrt()
+        empty = LATENT_CHANNELS - USED
         return cls(
             mean.float(),
-            analysis=(basis / deviation)[:, :LATENT_CHANNELS].mul(spread).float(),
-            synthesis=(patterns[:, :LATENT_CHANNELS] / spread).T.float(),
-            details=patterns[:, LATENT_CHANNELS:].T.float(),
+            analysis=F.pad((basis / deviation)[:, :USED] * spread, (0, empty)).float(),
+            synthesis=F.pad((patterns[:, :USED] / spread).T, (0, 0, 0, empty)).float(),
+            details=patterns[:, USED:].T.float(),
         )
 
     def latents(self, frames: NDArray[np.uint8]) -> torch.Tensor:
-        """Returns the latents of frames (T, H, W, 3): (16, T / 4, H / 8, W / 8); over the world of mean 0 and variance 1."""
+        """Returns the latents of frames (T, H, W, 3): (16, T / 4, H / 8, W / 8); over the world of mean 0 and variance 1, in
+        the channels in use."""
         return (pixels(frames).sub_(self.mean) @ self.analysis).permute(3, 0, 1, 2)
+
+
+def noise_like(latents: torch.Tensor) -> torch.Tensor:
+    """Returns normal noise of the shape of latents, (..., 16, T, h, w), in the channels in use; the others stay empty.
+
+    So nothing is learned of these: weights that begin with zero for them stay so, and ignore the noise that a sampler puts there.
+    """
+    noise = torch.randn_like(latents)
+    noise[..., USED:, :, :, :] = 0
+    return noise
 
 
 def components_of(folder: Path) -> Components:

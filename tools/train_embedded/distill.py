@@ -22,7 +22,7 @@ from magi.sampling.guidance import guidance_weights
 from magi.sampling.schedule import time_grid
 
 from .batches import Examples, Stream, examples
-from .components import components_of
+from .components import components_of, noise_like
 from .loop import Training, add_arguments, add_chunks, begin_with, compile_layers, lengths_of, start
 from .train import BASE, Trained, worn
 from .videos import CHUNK_FRAMES, Video
@@ -155,7 +155,7 @@ def loss_of(student: Trained, teacher: Teacher, lesson: Lesson) -> torch.Tensor:
     """Returns how far the student's velocities are from the mean of the teacher's two steps."""
     batch, windows = lesson.examples, lesson.examples.windows
     clean = worn(batch.latents.float(), windows)
-    latents = windows.latents(clean, torch.randn_like(clean))
+    latents = windows.latents(clean, noise_like(clean))
     with torch.no_grad():
         embeds, lengths = student.captions(batch)
     target = teacher.two_steps(lesson, latents, embeds, lengths)

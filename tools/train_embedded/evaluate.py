@@ -5,6 +5,7 @@ by `Score`; the numbers are shares of clips.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -130,7 +131,7 @@ def _turning(seed: int) -> world.Scene | None:
     ways = [name for name in world.DIRECTIONS if name != scene.motions[0]]
     way = ways[seed % len(ways)]
     motions, colours = (*scene.motions, way, way), scene.colours * 2
-    scene = world.Scene(**{**vars(scene), "motions": motions, "colours": colours})
+    scene = dataclasses.replace(scene, motions=motions, colours=colours)
     return scene if world.shown_motions(scene) == list(motions) else None
 
 
@@ -153,28 +154,33 @@ def clip(maker: Maker, count: int, frames_before: int) -> Score:
     score, seed = Score(), FIRST_SEED + 3000
     while len(score.videos) < count:
         seed += 1
-        scene = _scene(seed, 4)
-        if scene.motions[0] not in world.DIRECTIONS:
+        scene = _moving(seed, frames_before + world.CHUNK)
+        if scene is None:
             continue
-        seconds = frames_before / world.FPS
-        if not _moves_freely(scene, frames_before + world.CHUNK):
-            continue
-        prompts = captions(scene, seed, held_out=True)[:1]
+        prompts = captions(scene, seed, held_out=True)[-1:]
         before = world.frames(scene)[:frames_before]
+        seconds = frames_before / world.FPS
         frames = maker.video(prompts, seed, video=torch.from_numpy(before), continue_seconds=seconds)
         seen = measure(frames)[0]
-        right = _matches(seen, scene, 0)
-        way = np.array(world.DIRECTIONS[scene.motions[0]]) * scene.speed
+        right = _matches(seen, scene, scene.chunks - 1)
+        way = np.array(world.DIRECTIONS[scene.motions[-1]]) * world.SPEED
         off = np.inf if seen is None else float(np.linalg.norm(np.array(seen.velocity) - way))
-        score.add(np.concatenate([before, frames]), prompts, velocity=off <= SPEED_ERROR * scene.speed, **right)
+        score.add(np.concatenate([before, frames]), prompts, velocity=off <= SPEED_ERROR * world.SPEED, **right)
     return score
 
 
-def _moves_freely(scene: world.Scene, frames: int) -> bool:
-    """Returns whether an object that moves meets no edge within so many frames."""
-    centre = world.path(scene).centre[:frames]
-    way = scene.speed * (frames - 1) / world.FPS
-    return bool(np.abs(centre[-1] - centre[0]).max() > way - 0.01)
+def _moving(seed: int, frames: int) -> world.Scene | None:
+    """Returns a scene that rests, if need be, and then moves one way until so many frames; None if this seed has none.
+
+    An object crosses the frame in two seconds; it may have done so two frames before the end.
+    """
+    scene = _scene(seed, 1)
+    if scene.motions[0] not in world.DIRECTIONS:
+        return None
+    rests = max(0, -(-(frames - 2) // world.CHUNK) - 2)
+    motions = ("still",) * rests + scene.motions * 2
+    scene = dataclasses.replace(scene, motions=motions, colours=scene.colours * len(motions))
+    return scene if world.shown_motions(scene) == list(motions) else None
 
 
 def long(maker: Maker, count: int) -> Score:

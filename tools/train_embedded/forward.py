@@ -307,11 +307,11 @@ class TrainingTransformer(nn.Module):
 
 
 def initial_bands(count: int) -> torch.Tensor:
-    """Returns rotary frequencies to start from: from one radian per frame down by half a power of ten each, (count,).
+    """Returns rotary frequencies to start from, (count,): 1.5 radians per frame, and each less than half of the one before.
 
     Those of the released models fall to 1e-4: pictures of a few tokens would look the same to most of them.
     """
-    return 10.0 ** (-torch.arange(count) / 2)
+    return 1.5 * 0.45 ** torch.arange(count)
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

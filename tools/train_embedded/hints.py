@@ -1,8 +1,8 @@
-"""What training asks of the hidden states besides velocities: where the object is, how large, which shape, and how it moves.
+"""What training also asks: what a caption says, of the encoded captions; and of the hidden states where the object is and how it moves.
 
-All tokens say it after the middle layer, through a small head that is not part of the model. A velocity tells a model little of
-what there is to see, as most of it is noise; numbers of the scene tell it plainly, so it learns to look for objects much earlier
-(after "Representation Alignment", arXiv 2410.06940, which asks for the features of another network instead).
+All tokens say it, those of captions and those after the middle layer, through small heads that are not part of the model. A velocity
+tells a model little of what there is to see, as most of it is noise, and hardly anything of what words mean; plain questions teach
+both much earlier (after "Representation Alignment", arXiv 2410.06940, which asks for the features of another network instead).
 """
 
 import numpy as np
@@ -14,10 +14,17 @@ from magi.config import SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 
 from . import world
 
-LAYER = 2  # after which the tokens are asked
+LAYER = 3  # after which the tokens are asked
 WEIGHT = 0.1  # of this loss beside that of velocities
 _SCALE = 16.0  # pixels that count as one
 NUMBERS = 7  # place (2), radius, velocity (2), growth, turn
+_RADII = (world.MIN_RADIUS, *sorted(world.RADIUS.values()))
+# What a caption says, but for the last: how large the object is when the second begins; each with the number of its values.
+TOLD = (len(world.SHAPES), len(world.COLOURS), len(world.BACKGROUNDS), len(world.MOTIONS), len(_RADII))
+LABELS = len(TOLD) + 2  # and the place, as its column and row
+_FRAMES = (
+    world.CHUNK // TEMPORAL_DOWNSAMPLE
+)  # tokens are also asked which of a chunk's frames they are of: they are not told
 
 
 def numbers(scene: world.Scene) -> torch.Tensor:
@@ -31,7 +38,7 @@ def numbers(scene: world.Scene) -> torch.Tensor:
     per_chunk = np.array(
         [
             (
-                *(scene.speed * way / world.SPEEDS[1] for way in world.DIRECTIONS.get(motion, (0, 0))),
+                *(way for way in world.DIRECTIONS.get(motion, (0, 0))),
                 world.RESIZING.get(motion, 0),
                 scene.turn / 120 if motion == "turns" else 0.0,
             )
@@ -43,41 +50,81 @@ def numbers(scene: world.Scene) -> torch.Tensor:
     return torch.from_numpy(every).float().unflatten(0, (scene.chunks, -1))
 
 
-class Hints(nn.Module):
-    """The head, and its loss."""
+def labels(scene: world.Scene) -> torch.Tensor:
+    """Returns what there is as each second begins, as indices: (chunks, 7) int64."""
+    path = world.path(scene)
+    columns, rows = (_nearest(path.centre[:: world.CHUNK, axis], world.PLACES) for axis in (0, 1))
+    radii = _nearest(path.radius[:: world.CHUNK], _RADII)
+    shape, background = world.SHAPES.index(scene.shape), list(world.BACKGROUNDS).index(scene.background)
+    return torch.tensor(
+        [
+            (shape, list(world.COLOURS).index(colour), background, world.MOTIONS.index(motion), *where)
+            for colour, motion, *where in zip(scene.colours, scene.motions, radii, columns, rows, strict=True)
+        ]
+    )
 
-    def __init__(self, hidden_size: int, patch_size: int) -> None:
+
+def _nearest(values: np.ndarray, known: tuple[float, ...]) -> list[int]:
+    return [int(i) for i in np.abs(values[:, None] - np.array(known)).argmin(axis=1)]
+
+
+class Hints(nn.Module):
+    """The heads, and their losses."""
+
+    def __init__(self, hidden_size: int, patch_size: int, text_size: int) -> None:
         super().__init__()
         self.side = SPATIAL_DOWNSAMPLE * patch_size  # pixels of a token
+        self.columns = world.SIZE // self.side
+        self._offsets = self.columns + len(world.PLACES) - 1  # how many places there are, seen from a token
         self.head = nn.Sequential(
             nn.LayerNorm(hidden_size),
             nn.Linear(hidden_size, hidden_size),
             nn.SiLU(),
-            nn.Linear(hidden_size, NUMBERS + len(world.SHAPES)),
+            nn.Linear(hidden_size, NUMBERS + sum(TOLD) + 2 * self._offsets + _FRAMES),
         )
+        self.text_head = nn.Linear(text_size, sum(TOLD))
+
+    def text_loss(self, embeds: torch.Tensor, asked: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Returns how wrong encoded captions are about what they say.
+
+        Args:
+            embeds: (M, L, text_size).
+            asked: which of their tokens are asked, (M, L) bool.
+            labels: of the scenes, (M, 7).
+        """
+        said = self.text_head(embeds[asked])  # (tokens, values)
+        return sum(_wrong_names(said, labels[:, : len(TOLD)].repeat_interleave(asked.sum(1), dim=0), TOLD)).mean()
 
     def loss(
-        self, hidden: torch.Tensor, numbers: torch.Tensor, shapes: torch.Tensor, counted: torch.Tensor
+        self, hidden: torch.Tensor, numbers: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor
     ) -> torch.Tensor:
         """Returns how wrong the tokens are.
 
         Args:
             hidden: (M, S, D), frames first, then rows and columns.
             numbers: of the scenes, (M, W, 7).
-            shapes: indices of `SHAPES`, (M,).
+            labels: of the scenes, (M, 7).
             counted: which chunks count, (M,) bool.
         """
         count, frames = numbers.shape[:2]
-        said = self.head(hidden).unflatten(1, (frames, -1))  # (M, W, tokens of a frame, 7 + shapes)
+        said = self.head(hidden).unflatten(1, (frames, -1))  # (M, W, tokens of a frame, 7 + values)
         cells = said.shape[2]
-        columns = world.SIZE // self.side
         index = torch.arange(cells, device=hidden.device)
-        place = torch.stack([index % columns, index // columns], dim=-1).float() + 0.5  # (tokens, 2) as x, y
+        place = torch.stack([index % self.columns, index // self.columns], dim=-1)  # (tokens, 2) as x, y
         expected = numbers[:, :, None].expand(-1, -1, cells, -1).clone()
-        expected[..., :2] -= place * (self.side / _SCALE)  # seen from the token
+        expected[..., :2] -= (place + 0.5) * (self.side / _SCALE)  # seen from the token
         wrong = F.smooth_l1_loss(said[..., :NUMBERS], expected, reduction="none").mean(dim=(1, 2, 3))
-        named = F.cross_entropy(
-            said[..., NUMBERS:].flatten(0, 2), shapes.repeat_interleave(frames * cells), reduction="none"
-        )
+        names = labels[:, None, None].repeat(1, frames, cells, 1)  # (M, W, tokens of a frame, 7)
+        names[..., len(TOLD) :] += self.columns - 1 - place
+        frame = torch.arange(frames, device=hidden.device)[:, None, None].expand(count, -1, cells, 1)
+        names = torch.cat([names, frame], dim=-1)
+        sizes = (*TOLD, self._offsets, self._offsets, _FRAMES)
+        named = sum(_wrong_names(said[..., NUMBERS:].flatten(0, 2), names.flatten(0, 2), sizes))
         every = wrong + 0.1 * named.view(count, -1).mean(1)
         return (every * counted).sum() / counted.sum().clamp_min(1)
+
+
+def _wrong_names(said: torch.Tensor, names: torch.Tensor, sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Returns the cross entropy of each of several choices: scores (N, sum of sizes) and indices (N, choices) -> (N,) each."""
+    scores = said.split(sizes, dim=-1)
+    return [F.cross_entropy(s, name, reduction="none") for s, name in zip(scores, names.unbind(-1), strict=True)]

@@ -24,7 +24,7 @@ from .world import (
     RGB,
     SHAPES,
     SIZE,
-    SPEEDS,
+    SPEED,
     SYMMETRY,
     coverage,
     oklab,
@@ -281,7 +281,7 @@ def _slope(time: Floats, value: Floats) -> float:
 
 def _motion(velocity: tuple[float, float], growth: float, turn: float) -> str:
     """Returns the motion that is nearest to its least speed in the world, "still" where all are below half of it."""
-    strength = {name: float(np.dot(velocity, way)) / SPEEDS[0] for name, way in DIRECTIONS.items()}
+    strength = {name: float(np.dot(velocity, way)) / SPEED for name, way in DIRECTIONS.items()}
     strength |= {name: sign * growth / np.log(GROWTH) for name, sign in RESIZING.items()}
     strength["turns"] = abs(turn) / _LEAST_TURN
     strength["still"] = 0.5

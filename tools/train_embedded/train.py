@@ -16,13 +16,13 @@ from magi.config import SPATIAL_DOWNSAMPLE, EngineConfig, MagiConfig, ModelConfi
 
 from . import hints, world
 from .batches import Examples, Stream, examples
-from .components import components_of
+from .components import USED, components_of, noise_like
 from .forward import TrainingTransformer
 from .graphs import Graphs
 from .hints import Hints
 from .loop import Training, add_arguments, add_chunks, begin_with, lengths_of, start
 from .neighbours import look_at_neighbours
-from .text import CAPTION_TOKENS, WIDTH, TextEncoder
+from .text import CAPTION_TOKENS, PAD, WIDTH, TextEncoder
 from .videos import CHUNK_FRAMES
 from .windows import Batch, Tensors, WindowDrawer
 
@@ -64,7 +64,7 @@ class Step(Tensors):
     noise: torch.Tensor
     lengths: torch.Tensor
     numbers: torch.Tensor
-    shapes: torch.Tensor
+    labels: torch.Tensor
 
 
 class Trained(nn.Module):
@@ -73,9 +73,13 @@ class Trained(nn.Module):
     def __init__(self, config: MagiConfig) -> None:
         super().__init__()
         self.transformer = TrainingTransformer(config.model)
+        with torch.no_grad():  # the empty channels are neither seen nor made
+            weight = self.transformer.x_embedder.weight
+            weight[:, USED:] = 0
+            weight *= (config.model.in_channels / USED) ** 0.5
         look_at_neighbours(self.transformer, world.SIZE // SPATIAL_DOWNSAMPLE // config.model.patch_size)
         self.text = TextEncoder()
-        self.hints = Hints(config.model.hidden_size, config.model.patch_size)
+        self.hints = Hints(config.model.hidden_size, config.model.patch_size, WIDTH)
 
     def captions(self, batch: Examples) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes the captions of a batch: (B, n, L, WIDTH), and their lengths (B, n), 0 where the null caption belongs."""
@@ -86,10 +90,11 @@ class Trained(nn.Module):
     def loss(self, batch: Examples) -> torch.Tensor:
         """Returns the loss of a batch: flow matching, and a little of `hints.py`."""
         windows, clean = batch.windows, batch.latents.float()
-        noise = torch.randn_like(clean)
+        noise = noise_like(clean)
         noisy = windows.latents(worn(clean, windows), noise)
         embeds, lengths = self.captions(batch)
-        return self.core(embeds, Step(windows, noisy, clean, noise, lengths, batch.numbers, batch.shapes))
+        core = self.core(embeds, Step(windows, noisy, clean, noise, lengths, batch.numbers, batch.labels))
+        return core + hints.WEIGHT * self.hints.text_loss(embeds.flatten(0, 1), caption_places(batch), batch.labels)
 
     def core(self, embeds: torch.Tensor, step: Step) -> torch.Tensor:
         """Returns the loss from encoded captions on: most of a step's work, without a random number."""
@@ -97,8 +102,15 @@ class Trained(nn.Module):
         velocity, hidden = self.transformer(
             step.noisy, captions=embeds, lengths=step.lengths, **windows.inputs(), tap=hints.LAYER
         )
-        hint = self.hints.loss(hidden, step.numbers, step.shapes, windows.learned.any(-1).flatten())
+        hint = self.hints.loss(hidden, step.numbers, step.labels, windows.learned.any(-1).flatten())
         return windows.loss(velocity, step.clean, step.noise) + hints.WEIGHT * hint
+
+
+def caption_places(batch: Examples) -> torch.Tensor:
+    """Returns which of the encoded tokens of each chunk are of its caption, neither special nor padding: (B * n, L) bool."""
+    before, words = (batch.rows >= 0).sum(1, keepdim=True), (batch.tokens != PAD).sum(1, keepdim=True)
+    place = torch.arange(CAPTION_TOKENS, device=words.device)
+    return (place >= before) & (place < before + words)
 
 
 def worn(clean: torch.Tensor, windows: Batch) -> torch.Tensor:
@@ -108,7 +120,7 @@ def worn(clean: torch.Tensor, windows: Batch) -> torch.Tensor:
     """
     strength = WEAR * torch.rand(len(clean), 1, 1, 1, 1, 1, device=clean.device)
     chunks = windows.clean_frames.all(-1)[..., None, None, None, None]
-    return clean + strength * chunks * torch.randn_like(clean)
+    return clean + strength * chunks * noise_like(clean)
 
 
 def main() -> None:

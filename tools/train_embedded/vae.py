@@ -28,7 +28,7 @@ from magi.system.whole_files import put_in_place, write_whole
 from magi.vae.model import PATCH_VALUES, Decoder, Encoder, VAEConfig
 
 from . import world
-from .components import PATCH, Components, components_of
+from .components import PATCH, USED, Components, components_of, noise_like
 from .loop import Training, add_arguments, start
 from .windows import Tensors
 
@@ -44,9 +44,11 @@ CONFIG = {
     "use_final_proj": True,
 }
 TILE = 12  # frames that are encoded and decoded at a time, as published
-NOISE = 0.1  # largest standard deviation of the noise on latents
+NOISE = 0.25  # largest standard deviation of the noise on latents
 _Z, _WIDTH = LATENT_CHANNELS, 128
-_STEADY = 64.0  # a constant beside which a signal hardly moves a layer norm's deviation: the norm becomes linear
+# A constant beside which a signal hardly moves a layer norm's deviation: the norm becomes linear. The decoder's is small, as the
+# learned part of its attention sees it too, and every change of a weight is felt that much.
+_STEADY, _DECODER_STEADY = 64.0, 16.0
 _CHANNELS = 4  # of the decoder before its last convolution: RGB and one that holds the constant
 
 
@@ -59,10 +61,10 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
     config = VAEConfig(**CONFIG)
     encoder, decoder = Encoder(config), Decoder(config)
     both = torch.cat([torch.eye(_Z), -torch.eye(_Z), torch.zeros(_WIDTH - 2 * _Z, _Z)])  # (D, 16)
-    constant = torch.tensor([_STEADY, -_STEADY]).repeat(_WIDTH // 2)
-    constant[: 2 * _Z] = 0
     with torch.no_grad():
-        for trunk in (encoder, decoder):
+        for trunk, steady in ((encoder, _STEADY), (decoder, _DECODER_STEADY)):
+            constant = torch.tensor([steady, -steady]).repeat(_WIDTH // 2)
+            constant[: 2 * _Z] = 0
             trunk.cls_token.zero_()
             trunk.pos_embed.copy_(constant.expand_as(trunk.pos_embed))
             deviation = float(constant.square().mean().sqrt())
@@ -85,7 +87,7 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
         encoder.last_layer.weight.zero_()[:_Z, :_Z] = torch.eye(_Z)
         encoder.last_layer.bias.zero_()
 
-        decoder.proj_in.weight.copy_(both)
+        decoder.proj_in.weight.copy_(both)[:, USED:] = 0
         decoder.proj_in.bias.zero_()
         pixels = torch.zeros(PATCH_VALUES, _CHANNELS, _WIDTH)  # the decoder has a patch's channels last
         # What the blocks find out about the components that latents lack goes into the features that are still free.
@@ -95,11 +97,11 @@ def linear_vae(components: Components) -> tuple[Encoder, Decoder]:
         bias[:, :3] = components.mean.view(3, PATCH_VALUES).T
         for values in (pixels, bias):  # the norm takes the mean away: keep it at zero
             values[:, 3] = -values.sum(dim=(0, 1)) / PATCH_VALUES
-        bias[0::2, 3] += _STEADY
-        bias[1::2, 3] -= _STEADY
+        bias[0::2, 3] += _DECODER_STEADY
+        bias[1::2, 3] -= _DECODER_STEADY
         decoder.final_proj.weight.copy_(pixels.flatten(0, 1))
         decoder.final_proj.bias.copy_(bias.flatten())
-        decoder.final_norm.weight.fill_(_STEADY / math.sqrt(_CHANNELS))
+        decoder.final_norm.weight.fill_(_DECODER_STEADY / math.sqrt(_CHANNELS))
         nn.init.dirac_(decoder.last_layer.weight)
         decoder.last_layer.bias.zero_()
     return encoder.requires_grad_(False), decoder
@@ -161,7 +163,7 @@ class TileStream(IterableDataset[Tiles]):
 def loss_of(decoder: Decoder, batch: Tiles) -> torch.Tensor:
     """Returns the mean error: squares, and half as much of absolute values, which keeps edges crisp."""
     latents = batch.latents
-    noise = NOISE * torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) * torch.randn_like(latents)
+    noise = NOISE * torch.rand(len(latents), 1, 1, 1, 1, device=latents.device) * noise_like(latents)
     difference = decoder(latents + noise, _nothing).float() - batch.video
     return difference.square().mean() + 0.5 * difference.abs().mean()
 
@@ -182,7 +184,7 @@ def main() -> None:
     """Trains, and writes weights and config at the end."""
     parser = argparse.ArgumentParser(description="Makes the embedded model's VAE.")
     add_arguments(parser)
-    parser.set_defaults(steps=3000, batch=8, rate=1e-4, muon=5e-3)
+    parser.set_defaults(steps=6000, batch=12, rate=2e-4, muon=0.01)
     args = parser.parse_args()
     start(args)
     components = components_of(args.out)

@@ -12,7 +12,7 @@ from magi.sampling.special_tokens import STYLES, SpecialTokens
 from . import world
 from .captions import captions
 from .components import PATCH, Components
-from .hints import NUMBERS, numbers
+from .hints import LABELS, NUMBERS, labels, numbers
 from .text import PAD, SPECIAL_ROWS, UNKNOWN, tokenize
 from .windows import Window, WindowDrawer
 
@@ -36,14 +36,14 @@ class Video:
         tokens: token ids of each chunk's caption.
         picture: whether its first latent frame is a picture: its four frames are the same.
         numbers: what the scene is in numbers (`hints.py`), (chunks, 6, 7).
-        shape: the index of its shape.
+        labels: and in names, (chunks, 7).
     """
 
     latents: torch.Tensor
     tokens: list[list[int]]
     picture: bool
     numbers: torch.Tensor
-    shape: int
+    labels: torch.Tensor
 
 
 def make(components: Components, seed: int, chunks: int) -> Video:
@@ -58,13 +58,13 @@ def make(components: Components, seed: int, chunks: int) -> Video:
         [UNKNOWN if rng.random() < _LOST_WORDS else token for token in caption[:-1]] + caption[-1:]
         for caption in tokenize(captions(scene, seed))
     ]
-    return Video(latents.to(torch.float16), tokens, picture, numbers(scene), world.SHAPES.index(scene.shape))
+    return Video(latents.to(torch.float16), tokens, picture, numbers(scene), labels(scene))
 
 
 class Pool:
     """Videos that are drawn many times: it grows by one for every `uses` that are drawn, and then loses its oldest ones.
 
-    All tensors lie in two blocks of memory: thousands of small ones that stay would each keep the hole that the large temporary
+    All tensors lie in a few blocks of memory: thousands of small ones that stay would each keep the hole that the large temporary
     ones beside it leave, gigabytes in all.
     """
 
@@ -74,7 +74,8 @@ class Pool:
         self.made = self._drawn = 0
         self._latents = torch.empty(POOL, chunks, *latent_shape(), dtype=torch.float16)
         self._numbers = torch.empty(POOL, chunks, CHUNK_FRAMES, NUMBERS)
-        self._others: list[tuple[list[list[int]], bool, int]] = [([], False, 0)] * POOL  # tokens, picture, shape
+        self._labels = torch.empty(POOL, chunks, LABELS, dtype=torch.long)
+        self._others: list[tuple[list[list[int]], bool]] = [([], False)] * POOL  # tokens, picture
         self.add(min(FIRST, POOL))
 
     def add(self, count: int) -> None:
@@ -82,19 +83,20 @@ class Pool:
         for _ in range(count):
             place = self.made % POOL
             video = make(self.components, self.first_seed + self.made, self.chunks)
-            self._latents[place], self._numbers[place] = video.latents, video.numbers
-            self._others[place] = video.tokens, video.picture, video.shape
+            self._latents[place], self._numbers[place], self._labels[place] = video.latents, video.numbers, video.labels
+            self._others[place] = video.tokens, video.picture
             self.made += 1
 
     def draw(self, rng: random.Random, chunks: int) -> Video:
         """Returns the first chunks of one of the videos; what is added later does not change it."""
         place = rng.randrange(min(self.made, POOL))
-        tokens, picture, shape = self._others[place]
-        latents, numbers = (block[place, :chunks].clone() for block in (self._latents, self._numbers))
+        tokens, picture = self._others[place]
+        blocks = self._latents, self._numbers, self._labels
+        latents, numbers, labels = (block[place, :chunks].clone() for block in blocks)
         self._drawn += 1
         if self._drawn % self.uses == 0:
             self.add(1)
-        return Video(latents, tokens[:chunks], picture, numbers, shape)
+        return Video(latents, tokens[:chunks], picture, numbers, labels)
 
 
 def windows(

@@ -21,6 +21,8 @@ from magi.config import MagiConfig
 from magi.sampling.guidance import guidance_weights, is_nearly_clean
 from magi.sampling.schedule import Iteration, Schedule, step_size_signal, time_grid
 
+from .components import USED
+
 PassKind = Literal["text", "prev", "independent"]
 T = TypeVar("T", bound="Tensors")
 
@@ -260,9 +262,13 @@ class Batch(Tensors):
         return torch.where(self.clean_frames[:, :, None, :, None, None], clean, t * clean + (1 - t) * noise)
 
     def loss(self, velocity: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Returns the mean squared error of velocities, (B, n, 16, W, h, w), over the learned frames."""
-        error = (velocity.float() - (clean - noise)).square().mean(dim=(2, 4, 5))  # (B, n, W)
-        return (error * self.learned).sum() / self.learned.sum()
+        """Returns the mean squared error of velocities, (B, n, 16, W, h, w), over the learned frames and channels in use.
+
+        From time 0.5 on an error counts less and less: what it does to the latents is small there, as little is left to go.
+        """
+        error = (velocity.float() - (clean - noise))[:, :, :USED].square().mean(dim=(2, 4, 5))  # (B, n, W)
+        weight = (2 - 2 * self.times).clamp(max=1)[..., None]  # (B, n, 1)
+        return (weight * error * self.learned).sum() / self.learned.sum()
 
     def inputs(self) -> dict[str, torch.Tensor | None]:
         """Returns the arguments of `TrainingTransformer.forward` that do not depend on the videos."""

@@ -5,9 +5,9 @@ a clip has `FPS` frames per second and `CHUNK` frames (one second) per chunk. Mo
 An object that comes to the margin of the frame stops there, and one that has grown or shrunk to the limit keeps its size, so every
 sequence of motions can be shown, however long. x points right and y down; lengths are in pixels, times in seconds.
 
-Chunks begin with few different pictures: the object is at a point of a grid, has one of four sizes and stands upright. Motions take
-it to the next such picture in a second. A small model can learn these with all their edges; of a world in which every number may
-have any value it learned only blurred ones (docs/embedded-model.md).
+Chunks begin with few different pictures, as on a board of 3 x 3: the object is at one of nine places, has one of three sizes and
+stands upright. Motions take it to the next such picture in a second. A small model can learn these with all their edges; of a world
+in which every number may have any value it learned only blurred ones (docs/embedded-model.md).
 
 Some combinations of shape, colour and motion are never in a training scene (`is_held_out`): evaluation asks for those.
 """
@@ -61,13 +61,12 @@ SYMMETRY = {
 }  # how often a full turn repeats the shape; others never turn
 
 # The numbers of scenes.
-GRID = 8.0  # distance of the places at which objects begin
 MARGIN = 16.0  # that an object's centre keeps from the frame's edge
-SPEEDS = (8.0, 16.0)  # pixels per second
+PLACES = (16.0, 32.0, 48.0)  # x and y of the places at which objects begin
+SPEED = 16.0  # pixels per second
 GROWTH = 2**0.5  # of the radius in a second
-RADIUS = {"small": 7.5, "large": 7.5 * GROWTH}  # of the circle around the shape, when the scene begins
-MIN_RADIUS, MAX_RADIUS = RADIUS["small"] / GROWTH, RADIUS["large"] * GROWTH
-ROOM = 1.5  # seconds that a scene's first motion has at least before it comes to the margin
+RADIUS = {"small": 15 / GROWTH, "large": 15.0}  # of the circle around the shape, when the scene begins
+MIN_RADIUS, MAX_RADIUS = RADIUS["small"] / GROWTH, RADIUS["large"]
 
 CLEAR = 0.2  # least distance in OKLab of an object's colour from the background
 CHANGES = 0.3  # share of the chunks, but for the first, that bring a change
@@ -85,7 +84,6 @@ class Scene:
         motions: a name of `MOTIONS` per chunk.
         colours: a name of `COLOURS` per chunk.
         start: centre of the object in the first frame, (x, y) in pixels.
-        speed: pixels per second, where it moves.
     """
 
     shape: str
@@ -94,7 +92,6 @@ class Scene:
     motions: tuple[str, ...]
     colours: tuple[str, ...]
     start: tuple[float, float]
-    speed: float
 
     @property
     def turn(self) -> float:
@@ -185,13 +182,12 @@ def draw(seed: int, chunks: int, *, held_out: bool = False, changes: float = CHA
     random = Draws(seed, int(held_out))
     shape, colour, motion = random.choice(combinations(held_out))
     background = random.choice(clear_backgrounds(colour))
-    size = random.choice(tuple(RADIUS))
-    speed = random.choice(SPEEDS)
-    start = _start(random, motion, speed)
+    size = random.choice([name for name in RADIUS if motion != "grows" or RADIUS[name] < MAX_RADIUS])
+    start = _start(random, motion)
     motions: tuple[str, ...] = (motion,)
     colours: tuple[str, ...] = (colour,)
     while True:
-        scene = Scene(shape, size, background, motions, colours, start, speed)
+        scene = Scene(shape, size, background, motions, colours, start)
         if scene.chunks == chunks:
             return scene
         free = [name for name in MOTIONS if _allowed(scene, name, colours[-1], held_out) and _can_go_on(scene, name)]
@@ -224,11 +220,10 @@ class Draws:
         return options[int(self._generator.random() * len(options))]
 
 
-def _start(random: Draws, motion: str, speed: float) -> tuple[float, float]:
-    """Returns a point of the grid from which the motion has room."""
-    points = np.arange(MARGIN, SIZE - MARGIN + 1, GRID)
+def _start(random: Draws, motion: str) -> tuple[float, float]:
+    """Returns a place from which the motion has room for a second."""
     x, y = (
-        random.choice([float(p) for p in points if MARGIN <= p + ROOM * speed * way <= SIZE - MARGIN])
+        random.choice([place for place in PLACES if MARGIN <= place + SPEED * way <= SIZE - MARGIN])
         for way in DIRECTIONS.get(motion, (0, 0))
     )
     return x, y
@@ -263,7 +258,7 @@ def shown_motions(scene: Scene) -> list[str | None]:
     shown: list[str | None] = []
     for motion, (centre, radius, _) in zip(scene.motions, _states(scene), strict=True):
         if motion in DIRECTIONS:
-            done = float((centre[-1] - centre[0]) @ np.array(DIRECTIONS[motion])) / scene.speed
+            done = float((centre[-1] - centre[0]) @ np.array(DIRECTIONS[motion])) / SPEED
         elif motion in RESIZING:
             done = float(np.abs(np.log(radius[-1] / radius[0]))) / np.log(GROWTH)
         else:
@@ -284,7 +279,7 @@ def _states(scene: Scene) -> list[tuple[NDArray[np.float64], NDArray[np.float64]
     states = []
     for motion in scene.motions:
         sizes = np.clip(radius * GROWTH ** (RESIZING.get(motion, 0) * time), MIN_RADIUS, MAX_RADIUS)
-        way = np.outer(time, DIRECTIONS.get(motion, (0, 0))) * scene.speed
+        way = np.outer(time, DIRECTIONS.get(motion, (0, 0))) * SPEED
         centres = np.clip(centre + way, MARGIN, SIZE - MARGIN)
         angles = angle + time * (scene.turn if motion == "turns" else 0)
         states.append((centres, sizes, angles))
