@@ -67,9 +67,7 @@ def test_the_repeating_model_needs_a_folder():
 
 
 def test_the_picture_is_one_of_its_world():
-    scene = world.Scene(
-        "star", "large", "dark blue", ("left",), ("yellow",), (48.0, 32.0), speed=16.0
-    )
+    scene = world.Scene("star", "large", "dark blue", ("left",), ("yellow",), (48.0, 32.0))
     picture = read_image(DEMO_SHAPE)
     assert picture.shape[1:3] == (EMBEDDED_SIZE, EMBEDDED_SIZE)
     assert np.array_equal(picture[0].numpy(), world.frames(scene)[0])

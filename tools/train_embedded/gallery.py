@@ -22,7 +22,11 @@ VIDEOS: tuple[tuple[tuple[str, ...], int], ...] = (
     ),
     (("A large yellow star turns on a dark blue background.",) * 4, 1),
     (("The large blue square moves up on a beige background.",) * 2 + ("Now the blue square is green.",) * 2, 2),
-    (("A small orange triangle grows on a black background.",) * 2 + ("Then the orange triangle moves left.",) * 2, 3),
+    (
+        ("A small orange triangle stays still on a black background.", "Now the orange triangle grows.")
+        + ("Then the orange triangle moves left.",) * 2,
+        3,
+    ),
     (
         ("A large purple ring moves to the left on a grey background.",) * 2
         + ("Now the purple ring moves right.",) * 2,
