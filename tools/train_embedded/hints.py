@@ -1,6 +1,6 @@
 """What training also asks: what a caption says, of the encoded captions; and of the hidden states where the object is and how it moves.
 
-All tokens say it, those of captions and those after the middle layer, through small heads that are not part of the model. A velocity
+All tokens say it, those of captions and those after the fourth layer, through small heads that are not part of the model. A velocity
 tells a model little of what there is to see, as most of it is noise, and hardly anything of what words mean; plain questions teach
 both much earlier (after "Representation Alignment", arXiv 2410.06940, which asks for the features of another network instead).
 """
@@ -19,12 +19,11 @@ WEIGHT = 0.1  # of this loss beside that of velocities
 _SCALE = 16.0  # pixels that count as one
 NUMBERS = 7  # place (2), radius, velocity (2), growth, turn
 _RADII = (world.MIN_RADIUS, *sorted(world.RADIUS.values()))
-# What a caption says, but for the last: how large the object is when the second begins; each with the number of its values.
+# How many shapes, colours, backgrounds and motions there are, which captions say, and sizes of an object as a second begins.
 TOLD = (len(world.SHAPES), len(world.COLOURS), len(world.BACKGROUNDS), len(world.MOTIONS), len(_RADII))
 LABELS = len(TOLD) + 2  # and the place, as its column and row
-_FRAMES = (
-    world.CHUNK // TEMPORAL_DOWNSAMPLE
-)  # tokens are also asked which of a chunk's frames they are of: they are not told
+# Tokens are also asked which of a chunk's frames they are of, which nothing tells them but what they see.
+_FRAMES = world.CHUNK // TEMPORAL_DOWNSAMPLE
 
 
 def numbers(scene: world.Scene) -> torch.Tensor:
@@ -92,8 +91,9 @@ class Hints(nn.Module):
             asked: which of their tokens are asked, (M, L) bool.
             labels: of the scenes, (M, 7).
         """
-        said = self.text_head(embeds[asked])  # (tokens, values)
-        return sum(_wrong_names(said, labels[:, : len(TOLD)].repeat_interleave(asked.sum(1), dim=0), TOLD)).mean()
+        names = labels[:, None, : len(TOLD)].expand(-1, embeds.shape[1], -1)  # (M, L, choices)
+        wrong = sum(_wrong_names(self.text_head(embeds).flatten(0, 1), names.flatten(0, 1), TOLD))  # (M * L,)
+        return (wrong * asked.flatten()).sum() / asked.sum()
 
     def loss(
         self, hidden: torch.Tensor, numbers: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor
