@@ -136,7 +136,7 @@ def _turning(seed: int) -> world.Scene | None:
 
 
 def picture(maker: Maker, count: int) -> Score:
-    """Two seconds from a picture and a prompt; in the second one the object may have come to the margin and rest."""
+    """Two seconds from a picture and a prompt; in the second one the object may have come to the last place and rest."""
     score = Score()
     for seed in range(FIRST_SEED + 2000, FIRST_SEED + 2000 + count):
         scene = _scene(seed, 2)

@@ -13,17 +13,16 @@ from torch import nn
 from magi.config import SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 
 from . import world
+from .components import CHUNK_FRAMES
 
 LAYER = 3  # after which the tokens are asked
-WEIGHT = 0.1  # of this loss beside that of velocities
+WEIGHT = 0.1  # of each of these losses beside that of velocities
 _SCALE = 16.0  # pixels that count as one
+_TURN = 120.0  # degrees per second, likewise
 NUMBERS = 7  # place (2), radius, velocity (2), growth, turn
-_RADII = (world.MIN_RADIUS, *sorted(world.RADIUS.values()))
 # How many shapes, colours, backgrounds and motions there are, which captions say, and sizes of an object as a second begins.
-TOLD = (len(world.SHAPES), len(world.COLOURS), len(world.BACKGROUNDS), len(world.MOTIONS), len(_RADII))
+TOLD = (len(world.SHAPES), len(world.COLOURS), len(world.BACKGROUNDS), len(world.MOTIONS), len(world.RADII))
 LABELS = len(TOLD) + 2  # and the place, as its column and row
-# Tokens are also asked which of a chunk's frames they are of, which nothing tells them but what they see.
-_FRAMES = world.CHUNK // TEMPORAL_DOWNSAMPLE
 
 
 def numbers(scene: world.Scene) -> torch.Tensor:
@@ -37,9 +36,9 @@ def numbers(scene: world.Scene) -> torch.Tensor:
     per_chunk = np.array(
         [
             (
-                *(way for way in world.DIRECTIONS.get(motion, (0, 0))),
+                *world.DIRECTIONS.get(motion, (0, 0)),
                 world.RESIZING.get(motion, 0),
-                scene.turn / 120 if motion == "turns" else 0.0,
+                scene.turn / _TURN if motion == "turns" else 0.0,
             )
             for motion in world.shown_or_asked(scene)
         ]
@@ -53,7 +52,7 @@ def labels(scene: world.Scene) -> torch.Tensor:
     """Returns what there is as each second begins, as indices: (chunks, 7) int64."""
     path = world.path(scene)
     columns, rows = (_nearest(path.centre[:: world.CHUNK, axis], world.PLACES) for axis in (0, 1))
-    radii = _nearest(path.radius[:: world.CHUNK], _RADII)
+    radii = _nearest(path.radius[:: world.CHUNK], world.RADII)
     shape, background = world.SHAPES.index(scene.shape), list(world.BACKGROUNDS).index(scene.background)
     return torch.tensor(
         [
@@ -79,7 +78,7 @@ class Hints(nn.Module):
             nn.LayerNorm(hidden_size),
             nn.Linear(hidden_size, hidden_size),
             nn.SiLU(),
-            nn.Linear(hidden_size, NUMBERS + sum(TOLD) + 2 * self._offsets + _FRAMES),
+            nn.Linear(hidden_size, NUMBERS + sum(TOLD) + 2 * self._offsets + CHUNK_FRAMES),
         )
         self.text_head = nn.Linear(text_size, sum(TOLD))
 
@@ -116,9 +115,10 @@ class Hints(nn.Module):
         wrong = F.smooth_l1_loss(said[..., :NUMBERS], expected, reduction="none").mean(dim=(1, 2, 3))
         names = labels[:, None, None].repeat(1, frames, cells, 1)  # (M, W, tokens of a frame, 7)
         names[..., len(TOLD) :] += self.columns - 1 - place
+        # Nothing but what they see tells tokens which of a chunk's frames they are of.
         frame = torch.arange(frames, device=hidden.device)[:, None, None].expand(count, -1, cells, 1)
         names = torch.cat([names, frame], dim=-1)
-        sizes = (*TOLD, self._offsets, self._offsets, _FRAMES)
+        sizes = (*TOLD, self._offsets, self._offsets, CHUNK_FRAMES)
         named = sum(_wrong_names(said[..., NUMBERS:].flatten(0, 2), names.flatten(0, 2), sizes))
         every = wrong + 0.1 * named.view(count, -1).mean(1)
         return (every * counted).sum() / counted.sum().clamp_min(1)
