@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .components import Components
+from .components import CHUNK_FRAMES, Components
 from .text import LONGEST, PREFIX
-from .videos import CHUNK_FRAMES, Pool, Video, padded, prefix_rows, windows
+from .videos import Pool, Video, padded, prefix_rows, windows
 from .windows import Batch, Tensors, Window, WindowDrawer, collate
 
 T = TypeVar("T", bound=Tensors)

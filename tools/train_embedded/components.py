@@ -24,6 +24,7 @@ from magi.system.whole_files import put_in_place
 from . import world
 
 PATCH = (TEMPORAL_DOWNSAMPLE, SPATIAL_DOWNSAMPLE, SPATIAL_DOWNSAMPLE)
+CHUNK_FRAMES = world.CHUNK // PATCH[0]  # latent frames of a second
 SCENES = 1500  # that they are computed from
 USED = 5  # of the latent channels; the others are empty
 DETAILS = 96  # components after these, which the decoder begins with

@@ -22,10 +22,10 @@ from magi.sampling.guidance import guidance_weights
 from magi.sampling.schedule import time_grid
 
 from .batches import Examples, Stream, examples
-from .components import components_of, noise_like
+from .components import CHUNK_FRAMES, components_of, noise_like
 from .loop import Training, add_arguments, add_chunks, begin_with, compile_layers, lengths_of, start
 from .train import BASE, Trained, worn
-from .videos import CHUNK_FRAMES, Video
+from .videos import Video
 from .windows import Batch, PassKind, Tensors, Window, WindowChunk, WindowDrawer, collate
 
 STUDENT = BASE.as_variant(distill=True)

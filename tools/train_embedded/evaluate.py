@@ -136,15 +136,15 @@ def _turning(seed: int) -> world.Scene | None:
 
 
 def picture(maker: Maker, count: int) -> Score:
-    """Two seconds from a picture and a prompt."""
+    """Two seconds from a picture and a prompt; in the second one the object may have come to the last place and rest."""
     score = Score()
     for seed in range(FIRST_SEED + 2000, FIRST_SEED + 2000 + count):
         scene = _scene(seed, 2)
         prompts = [captions(scene, seed, held_out=True)[0]] * 2
         frames = maker.video(prompts, seed, image=torch.from_numpy(world.frames(scene)[:1]))
-        seen = measure(frames)
-        right = _matches(seen[1], scene, 1)
-        place = seen[0] is not None and np.abs(seen[0].centre[:4].mean(0) - scene.start).max() <= PLACE
+        first, last = measure(frames)
+        right = _matches(last, scene, 1) | {"motion": _matches(first, scene, 0)["motion"]}
+        place = first is not None and np.abs(first.centre[:4].mean(0) - scene.start).max() <= PLACE
         score.add(frames, prompts, place=place, **right)
     return score
 

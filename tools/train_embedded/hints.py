@@ -1,6 +1,6 @@
 """What training also asks: what a caption says, of the encoded captions; and of the hidden states where the object is and how it moves.
 
-All tokens say it, those of captions and those after the middle layer, through small heads that are not part of the model. A velocity
+All tokens say it, those of captions and those after the fourth layer, through small heads that are not part of the model. A velocity
 tells a model little of what there is to see, as most of it is noise, and hardly anything of what words mean; plain questions teach
 both much earlier (after "Representation Alignment", arXiv 2410.06940, which asks for the features of another network instead).
 """
@@ -13,18 +13,16 @@ from torch import nn
 from magi.config import SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 
 from . import world
+from .components import CHUNK_FRAMES
 
 LAYER = 3  # after which the tokens are asked
-WEIGHT = 0.1  # of this loss beside that of velocities
+WEIGHT = 0.1  # of each of these losses beside that of velocities
 _SCALE = 16.0  # pixels that count as one
+_TURN = 120.0  # degrees per second, likewise
 NUMBERS = 7  # place (2), radius, velocity (2), growth, turn
-_RADII = (world.MIN_RADIUS, *sorted(world.RADIUS.values()))
-# What a caption says, but for the last: how large the object is when the second begins; each with the number of its values.
-TOLD = (len(world.SHAPES), len(world.COLOURS), len(world.BACKGROUNDS), len(world.MOTIONS), len(_RADII))
+# How many shapes, colours, backgrounds and motions there are, which captions say, and sizes of an object as a second begins.
+TOLD = (len(world.SHAPES), len(world.COLOURS), len(world.BACKGROUNDS), len(world.MOTIONS), len(world.RADII))
 LABELS = len(TOLD) + 2  # and the place, as its column and row
-_FRAMES = (
-    world.CHUNK // TEMPORAL_DOWNSAMPLE
-)  # tokens are also asked which of a chunk's frames they are of: they are not told
 
 
 def numbers(scene: world.Scene) -> torch.Tensor:
@@ -38,9 +36,9 @@ def numbers(scene: world.Scene) -> torch.Tensor:
     per_chunk = np.array(
         [
             (
-                *(way for way in world.DIRECTIONS.get(motion, (0, 0))),
+                *world.DIRECTIONS.get(motion, (0, 0)),
                 world.RESIZING.get(motion, 0),
-                scene.turn / 120 if motion == "turns" else 0.0,
+                scene.turn / _TURN if motion == "turns" else 0.0,
             )
             for motion in world.shown_or_asked(scene)
         ]
@@ -54,7 +52,7 @@ def labels(scene: world.Scene) -> torch.Tensor:
     """Returns what there is as each second begins, as indices: (chunks, 7) int64."""
     path = world.path(scene)
     columns, rows = (_nearest(path.centre[:: world.CHUNK, axis], world.PLACES) for axis in (0, 1))
-    radii = _nearest(path.radius[:: world.CHUNK], _RADII)
+    radii = _nearest(path.radius[:: world.CHUNK], world.RADII)
     shape, background = world.SHAPES.index(scene.shape), list(world.BACKGROUNDS).index(scene.background)
     return torch.tensor(
         [
@@ -80,7 +78,7 @@ class Hints(nn.Module):
             nn.LayerNorm(hidden_size),
             nn.Linear(hidden_size, hidden_size),
             nn.SiLU(),
-            nn.Linear(hidden_size, NUMBERS + sum(TOLD) + 2 * self._offsets + _FRAMES),
+            nn.Linear(hidden_size, NUMBERS + sum(TOLD) + 2 * self._offsets + CHUNK_FRAMES),
         )
         self.text_head = nn.Linear(text_size, sum(TOLD))
 
@@ -92,8 +90,9 @@ class Hints(nn.Module):
             asked: which of their tokens are asked, (M, L) bool.
             labels: of the scenes, (M, 7).
         """
-        said = self.text_head(embeds[asked])  # (tokens, values)
-        return sum(_wrong_names(said, labels[:, : len(TOLD)].repeat_interleave(asked.sum(1), dim=0), TOLD)).mean()
+        names = labels[:, None, : len(TOLD)].expand(-1, embeds.shape[1], -1)  # (M, L, choices)
+        wrong = sum(_wrong_names(self.text_head(embeds).flatten(0, 1), names.flatten(0, 1), TOLD))  # (M * L,)
+        return (wrong * asked.flatten()).sum() / asked.sum()
 
     def loss(
         self, hidden: torch.Tensor, numbers: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor
@@ -116,9 +115,10 @@ class Hints(nn.Module):
         wrong = F.smooth_l1_loss(said[..., :NUMBERS], expected, reduction="none").mean(dim=(1, 2, 3))
         names = labels[:, None, None].repeat(1, frames, cells, 1)  # (M, W, tokens of a frame, 7)
         names[..., len(TOLD) :] += self.columns - 1 - place
+        # Nothing but what they see tells tokens which of a chunk's frames they are of.
         frame = torch.arange(frames, device=hidden.device)[:, None, None].expand(count, -1, cells, 1)
         names = torch.cat([names, frame], dim=-1)
-        sizes = (*TOLD, self._offsets, self._offsets, _FRAMES)
+        sizes = (*TOLD, self._offsets, self._offsets, CHUNK_FRAMES)
         named = sum(_wrong_names(said[..., NUMBERS:].flatten(0, 2), names.flatten(0, 2), sizes))
         every = wrong + 0.1 * named.view(count, -1).mean(1)
         return (every * counted).sum() / counted.sum().clamp_min(1)

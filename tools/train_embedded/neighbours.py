@@ -31,6 +31,10 @@ def look_at_neighbours(transformer: TrainingTransformer, side: int) -> None:
     config, bands = transformer.config, transformer.rope.bands
     step = float(rope_angles(torch.ones(1), 0, 1, side, side).view(side, side, 3)[0, :2, 2].diff())
     angles = 3 * len(bands)
+    # The norms of queries and keys take the mean away, which would turn them: it is kept at zero.
+    signs = _STEADY * (1 - 2 * (torch.arange(angles) % 2))
+    key = torch.zeros(config.kv_channels)
+    key[:angles] = signs
     for number, block in enumerate(transformer.videodit_blocks["layers"]):
         attention = block.self_attention
         project = attention.linear_qkv
@@ -38,12 +42,9 @@ def look_at_neighbours(transformer: TrainingTransformer, side: int) -> None:
         project["layer_norm"].bias.copy_(steady)
         for head, (frames, rows, columns) in enumerate(_WAYS[number % 2]):
             turn = torch.cat([bands * frames, bands * step * rows, bands * step * columns])
-            # The norms of queries and keys take the mean away, which would turn them: it is kept at zero.
-            signs = _STEADY * (1 - 2 * (torch.arange(angles) % 2))
-            query, key = torch.zeros(2, config.kv_channels)
+            query = torch.zeros(config.kv_channels)
             query[:angles], query[angles : 2 * angles] = signs * turn.cos(), signs * turn.sin()
             query[2 * angles :] = -query.sum() / (config.kv_channels - 2 * angles)
-            key[:angles] = signs
             for name, vector in (("q", query), ("k", key)):
                 weight = project[name].weight[head * config.kv_channels : (head + 1) * config.kv_channels]
                 # Of the normed input's steady part this makes the vector, of the rest what it did before.

@@ -16,14 +16,13 @@ from magi.config import SPATIAL_DOWNSAMPLE, EngineConfig, MagiConfig, ModelConfi
 
 from . import hints, world
 from .batches import Examples, Stream, examples
-from .components import USED, components_of, noise_like
+from .components import CHUNK_FRAMES, USED, components_of, noise_like
 from .forward import TrainingTransformer
 from .graphs import Graphs
 from .hints import Hints
 from .loop import Training, add_arguments, add_chunks, begin_with, lengths_of, start
 from .neighbours import look_at_neighbours
 from .text import CAPTION_TOKENS, PAD, WIDTH, TextEncoder
-from .videos import CHUNK_FRAMES
 from .windows import Batch, Tensors, WindowDrawer
 
 MODEL = ModelConfig(

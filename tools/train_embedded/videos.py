@@ -11,14 +11,13 @@ from magi.sampling.special_tokens import STYLES, SpecialTokens
 
 from . import world
 from .captions import captions
-from .components import PATCH, Components
+from .components import CHUNK_FRAMES, PATCH, Components
 from .hints import LABELS, NUMBERS, labels, numbers
 from .text import PAD, SPECIAL_ROWS, UNKNOWN, tokenize
 from .windows import Window, WindowDrawer
 
 POOL = 4096  # videos that a pool has room for
 FIRST = 512  # videos that it begins with
-CHUNK_FRAMES = world.CHUNK // PATCH[0]
 _SIDE = world.SIZE // SPATIAL_DOWNSAMPLE
 _PICTURES = 0.15  # share of the videos that begin with a picture
 _LOST_WORDS = 0.02  # share of the words that are replaced by the unknown one

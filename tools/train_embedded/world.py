@@ -2,7 +2,7 @@
 
 A `Scene` is drawn from a seed and rendered by `frames`; `captions.py` says it in English. Every picture is `SIZE` x `SIZE` pixels,
 a clip has `FPS` frames per second and `CHUNK` frames (one second) per chunk. Motion and colour may change where a chunk begins.
-An object that comes to the margin of the frame stops there, and one that has grown or shrunk to the limit keeps its size, so every
+An object that comes to the last place of a row or column stops there, and one that has grown or shrunk to the limit keeps its size, so every
 sequence of motions can be shown, however long. x points right and y down; lengths are in pixels, times in seconds.
 
 Chunks begin with few different pictures, as on a board of 3 x 3: the object is at one of nine places, has one of three sizes and
@@ -61,12 +61,12 @@ SYMMETRY = {
 }  # how often a full turn repeats the shape; others never turn
 
 # The numbers of scenes.
-MARGIN = 16.0  # that an object's centre keeps from the frame's edge
-PLACES = (16.0, 32.0, 48.0)  # x and y of the places at which objects begin
-SPEED = 16.0  # pixels per second
-GROWTH = 2**0.5  # of the radius in a second
-RADIUS = {"small": 15 / GROWTH, "large": 15.0}  # of the circle around the shape, when the scene begins
-MIN_RADIUS, MAX_RADIUS = RADIUS["small"] / GROWTH, RADIUS["large"]
+PLACES = (16.0, 32.0, 48.0)  # x and y at which objects are as a second begins; none goes beyond the outer ones
+SPEED = 16.0  # pixels per second: from a place to the next
+GROWTH = 2**0.5  # of the radius in a second: from a size to the next
+RADII = (7.5, 15 / GROWTH, 15.0)  # of the circle around the shape, as a second begins
+RADIUS = {"small": RADII[1], "large": RADII[2]}  # when the scene begins
+MIN_RADIUS, MAX_RADIUS = RADII[0], RADII[-1]
 
 CLEAR = 0.2  # least distance in OKLab of an object's colour from the background
 CHANGES = 0.3  # share of the chunks, but for the first, that bring a change
@@ -223,7 +223,7 @@ class Draws:
 def _start(random: Draws, motion: str) -> tuple[float, float]:
     """Returns a place from which the motion has room for a second."""
     x, y = (
-        random.choice([place for place in PLACES if MARGIN <= place + SPEED * way <= SIZE - MARGIN])
+        random.choice([place for place in PLACES if place + SPEED * way in PLACES])
         for way in DIRECTIONS.get(motion, (0, 0))
     )
     return x, y
@@ -253,7 +253,7 @@ def path(scene: Scene) -> Path:
 def shown_motions(scene: Scene) -> list[str | None]:
     """Returns the motion that there is to see in each chunk.
 
-    Where the object is stopped by the margin or a limit that is "still", and None if it is stopped halfway.
+    Where the object is stopped by the last place or a limit that is "still", and None if it is stopped halfway.
     """
     shown: list[str | None] = []
     for motion, (centre, radius, _) in zip(scene.motions, _states(scene), strict=True):
@@ -280,7 +280,7 @@ def _states(scene: Scene) -> list[tuple[NDArray[np.float64], NDArray[np.float64]
     for motion in scene.motions:
         sizes = np.clip(radius * GROWTH ** (RESIZING.get(motion, 0) * time), MIN_RADIUS, MAX_RADIUS)
         way = np.outer(time, DIRECTIONS.get(motion, (0, 0))) * SPEED
-        centres = np.clip(centre + way, MARGIN, SIZE - MARGIN)
+        centres = np.clip(centre + way, PLACES[0], PLACES[-1])
         angles = angle + time * (scene.turn if motion == "turns" else 0)
         states.append((centres, sizes, angles))
         centre, radius, angle = centres[-1], sizes[-1], angles[-1]
