@@ -1,5 +1,6 @@
 """Prompts to text embeddings: by our own T5 or a native CLIP, kept on disk; one prompt for all, or one per second."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,13 +95,13 @@ class Magi1TextEncode(io.ComfyNode):
         texts = [line for line in prompt.splitlines() if line.strip()] if schedule == _LINES else []
         texts = texts or [prompt]
         progress = NodeProgress(cls.hidden.unique_id, load=0.5, encode=0.5)
-        if isinstance(encoder, Encoder):
-            embeds = _encode(encoder, texts, clean_prompt, progress)
-        else:
-            embeds = encode_with_clip(encoder, texts, clean_prompt, progress)
+        notices: list[str] = []
+        encode = _encode if isinstance(encoder, Encoder) else encode_with_clip
+        embeds = encode(encoder, texts, clean_prompt, progress, notices.append)
         progress.move("encode", 1)
-        blank = "" if all(len(e) for e in embeds) else ", an empty one: that part is made without text"
-        progress.show_text(f"{len(embeds)} prompt{'s' * (len(embeds) > 1)} encoded{blank}", at_once=True)
+        progress.show_text(
+            "\n".join([f"{len(embeds)} prompt{'s' * (len(embeds) > 1)} encoded", *notices]), at_once=True
+        )
         styles = (*(["hq"] * high_quality), *_MOTION[motion], *_LOOK[look], *(["borderness"] * borders))
         family = encoder.family if isinstance(encoder, Encoder) else None
         # What the sampler needs besides the text: the tokens to put in front of it, and whose text it is.
@@ -108,7 +109,9 @@ class Magi1TextEncode(io.ComfyNode):
         return io.NodeOutput([[e[None], dict(options)] for e in embeds])
 
 
-def _encode(encoder: Encoder, texts: list[str], clean: bool, progress: NodeProgress) -> list[torch.Tensor]:
+def _encode(
+    encoder: Encoder, texts: list[str], clean: bool, progress: NodeProgress, on_notice: Callable[[str], None]
+) -> list[torch.Tensor]:
     loading = True
 
     def on_progress(done: int, total: int) -> None:
@@ -127,6 +130,7 @@ def _encode(encoder: Encoder, texts: list[str], clean: bool, progress: NodeProgr
         dtype=encoder.dtype,
         progress=on_progress,
         make_room=_make_room,
+        on_notice=on_notice,
     )
 
 

@@ -28,6 +28,7 @@ _TEXT = (
 )
 _PICTURE = ("A large yellow star moves to the left on a dark blue background.",)
 _CONTINUED = ("Now the red circle grows.",)
+PROMPTS = (*_TEXT, *_PICTURE, *_CONTINUED)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

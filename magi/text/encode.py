@@ -6,11 +6,15 @@ from warnings import warn
 
 import torch
 
+from ..errors import MagiError
 from ..system.progress import OnProgress
 from .clean import clean_caption
 from .embedding_cache import EmbeddingCache, embedding_key
 from .encoder import MAX_TOKENS, TextEncoder, encoder_fingerprint
 from .t5_checkpoint import find_t5_files, t5_is_missing
+from .t5_tokenizer import find_tokenizer, load_tokenizer
+
+_NAMED = 8  # words in a notice
 
 
 def encode_prompts(
@@ -27,6 +31,7 @@ def encode_prompts(
     progress: OnProgress | None = None,
     stream: bool | None = None,
     make_room: Callable[[int], None] | None = None,
+    on_notice: Callable[[str], None] | None = None,
 ) -> list[torch.Tensor]:
     """Returns the embedding of each text, in order; equal texts are encoded once, and T5 is freed before this returns.
 
@@ -42,23 +47,29 @@ def encode_prompts(
         progress: counts the tensors placed while T5 loads, then again from 0 the encoder blocks done over all texts.
         stream: with `make_room`, where T5's weights wait, as `TextEncoder.load` takes them.
         make_room: see `stream`; called only if T5 is loaded.
+        on_notice: called with a sentence where a text is blank, and where T5 does not know words (which is not found
+            out without a tokenizer, as where all is cached); None issues a warning.
 
     Returns:
-        (tokens, d_model) each, float32 on the CPU. A text that is blank (after cleaning) gives (0, channels) and a
-        warning: it runs as unconditional.
+        (tokens, d_model) each, float32 on the CPU. A text that is blank (after cleaning) gives (0, channels): it runs as
+        unconditional.
 
     Raises:
         MagiError: as `TextEncoder.load` and `TextEncoder.encode`.
     """
     texts = _listed(texts)
     prepared = _prepared(texts, clean)
+    notify = on_notice or (lambda notice: warn(notice, stacklevel=3))
     for original, text in zip(texts, prepared, strict=True):
         if not text:
-            warn(f"Nothing of the prompt {original!r} is left to encode: it runs as unconditional.", stacklevel=2)
+            notify(blank_notice(original))
     wanted = list(dict.fromkeys(text for text in prepared if text))
     if not wanted:
         return [torch.zeros(0, channels) for _ in prepared]
 
+    unknown = _unknown_words(wanted, encoder, tokenizer)
+    if unknown:
+        notify(f"The text encoder does not know {_some(unknown)}: to it any unknown word is the same.")
     keys = _keys(wanted, encoder, tokenizer, dtype, cache, max_tokens)
     embeds = _cached(keys, cache)
     missing = [text for text in wanted if text not in embeds]
@@ -92,6 +103,25 @@ def check_encoder(
         keys = _keys(wanted, encoder, tokenizer, dtype, cache, max_tokens)
         if len(_cached(keys, cache)) < len(keys):
             find_t5_files(encoder)  # raises, and says where it should be
+
+
+def blank_notice(prompt: str) -> str:
+    """Returns a line that says that nothing of a prompt is left to encode."""
+    return f"Nothing of the prompt {prompt!r} is left to encode: it runs as unconditional."
+
+
+def _unknown_words(texts: Sequence[str], encoder: str | Path, tokenizer: str | Path | None) -> list[str]:
+    try:
+        found = load_tokenizer(find_tokenizer(encoder, tokenizer))
+    except MagiError:
+        return []  # where it is needed, that is said
+    return list(dict.fromkeys(word for text in texts for word in found.unknown_words(text)))
+
+
+def _some(words: Sequence[str]) -> str:
+    """Returns the first words of a list, quoted."""
+    more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
+    return ", ".join(f'"{word}"' for word in words[:_NAMED]) + more
 
 
 def _listed(texts: Sequence[str]) -> Sequence[str]:

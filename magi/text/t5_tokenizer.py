@@ -9,29 +9,38 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from string import punctuation
 
 from ..errors import MagiError
 
 _BYT5_OFFSET = 3  # ids 0, 1, 2: padding, end, unknown
 _BYT5_VOCABULARY = _BYT5_OFFSET + 256
 _END = "</s>"
+_UNKNOWN = "<unk>"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
     """Text to token ids.
 
-    `file` is what it was read from; `vocab_size` one more than its largest id; `pieces` gives the ids without the end.
+    `file` is what it was read from; `vocab_size` one more than its largest id; `pieces` gives the ids without the end;
+    `unknown_id` stands for all that has no piece, None where everything has one.
     """
 
     file: Path
     vocab_size: int
     end_id: int
     pieces: Callable[[str], list[int]]
+    unknown_id: int | None
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of `text`, the end token last."""
-        return [*self.pieces(text.encode("utf-8", "replace").decode("utf-8")), self.end_id]
+        return [*self.pieces(_spelled(text)), self.end_id]
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Returns the words of `text` that are unknown, wholly or in part: in order, once each, without punctuation."""
+        words = dict.fromkeys(word.strip(punctuation) for word in _spelled(text).split())
+        return [word for word in words if word and self.unknown_id in self.pieces(word)]
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of the file: two tokenizers with the same one give the same tokens."""
@@ -77,7 +86,9 @@ def load_tokenizer(file: Path) -> Tokenizer:
     """
     try:
         if _is_byt5(file):
-            return Tokenizer(file, _BYT5_VOCABULARY, 1, lambda text: [b + _BYT5_OFFSET for b in text.encode("utf-8")])
+            return Tokenizer(
+                file, _BYT5_VOCABULARY, 1, lambda text: [b + _BYT5_OFFSET for b in text.encode("utf-8")], None
+            )
         if file.suffix == ".json":
             return _load_json(file)
         return _load_sentencepiece(file)
@@ -89,6 +100,11 @@ def load_tokenizer(file: Path) -> Tokenizer:
         raise MagiError(
             f"{str(file)!r} is not a readable tokenizer ({error}). Download spiece.model of t5-v1_1-xxl again."
         ) from error
+
+
+def _spelled(text: str) -> str:
+    """Returns the text with a question mark for what UTF-8 cannot spell."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _is_byt5(file: Path) -> bool:
@@ -111,7 +127,11 @@ def _load_json(file: Path) -> Tokenizer:
     if end_id is None:
         raise MagiError(f"{str(file)!r} is the tokenizer of another model: it has no {_END}. Give that of t5-v1_1-xxl.")
     return Tokenizer(
-        file, model.get_vocab_size(), end_id, lambda text: model.encode(text, add_special_tokens=False).ids
+        file,
+        model.get_vocab_size(),
+        end_id,
+        lambda text: model.encode(text, add_special_tokens=False).ids,
+        model.token_to_id(_UNKNOWN),
     )
 
 
@@ -122,4 +142,4 @@ def _load_sentencepiece(file: Path) -> Tokenizer:
     model = SentencePieceProcessor(model_proto=file.read_bytes())
     if model.eos_id() < 0:
         raise MagiError(f"{str(file)!r} is the tokenizer of another model: it has no {_END}. Give that of t5-v1_1-xxl.")
-    return Tokenizer(file, model.get_piece_size(), model.eos_id(), model.encode)
+    return Tokenizer(file, model.get_piece_size(), model.eos_id(), model.encode, model.unk_id())

@@ -1,6 +1,7 @@
 """T5 through ComfyUI's own CLIP objects, for the t5xxl file that people have for other models."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from ...magi.errors import MagiError
 from ...magi.text.clean import clean_caption
 from ...magi.text.embedding_cache import EmbeddingCache, embedding_key
+from ...magi.text.encode import blank_notice
 from ...magi.text.encoder import MAX_TOKENS
 from . import host
 from .progress import NodeProgress
@@ -18,8 +20,12 @@ _SAMPLE = 64  # values of each tensor that identify the weights
 _KINDS = ({"t5xxl"}, {"t5xxl", "l"})
 
 
-def encode_with_clip(clip: Any, texts: list[str], clean: bool, progress: NodeProgress) -> list[torch.Tensor]:
+def encode_with_clip(
+    clip: Any, texts: list[str], clean: bool, progress: NodeProgress, on_notice: Callable[[str], None]
+) -> list[torch.Tensor]:
     """Returns the embedding of each text, float32 (tokens, 4096) on the CPU, from the cache on disk where it is there.
+
+    `on_notice` is called with a sentence where a text is blank.
 
     Raises:
         MagiError: the CLIP is not T5 v1.1 XXL.
@@ -31,6 +37,8 @@ def encode_with_clip(clip: Any, texts: list[str], clean: bool, progress: NodePro
     found: dict[str, torch.Tensor] = {}
     for done, text in enumerate(texts, 1):
         prepared = clean_caption(text) if clean else text.strip()
+        if not prepared:
+            on_notice(blank_notice(text))
         if text not in found:
             key = embedding_key(prepared, fingerprint, max_tokens=MAX_TOKENS)
             embeds = cache.get(key) if prepared else torch.zeros(0, _WIDTH)

@@ -174,6 +174,12 @@ def test_a_video_goes_on(magi):
     assert probe("magi.mp4").frames == 48
 
 
+def test_words_that_the_embedded_model_does_not_know_are_a_note(magi):
+    status, stderr = magi("generate", "--prompt", "A small red dragon moves left.", "--seconds", 1, "--model", "embedded")
+    assert status == 0
+    assert 'note: The text encoder does not know "dragon": to it any unknown word is the same.' in stderr
+
+
 @pytest.mark.parametrize("prompt", ["", "   ", "https://example.com/"])
 def test_a_prompt_of_which_nothing_is_left_is_a_note(prompt, magi):
     status, stderr = magi("generate", "--prompt", prompt, "--seconds", 1, *SMALL)

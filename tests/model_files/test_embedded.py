@@ -1,11 +1,14 @@
 """The embedded model: its files are in the package, fit each other, and make a video; a broken install is told."""
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from magi.cli.demo import PROMPTS
 from magi.errors import MagiError
 from magi.media.video_reader import read_image
 from magi.model_files import embedded
@@ -35,8 +38,9 @@ def test_all_parts_are_there_and_fit(kind):
     assert len(set(tokens)) > 10, "words that the tokenizer knows"
 
 
-def test_the_base_model_is_one():
-    assert recognise(embedded_files("base").transformer).distilled is False
+@pytest.mark.parametrize(("kind", "distilled"), [("distill", True), ("base", False)])
+def test_their_files_tell_which_is_distilled(kind, distilled):
+    assert recognise(embedded_files(kind).transformer).distilled is distilled
 
 
 def test_what_is_embedded(tmp_path):
@@ -64,6 +68,16 @@ def test_a_kind_that_is_none():
 def test_the_repeating_model_needs_a_folder():
     with pytest.raises(MagiError, match="Give a folder"):
         MagiPipeline.embedded(model="repeating")
+
+
+def test_it_knows_every_word_of_the_demo_and_of_the_first_run():
+    files = embedded_files()
+    tokenizer = load_tokenizer(find_tokenizer(files.text_encoder, None))
+    graph = json.loads((Path(__file__).parents[1] / "workflows_api/magi1_first_run.json").read_text(encoding="utf-8"))
+    (prompt,) = (node["inputs"]["prompt"] for node in graph.values() if node["class_type"] == "Magi1TextEncode")
+    assert len(prompt.splitlines()) > 1
+    assert [tokenizer.unknown_words(text) for text in (*PROMPTS, prompt)] == [[]] * (len(PROMPTS) + 1)
+    assert tokenizer.unknown_words("A red Dragon.") == ["Dragon"]
 
 
 def test_the_picture_is_one_of_its_world():

@@ -205,6 +205,15 @@ def test_a_real_text_encoder_does_not_go_with_the_embedded_model(comfy):
     assert "the text encoder that of a released model" in refused(comfy, graph)
 
 
+def test_words_it_does_not_know_are_named(comfy):
+    graph = choosing(text_to_video(comfy), EMBEDDED)
+    graph["text"]["inputs"]["prompt"] = "A large green dragon, breathing fire, moves up."
+    comfy.run(graph)
+    assert texts(comfy, "text")[-1].startswith(
+        '1 prompt encoded\nThe text encoder does not know "dragon", "breathing", "fire": '
+    )
+
+
 # Demo Image
 
 

@@ -104,7 +104,6 @@ def without_tokens(comfy, demo, **wishes) -> dict:
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:.*unconditional")
 def test_missing_special_tokens(comfy, demo, wishes, negative, reads):
     graph = without_tokens(comfy, demo, **wishes)
     assert problem(comfy, MODEL, model="4.5B_distill") == ""
@@ -122,7 +121,6 @@ def test_missing_special_tokens(comfy, demo, wishes, negative, reads):
 
 
 @pytest.mark.parametrize("wishes", [{}, {"prompt": "", "high_quality": True, "duration_tokens": True}], ids=str)
-@pytest.mark.filterwarnings("ignore:.*unconditional")
 def test_special_tokens_are_not_missed_where_none_is_used(comfy, demo, wishes):
     graph = without_tokens(comfy, demo, **wishes)
     frames = comfy.run(graph)["decode"][0]

@@ -64,8 +64,9 @@ def test_cleaning(comfy):
 
 
 def test_an_empty_prompt_is_no_wish(comfy):
-    with pytest.warns(UserWarning, match="unconditional"):
-        empty, blank = (frames_for(comfy, prompt=prompt) for prompt in ("", " \n"))
+    empty, blank = (frames_for(comfy, prompt=prompt) for prompt in ("", " \n"))
+    shown = [text for name, text in comfy.events.texts if name == "text"]
+    assert shown[-1] == "1 prompt encoded\nNothing of the prompt ' \\n' is left to encode: it runs as unconditional."
     assert torch.equal(empty, blank)
     assert not torch.equal(empty, frames_for(comfy, prompt="a cat"))
 

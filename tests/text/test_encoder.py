@@ -230,8 +230,8 @@ def test_byt5_folder_of_the_demo(reference, encoder_state, tmp_path):
         _close(ours, reference.encoder(input_ids=ids).last_hidden_state[0])
 
 
-def test_tokenizer_json(official, spiece, tmp_path):
-    """The same pieces by the tokenizers library."""
+def _as_json(spiece: Path, file: Path) -> None:
+    """Writes the same pieces for the tokenizers library."""
     import sentencepiece
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
@@ -242,9 +242,34 @@ def test_tokenizer_json(official, spiece, tmp_path):
     model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     model.enable_truncation(3)
     model.enable_padding(length=50)
-    model.save(str(tmp_path / "tokenizer.json"))
+    model.save(str(file))
+
+
+def test_tokenizer_json(official, spiece, tmp_path):
+    _as_json(spiece, tmp_path / "tokenizer.json")
     assert torch.equal(_encode(official, tokenizer=tmp_path), _encode(official))
     assert torch.equal(_encode(official, tokenizer=tmp_path / "tokenizer.json"), _encode(official))
+
+
+@pytest.mark.parametrize("kind", ["spiece.model", "tokenizer.json"])
+def test_words_that_the_tokenizer_does_not_know_are_told_every_time(kind, official, spiece, tmp_path):
+    folder = shutil.copytree(official, tmp_path / "encoder")
+    if kind == "tokenizer.json":
+        (folder / "spiece.model").unlink()
+        _as_json(spiece, folder / kind)
+    notices: list[str] = []
+    how = {"cache": EmbeddingCache(tmp_path / "cache"), "on_notice": notices.append}
+    expected = 'The text encoder does not know "\U0001f431", "1970": to it any unknown word is the same.'
+    for _ in range(2):  # encoded, then from the cache
+        encode_prompts(["a cat \U0001f431 walks, 1970!", "the (\U0001f431)"], folder, **how)
+    assert notices == [expected] * 2
+    encode_prompts([TEXT], folder, **how)
+    assert len(notices) == 2
+    with pytest.warns(UserWarning, match='"8" and 1 more: '):
+        encode_prompts(["1 2 3 4 5 6 7 8 9"], folder)
+    (folder / kind).unlink()
+    encode_prompts(["the \U0001f431"], folder, tokenizer=spiece, **how)
+    assert len(notices) == 3
 
 
 def test_long_prompts_are_cut_with_a_warning_and_keep_the_end_token(official, spiece, reference):
