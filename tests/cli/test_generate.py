@@ -175,7 +175,9 @@ def test_a_video_goes_on(magi):
 
 
 def test_words_that_the_embedded_model_does_not_know_are_a_note(magi):
-    status, stderr = magi("generate", "--prompt", "A small red dragon moves left.", "--seconds", 1, "--model", "embedded")
+    status, stderr = magi(
+        "generate", "--prompt", "A small red dragon moves left.", "--seconds", 1, "--model", "embedded"
+    )
     assert status == 0
     assert 'note: The text encoder does not know "dragon": to it any unknown word is the same.' in stderr
 
