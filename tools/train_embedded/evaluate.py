@@ -117,9 +117,9 @@ def change(maker: Maker, count: int) -> Score:
         prompts = captions(scene, seed, held_out=True)
         frames = maker.video(prompts, seed)
         seen = measure(frames)
-        # Within a second of the change: the fourth second shows the new motion alone.
-        last = _matches(seen[3], scene, 3)
-        score.add(frames, prompts, first=_matches(seen[0], scene, 0)["motion"], turned=last.pop("motion"), **last)
+        first, _, third, last = (_matches(part, scene, chunk) for chunk, part in enumerate(seen))
+        # The third second shows the new motion alone; by the fourth the object may have come to the last place.
+        score.add(frames, prompts, **last | {"first": first["motion"], "turned": third["motion"]})
     return score
 
 

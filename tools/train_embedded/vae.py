@@ -2,7 +2,7 @@
 
 It is the published VAE in small (`magi.vae.model`). The encoder is written down: its latents are the principal components of
 the world's patches (`components.py`), mean 0 and, as those of the published VAE, variance 1 after scaling (`LATENT_SCALE`). So
-the transformer can be trained meanwhile. The decoder begins as the components' way back, 29 dB, and is trained for crisp
+the transformer can be trained meanwhile. The decoder begins as the components' way back, 26 dB, and is trained for crisp
 frames, on tiles of 12 frames, which is what it decodes at a time, with noise on the latents, as a transformer's are not exact.
 
 The same command resumes a run.
@@ -29,7 +29,7 @@ from magi.vae.model import PATCH_VALUES, Decoder, Encoder, VAEConfig
 
 from . import world
 from .components import PATCH, USED, Components, components_of, noise_like
-from .loop import Training, add_arguments, start
+from .loop import Training, add_arguments, begin_with, start
 from .windows import Tensors
 
 CONFIG = {
@@ -134,15 +134,15 @@ class Tiles(Tensors):
 
 
 def tiles(components: Components, rng: random.Random, size: int) -> Tiles:
-    """Returns random tiles of training scenes."""
+    """Returns random tiles, each of a training scene of its own."""
     latents, videos = [], []
-    while len(videos) < size:
+    for _ in range(size):
         frames = world.frames(world.draw(rng.randrange(10**6), 2))
-        for first in rng.sample(range(0, len(frames) - TILE + 1, PATCH[0]), 3):
-            tile = frames[first : first + TILE]
-            latents.append(components.latents(tile))
-            videos.append(to_model(torch.from_numpy(tile)))
-    return Tiles(torch.stack(latents[:size]), torch.cat(videos[:size]))
+        first = rng.randrange(0, len(frames) - TILE + 1, PATCH[0])
+        tile = frames[first : first + TILE]
+        latents.append(components.latents(tile))
+        videos.append(to_model(torch.from_numpy(tile)))
+    return Tiles(torch.stack(latents), torch.cat(videos))
 
 
 class TileStream(IterableDataset[Tiles]):
@@ -189,6 +189,7 @@ def main() -> None:
     start(args)
     components = components_of(args.out)
     encoder, decoder = linear_vae(components)
+    begin_with(decoder, args.init)
     training = Training(decoder.to(args.device), decoder.blocks, args)
     stream = TileStream(components, args.batch, *training.place)
     training.run(
