@@ -22,13 +22,12 @@ _OUT = "demo.mp4"
 _SCALE = 4  # 64x64 pixels look like a stamp in a player
 _PHOTO = "embedded-photo"
 _PHOTO_PROMPT = "A ginger cat looks around, close-up, soft light"
-_TEXT = (
+TEXT = (
     *["A small red circle moves to the right on a white background."] * 2,
     *["The small red circle now moves down on a white background."] * 2,
 )
-_PICTURE = ("A large yellow star moves to the left on a dark blue background.",)
-_CONTINUED = ("Now the red circle grows.",)
-PROMPTS = (*_TEXT, *_PICTURE, *_CONTINUED)
+PICTURE = ("A large yellow star moves to the left on a dark blue background.",)
+CONTINUED = ("Now the red circle grows.",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,9 +75,9 @@ def main(args: argparse.Namespace) -> int:
         own.prompt = list(prompts[: max(1, chunks)])
         write_video(pipeline, request_from(own), own, _SCALE, before)
 
-    make(_TEXT, 4)
-    make(_PICTURE, 3, image=str(DEMO_SHAPE), out=picture)
-    make(_CONTINUED, 2, before=(out,), video=args.out, out=continued)
+    make(TEXT, 4)
+    make(PICTURE, 3, image=str(DEMO_SHAPE), out=picture)
+    make(CONTINUED, 2, before=(out,), video=args.out, out=continued)
     return 0
 
 
@@ -86,7 +85,7 @@ def _one(args: argparse.Namespace) -> int:
     """Makes the one video that is asked for."""
     photo = args.model == _PHOTO
     if not args.prompt and not photo:
-        raise MagiError(f'No prompt is given. Say how the shape moves: --prompt "{_PICTURE[0]}".')
+        raise MagiError(f'No prompt is given. Say how the shape moves: --prompt "{PICTURE[0]}".')
     args.prompt = args.prompt or [_PHOTO_PROMPT]
     if photo and not args.video:
         args.image = args.image or str(DEMO_IMAGE)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from magi.cli.demo import PROMPTS
+from magi.cli.demo import CONTINUED, PICTURE, TEXT
 from magi.errors import MagiError
 from magi.media.video_reader import read_image
 from magi.model_files import embedded
@@ -76,7 +76,8 @@ def test_it_knows_every_word_of_the_demo_and_of_the_first_run():
     graph = json.loads((Path(__file__).parents[1] / "workflows_api/magi1_first_run.json").read_text(encoding="utf-8"))
     (prompt,) = (node["inputs"]["prompt"] for node in graph.values() if node["class_type"] == "Magi1TextEncode")
     assert len(prompt.splitlines()) > 1
-    assert [tokenizer.unknown_words(text) for text in (*PROMPTS, prompt)] == [[]] * (len(PROMPTS) + 1)
+    texts = (*TEXT, *PICTURE, *CONTINUED, prompt)
+    assert [word for text in texts for word in tokenizer.unknown_words(text)] == []
     assert tokenizer.unknown_words("A red Dragon.") == ["Dragon"]
 
 

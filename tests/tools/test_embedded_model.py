@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from magi import MagiPipeline
+from magi.cli.demo import TEXT
 from tools.train_embedded import world
 from tools.train_embedded.evaluate import TASKS, Maker
 from tools.train_embedded.measure import measure
@@ -31,15 +32,30 @@ def test_it_does_what_is_asked(task, maker):
     assert {name: share for name, share in shares.items() if share < floors.get(name, 0)} == {}, shares
 
 
-def test_the_readmes_first_video(maker):
-    """The demo's circle goes right, then down, and stays what it is."""
-    prompts = ["A small red circle moves to the right on a white background."] * 2
-    prompts += ["The small red circle now moves down on a white background."] * 2
-    seen = measure(maker.video(prompts, 0))
+@pytest.fixture(scope="module")
+def demo(maker):
+    """The frames of the demo's first video."""
+    return maker.video(TEXT, 0)
+
+
+def test_the_demos_circle_goes_right_then_down_and_stays_what_it_is(demo):
+    seen = measure(demo)
     assert all(seen)
+    assert {s.shape for s in seen} == {"circle"}
     assert {s.colour for s in seen} == {"red"}
     assert {s.background for s in seen} == {"white"}
-    assert [seen[0].motion, seen[3].motion] == ["right", "down"]
+    assert [seen[0].motion, seen[2].motion] == ["right", "down"]
+
+
+def test_with_streamed_layers_and_after_an_interruption_it_is_the_same_video(demo, tmp_path):
+    def stop(phase):
+        if phase.sampled and phase.sampled.iteration == 30:
+            raise KeyboardInterrupt
+
+    maker = Maker(MagiPipeline.embedded(device="cpu", offload=True), {"state": tmp_path / "demo.run"})
+    with pytest.raises(KeyboardInterrupt):
+        maker.video(TEXT, 0, progress=stop)
+    assert np.array_equal(maker.video(TEXT, 0, resume=True), demo)
 
 
 def test_another_seed_is_another_video(maker):
