@@ -9,30 +9,36 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from magi import MagiPipeline
+from magi.cli.demo import TEXT
 
 from . import world
 from .evaluate import Maker
 from .sheet import contact_sheet
 
-# Prompts per second, and a seed: the first ones that were written down.
+# Prompts per second, and a seed.
 VIDEOS: tuple[tuple[tuple[str, ...], int], ...] = (
-    (
-        ("A small red circle moves to the right on a white background.",) * 2 + ("Now the red circle moves down.",) * 2,
-        0,
-    ),
+    (TEXT, 0),
     (("A large yellow star turns on a dark blue background.",) * 4, 1),
-    (("The large blue square moves up on a beige background.",) * 2 + ("Now the blue square is green.",) * 2, 2),
+    (
+        ("The large blue square moves up on a beige background.",) * 2
+        + ("Now the large square is green and moves down.",) * 2,
+        2,
+    ),
     (
         ("A small orange triangle stays still on a black background.", "Now the orange triangle grows.")
-        + ("Then the orange triangle moves left.",) * 2,
+        + ("Then the orange triangle moves to the right on black.",) * 2,
         3,
     ),
     (
-        ("A large purple ring moves to the left on a grey background.",) * 2
-        + ("Now the purple ring moves right.",) * 2,
+        ("A large purple ring moves to the left on a white background.",) * 2
+        + ("The large purple ring now moves to the right on a white background.",) * 2,
         4,
     ),
-    (("A large white cross moves down on a dark green background.",) * 2 + ("Then the white cross turns.",) * 2, 5),
+    (
+        ("A large white cross moves down on a dark green background.",) * 2
+        + ("Then the large white cross turns on dark green.",) * 2,
+        6,
+    ),
 )
 _COLUMNS, _SCALE, _SKIP = 3, 2, 2  # of the animation; every second frame
 
