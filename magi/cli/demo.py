@@ -27,7 +27,7 @@ TEXT = (
     *["The small red circle now moves down on a white background."] * 2,
 )
 PICTURE = ("A large yellow star moves to the left on a dark blue background.",)
-CONTINUED = ("Now the red circle grows.",)
+CONTINUED = ("The small red circle now grows on a white background.",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
