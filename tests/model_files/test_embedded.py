@@ -94,10 +94,12 @@ def test_it_makes_a_video_in_float32_and_in_its_own_size(kind):
     pipeline = MagiPipeline.embedded(None, kind, device="cpu")
     picture, far = read_image(DEMO_SHAPE)[0].float(), []
     for start in ({}, {"image": DEMO_SHAPE}):
-        frames = torch.cat([c.frames for c in pipeline.generate(prompt=PROMPT, seconds=1, num_steps=8, **start)])
+        clips = pipeline.generate(prompt=PICTURE[0], seconds=1, num_steps=8, seed=1, **start)
+        frames = torch.cat([clip.frames for clip in clips])
         assert frames.shape == (24, EMBEDDED_SIZE, EMBEDDED_SIZE, 3)
         far.append((frames[0].float() - picture).abs().mean())
-    assert far[1] < far[0] / 2, "it begins with the picture"
+    assert far[1] < 5, "it begins with the picture"
+    assert far[0] > 2 * far[1]
     model = pipeline._models.transformer(pipeline.plan(Request(PROMPT, seconds=1)).placement)
     assert model.dtype == torch.float32
 

@@ -12,11 +12,11 @@ from tools.train_embedded import world
 from tools.train_embedded.evaluate import TASKS, Maker
 from tools.train_embedded.measure import measure
 
-FLOORS = {
-    "text": (16, {"object": 0.5, "colour": 0.5, "motion": 0.4}),
-    "change": (8, {"turned": 0.6, "object": 0.7, "colour": 0.7}),
-    "picture": (12, {"place": 0.9, "colour": 0.8, "motion": 0.7}),
-    "clip32": (12, {"object": 0.8, "colour": 0.8, "motion": 0.7}),
+FLOORS = {  # well below what is usual: other versions of torch round otherwise, and a clip is 6 to 12 points
+    "text": (16, {"object": 0.9, "colour": 0.9, "shape": 0.8, "motion": 0.8}),
+    "change": (8, {"object": 0.8, "colour": 0.8, "turned": 0.7}),
+    "picture": (12, {"place": 0.9, "colour": 0.9, "shape": 0.7, "motion": 0.7}),
+    "clip32": (12, {"object": 0.9, "colour": 0.9, "velocity": 0.8}),
 }
 
 
@@ -49,7 +49,7 @@ def test_the_demos_circle_goes_right_then_down_and_stays_what_it_is(demo):
 
 def test_with_streamed_layers_and_after_an_interruption_it_is_the_same_video(demo, tmp_path):
     def stop(phase):
-        if phase.sampled and phase.sampled.iteration == 30:
+        if phase.sampled and phase.sampled.iteration == 20:
             raise KeyboardInterrupt
 
     maker = Maker(MagiPipeline.embedded(device="cpu", offload=True), {"state": tmp_path / "demo.run"})
@@ -58,9 +58,8 @@ def test_with_streamed_layers_and_after_an_interruption_it_is_the_same_video(dem
     assert np.array_equal(maker.video(TEXT, 0, resume=True), demo)
 
 
-def test_another_seed_is_another_video(maker):
-    videos = [
-        maker.video(["A large blue square moves up on a beige background."], seed).astype(float) for seed in (1, 2)
-    ]
-    assert np.abs(videos[0] - videos[1]).mean() > 4
-    assert videos[0].shape == (world.CHUNK, world.SIZE, world.SIZE, 3)
+def test_another_seed_is_often_another_place(maker):
+    prompts = ["A large blue square moves up on a beige background."]
+    seen = [measure(maker.video(prompts, seed))[0] for seed in range(6)]
+    places = {tuple(np.round(s.centre[0] / world.PLACES[0]).astype(int)) for s in seen if s}
+    assert len(places) > 2
