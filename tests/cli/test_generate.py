@@ -453,7 +453,7 @@ def test_the_demo_makes_three_videos(magi, tmp_path):
 
 
 def test_the_demo_speaks_as_the_model_was_taught():
-    for prompt in {*demo._TEXT, *demo._PICTURE, *demo._CONTINUED}:
+    for prompt in {*demo.TEXT, *demo.PICTURE, *demo.CONTINUED}:
         assert set(words(prompt)) <= set(vocabulary()), prompt
 
 
@@ -755,7 +755,7 @@ def test_the_bars_leave_a_tidy_screen(monkeypatch, cache, tmp_path):
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("COLUMNS", "90")
-    arguments = ["generate", "--prompt", "A red cat", "--image", str(PHOTO), "--seconds", "2"]
+    arguments = ["generate", "--prompt", "A red star", "--image", str(PHOTO), "--seconds", "2"]
     assert main([*arguments, *SMALL, "--cache", str(cache), "--out", str(tmp_path / "x.mp4")]) == 0
     shown = [line.rstrip() for line in screen.lines if line.strip()][2:]
     titles = ["text encoder", "encoding the input", "loading the model", "sampling", "wrote"]

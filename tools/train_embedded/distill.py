@@ -169,7 +169,7 @@ def main() -> None:
     add_arguments(parser)
     add_chunks(parser)
     parser.add_argument("--base", type=Path, required=True, help="state.pt of the base model's training")
-    parser.set_defaults(steps=4000, batch=32, rate=1e-3, muon=0.005, chunks=["2=0.5", "4=0.5"])
+    parser.set_defaults(steps=2000, batch=24, rate=1e-3, muon=0.005, chunks=["1=0.3", "2=0.3", "4=0.4"])
     args = parser.parse_args()
     start(args)
     teacher, student = Trained(BASE).to(args.device), Trained(STUDENT).to(args.device)

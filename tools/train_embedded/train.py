@@ -128,7 +128,7 @@ def main() -> None:
     add_arguments(parser)
     add_chunks(parser)
     parser.add_argument("--graphs", action="store_true", help="run a step's kernels as CUDA graphs: half the time")
-    parser.set_defaults(steps=20000, batch=32, rate=3e-3, muon=0.02, chunks=["1=1"])
+    parser.set_defaults(steps=11000, batch=24, rate=3e-3, muon=0.02, chunks=["1=0.5", "2=0.2", "4=0.3"])
     args = parser.parse_args()
     start(args)
     model = Trained(BASE).to(args.device)

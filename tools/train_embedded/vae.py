@@ -184,7 +184,7 @@ def main() -> None:
     """Trains, and writes weights and config at the end."""
     parser = argparse.ArgumentParser(description="Makes the embedded model's VAE.")
     add_arguments(parser)
-    parser.set_defaults(steps=6000, batch=12, rate=2e-4, muon=0.01)
+    parser.set_defaults(steps=14000, batch=12, rate=2e-4, muon=0.01)
     args = parser.parse_args()
     start(args)
     components = components_of(args.out)
