@@ -68,7 +68,7 @@ def notice(name: str, entry: str) -> str:
         return entry
     if entry != EMBEDDED:
         return f"auto: {entry}"
-    return f"auto: {EMBEDDED} (moving shapes). To get a real one, choose {_FIRST[0]} in the model loader and press Run."
+    return f"auto: {EMBEDDED} (moving shapes). Real ones: choose {_FIRST[0]}."  # no more fits under a node
 
 
 def find_model(name: str) -> Path:
