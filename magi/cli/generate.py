@@ -317,13 +317,16 @@ def embedded_pipeline(args: argparse.Namespace, **options: Any) -> MagiPipeline:
     if kind == "repeating":
         note = "This is the embedded photo model: it only repeats what it sees, tinted by the prompt."
     else:
-        args.size = args.size or f"{EMBEDDED_SIZE}x{EMBEDDED_SIZE}"
+        own = f"{EMBEDDED_SIZE}x{EMBEDDED_SIZE}"
+        args.size = args.size or own
         note = (
-            f"This is the small embedded model. It knows moving shapes at {EMBEDDED_SIZE}x{EMBEDDED_SIZE}, such as "
+            f"This is the small embedded model. It knows moving shapes at {own}, such as "
             '"A small red circle moves to the right on a white background.", and nothing else.'
         )
         if args.image or args.video:
             note += " A photo or film needs `--model embedded-photo`."
+        if args.size != own:
+            note += f" At {args.size} its shapes come out broken."
     print(f"note: {note} The real models are named by `python -m magi download --list`.", file=sys.stderr)
     return MagiPipeline.embedded(args.cache, kind, **options)
 
