@@ -1,5 +1,6 @@
 """Loaders: they find and check files by their headers; weights are read when a sampler or decoder needs them."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -323,11 +324,15 @@ def _check_encoder(name: str) -> None:
     find_tokenizer(path, tokenizer)
 
 
-def _fingerprint(find: Callable[[str], Path], name: str | None) -> list[tuple[str, int, int]]:
-    """Returns name, size and time of every file; an empty list where there is none, which validation reports."""
+def _fingerprint(find: Callable[[str], Path], name: str | None) -> str:
+    """Returns a hash of path, size and time of every file; nothing where there is none, which validation reports.
+
+    A hash, as ComfyUI writes it into the metadata of what it saves, and folders are nobody's business.
+    """
     try:
         path = find(name or menus.AUTO)
     except MagiError:
-        return []
+        return ""
     found = sorted(path.glob("*")) if path.is_dir() else [path]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]
+    return hashlib.sha256(repr(files).encode("utf-8", "surrogatepass")).hexdigest()

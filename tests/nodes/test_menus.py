@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import re
 import shutil
 import subprocess
 import sys
@@ -285,6 +286,14 @@ def test_a_replaced_file_is_another_model(comfy, demo):
     os.utime(file, ns=(1, 1))
     comfy.run(graph)
     assert "model" in comfy.executed
+
+
+@pytest.mark.parametrize(("class_type", "widget"), WIDGET_OF.items())
+def test_what_tells_that_files_have_changed_names_no_folder(comfy, class_type, widget):
+    """ComfyUI writes it into the metadata of what it saves."""
+    told = [comfy.nodes[class_type].fingerprint_inputs(**{widget: name}) for name in ("auto", "embedded photo model")]
+    assert all(re.fullmatch("[0-9a-f]{64}", text) for text in told)
+    assert told[0] != told[1]
 
 
 def test_the_embedded_model_makes_itself(comfy):
