@@ -1,8 +1,8 @@
 """Where the loaders look for files, what their menus offer, and what they say of missing and wrong files."""
 
 import os
-import shlex
 import re
+import shlex
 import shutil
 import subprocess
 import sys
