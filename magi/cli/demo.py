@@ -8,15 +8,8 @@ from ..config import FPS
 from ..errors import MagiError
 from ..media.video_writer import check_name
 from ..model_files.embedded import DEMO_IMAGE, DEMO_SHAPE
-from .generate import (
-    EMBEDDED,
-    add_content_arguments,
-    add_device_arguments,
-    default_cache,
-    embedded_pipeline,
-    request_from,
-    write_video,
-)
+from .embedded import EMBEDDED, embedded_pipeline
+from .generate import add_content_arguments, add_device_arguments, default_cache, request_from, write_video
 
 _OUT = "demo.mp4"
 _SCALE = 4  # 64x64 pixels look like a stamp in a player

@@ -4,9 +4,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,6 @@ from ..errors import MagiError
 from ..media.frames import AREAS
 from ..media.video_reader import read_video
 from ..media.video_writer import VideoWriter
-from ..model_files.embedded import EMBEDDED_SIZE, Model
 from ..model_files.locate import find_files
 from ..pipeline.pipeline import MagiPipeline, Plan, Request
 from ..planning.placement import MemoryOptions
@@ -25,14 +23,9 @@ from ..sampling.special_tokens import STYLES
 from ..text.embedding_cache import EmbeddingCache
 from .arguments import parse_bytes, parse_size
 from .bars import Bars
+from .embedded import EMBEDDED, embedded_pipeline
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
-# The models of the package by their names for --model, and as `MagiPipeline.embedded` calls them.
-EMBEDDED: Mapping[str, Model] = {
-    "embedded": "distill",
-    "embedded-base": "base",
-    "embedded-photo": "repeating",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -306,29 +299,6 @@ def _pipeline(args: argparse.Namespace) -> MagiPipeline:
     config = MagiConfig.from_json(args.config) if args.config else PRESETS.get(args.model)
     distilled = {"auto": None, "base": False, "distill": True}[args.variant]
     return MagiPipeline.from_files(**vars(files), config=config, distilled=distilled, **options)
-
-
-def embedded_pipeline(args: argparse.Namespace, **options: Any) -> MagiPipeline:
-    """Returns the pipeline of the embedded model that --model names, and prints what it can do.
-
-    Sets --size to that of the model where none is given: it knows no other one.
-    """
-    kind = EMBEDDED[args.model]
-    if kind == "repeating":
-        note = "This is the embedded photo model: it only repeats what it sees, tinted by the prompt."
-    else:
-        own = f"{EMBEDDED_SIZE}x{EMBEDDED_SIZE}"
-        args.size = args.size or own
-        note = (
-            f"This is the small embedded model. It knows moving shapes at {own}, such as "
-            '"A small red circle moves to the right on a white background.", and nothing else.'
-        )
-        if args.image or args.video:
-            note += " A photo or film needs `--model embedded-photo`."
-        if args.size != own:
-            note += f" At {args.size} its shapes come out broken."
-    print(f"note: {note} The real models are named by `python -m magi download --list`.", file=sys.stderr)
-    return MagiPipeline.embedded(args.cache, kind, **options)
 
 
 def _summary(plan: Plan) -> str:

@@ -42,13 +42,13 @@ def encode_prompts(
         encoder: path of the T5 weights; with `tokenizer`, `device` and `dtype` as `TextEncoder.load` takes them.
         cache: where embeddings are looked up and kept; each as soon as it is done.
         clean: apply the caption cleaning. Without it texts go to T5 as they are.
-        max_tokens: longer texts are cut off, with a warning.
+        max_tokens: longer texts are cut off, with a notice when they are encoded.
         channels: width of the embedding of a blank text, where no other text tells it.
         progress: counts the tensors placed while T5 loads, then again from 0 the encoder blocks done over all texts.
         stream: with `make_room`, where T5's weights wait, as `TextEncoder.load` takes them.
         make_room: see `stream`; called only if T5 is loaded.
-        on_notice: called with a sentence where a text is blank, and where T5 does not know words (which is not found
-            out without a tokenizer, as where all is cached); None issues a warning.
+        on_notice: called with a sentence where a text is blank or cut off, and where T5 does not know words (which is
+            not found out without a tokenizer, as where all is cached); None issues a warning.
 
     Returns:
         (tokens, d_model) each, float32 on the CPU. A text that is blank (after cleaning) gives (0, channels): it runs as
@@ -76,7 +76,8 @@ def encode_prompts(
     if missing:
         with TextEncoder.load(encoder, tokenizer, device, dtype, progress, stream=stream, make_room=make_room) as t5:
             for index, text in enumerate(missing):
-                embeds[text] = t5.encode(text, max_tokens=max_tokens, progress=_part(progress, index, len(missing)))
+                part = _part(progress, index, len(missing))
+                embeds[text] = t5.encode(text, max_tokens=max_tokens, progress=part, on_notice=notify)
                 if cache:
                     cache.put(keys[text], embeds[text])
     width = embeds[wanted[0]].shape[1]

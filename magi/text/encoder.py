@@ -37,6 +37,11 @@ _STREAMS = (
 )
 
 
+def cut_notice(tokens: int, max_tokens: int) -> str:
+    """Returns a line that says that a prompt is cut off."""
+    return f"The prompt has {tokens} tokens; only the first {max_tokens} are used."
+
+
 class TextEncoder:
     """A loaded T5 encoder with its tokenizer. `with TextEncoder.load(...) as encoder:` frees it at the end."""
 
@@ -110,16 +115,24 @@ class TextEncoder:
             stream = not _fits(resident_bytes(checkpoint, target, dtype) + WORKING_BYTES, target, make_room)
         return cls(checkpoint, text_tokenizer, target, dtype, key, stream, progress)
 
-    def encode(self, text: str, *, max_tokens: int = MAX_TOKENS, progress: OnProgress | None = None) -> torch.Tensor:
+    def encode(
+        self,
+        text: str,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        progress: OnProgress | None = None,
+        on_notice: Callable[[str], None] | None = None,
+    ) -> torch.Tensor:
         """Returns the encoder's output for one text, which is taken as it is: clean it first.
 
         Only the text's own tokens are run. That equals a run padded to `max_tokens` and masked, as T5's positions are
         relative, and is a hundred times less work for a sentence.
 
         Args:
-            text: any text; what goes beyond `max_tokens` is cut off, with a warning.
+            text: any text; what goes beyond `max_tokens` is cut off, with a notice.
             max_tokens: the most tokens, the end token included.
             progress: counts the encoder blocks done.
+            on_notice: called with a sentence where the text is cut off; None issues a warning.
 
         Returns:
             (tokens, d_model), float32, on the CPU. The last token is the end token.
@@ -131,7 +144,7 @@ class TextEncoder:
             raise MagiError("This text encoder is closed. Load it again.")
         ids = self._tokenizer.encode(text)
         if len(ids) > max_tokens:
-            warn(f"The prompt has {len(ids)} tokens; only the first {max_tokens} are used.", stacklevel=2)
+            (on_notice or (lambda notice: warn(notice, stacklevel=3)))(cut_notice(len(ids), max_tokens))
             ids = [*ids[: max_tokens - 1], ids[-1]]
         embeds = retry_with_less(lambda: self._run(ids, progress), self._stream)
         if not embeds.isfinite().all():

@@ -10,7 +10,7 @@ from ...magi.errors import MagiError
 from ...magi.text.clean import clean_caption
 from ...magi.text.embedding_cache import EmbeddingCache, embedding_key
 from ...magi.text.encode import blank_notice
-from ...magi.text.encoder import MAX_TOKENS
+from ...magi.text.encoder import MAX_TOKENS, cut_notice
 from . import host
 from .progress import NodeProgress
 
@@ -25,7 +25,7 @@ def encode_with_clip(
 ) -> list[torch.Tensor]:
     """Returns the embedding of each text, float32 (tokens, 4096) on the CPU, from the cache on disk where it is there.
 
-    `on_notice` is called with a sentence where a text is blank.
+    `on_notice` is called with a sentence where a text is blank or cut off.
 
     Raises:
         MagiError: the CLIP is not T5 v1.1 XXL.
@@ -44,17 +44,19 @@ def encode_with_clip(
             embeds = cache.get(key) if prepared else torch.zeros(0, _WIDTH)
             if embeds is None:
                 progress.show_text("running the text encoder", at_once=True)
-                embeds = _encode(clip, prepared)
+                embeds = _encode(clip, prepared, on_notice)
                 cache.put(key, embeds)
             found[text] = embeds
         progress.move("encode", done / len(texts))
     return [found[text] for text in texts]
 
 
-def _encode(clip: Any, text: str) -> torch.Tensor:
+def _encode(clip: Any, text: str, on_notice: Callable[[str], None]) -> torch.Tensor:
     # T5's positions are relative: without padding there is nothing to mask, and the result is the same.
     tokens = clip.tokenize(text, disable_weights=True, tokenizer_options={"t5xxl_min_length": 1})
     ((*text_tokens, end),) = tokens["t5xxl"]
+    if len(text_tokens) >= MAX_TOKENS:
+        on_notice(cut_notice(len(text_tokens) + 1, MAX_TOKENS))
     tokens["t5xxl"] = [[*text_tokens[: MAX_TOKENS - 1], end]]
     embeds = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)["cond"]
     if embeds.shape[-1] != _WIDTH:

@@ -71,6 +71,12 @@ def test_an_empty_prompt_is_no_wish(comfy):
     assert not torch.equal(empty, frames_for(comfy, prompt="a cat"))
 
 
+def test_a_prompt_that_is_too_long_is_told(comfy):
+    conditioning(comfy, prompt="A cat. " * 200)
+    (shown,) = (text for name, text in comfy.events.texts if name == "text" and "encoded" in text)
+    assert re.search(r"^The prompt has \d{4} tokens; only the first 800 are used\.$", shown, re.MULTILINE)
+
+
 def test_a_prompt_for_every_second(comfy):
     both = frames_for(comfy, 2.0, prompt="a cat\n\na dog\n", schedule=LINES)
     cat, dog = (frames_for(comfy, 2.0, prompt=prompt) for prompt in ("a cat", "a dog"))
