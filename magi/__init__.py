@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .vae.tiling import Tiling as Tiling
     from .vae.video_vae import load_vae as load_vae
 
+__version__ = "0.1.0"  # as in pyproject.toml
+
 _EXPORTS = {
     "Caption": "sampling.captions",
     "EmbeddingCache": "text.embedding_cache",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..magi import __version__
 from ..magi.config import SPATIAL_DOWNSAMPLE, RuntimeConfig
 from ..magi.errors import MagiError
 from ..magi.pipeline.request import Request
@@ -113,7 +114,7 @@ class Magi1Sampler(io.ComfyNode):
                         "resume",
                         default=True,
                         optional=True,
-                        tooltip="Keeps the run on disk until it is finished: the very same one, queued after a cancel or a crash, resumes where it stopped.",
+                        tooltip="Keeps the run on disk: the very same one, queued after a cancel or a crash, resumes where it stopped; if it was finished, it is read.",
                     )
                 ),
             ],
@@ -194,7 +195,7 @@ class Magi1Sampler(io.ComfyNode):
                 if chunk.index >= view.resumed_chunks:
                     view.show_chunk(chunk.index, finished[-1])
         if store:
-            store.discard()
+            store.finish(__version__)
         view.show_done()
         return io.NodeOutput(latent_of(torch.cat(finished, dim=2), model.family), plan.frames)
 

@@ -10,6 +10,7 @@ from ..checkpoint.mapped_file import TensorSource
 from ..checkpoint.reader import Checkpoint
 from ..config import MagiConfig
 from ..errors import MagiError
+from ..offload.pinned_memory import Pin
 from ..offload.streamed_blocks import StreamedBlocks
 from ..planning.footprint import WeightSizes, weight_sizes
 from ..planning.placement import MemoryOptions, Placement, place, smallest
@@ -36,6 +37,7 @@ def load_transformer(
     memory: MemoryOptions | None = None,
     placement: Placement | None = None,
     compiled: bool = False,
+    pin: Pin | None = None,
 ) -> Transformer:
     """Loads a transformer from an official folder or a single file.
 
@@ -53,6 +55,7 @@ def load_transformer(
         memory: what of the placement is fixed by hand.
         placement: what lies where, if that is decided already; `offload` and `memory` then mean nothing.
         compiled: have torch.compile make the layers' kernels, in the first iteration; it needs what torch.compile needs.
+        pin: page-locks host memory for layers and K/V; see `PinnedMemory`.
 
     Raises:
         MagiError: the file is unreadable or something else, its tensors do not fit the config, base and distilled are
@@ -83,9 +86,9 @@ def load_transformer(
     outer, staying = reader.outer(), placement.on_device
 
     def build() -> Transformer:
-        blocks = StreamedBlocks(reader, staying, placement.on_host, placement.slots, progress)
+        blocks = StreamedBlocks(reader, staying, placement.on_host, placement.slots, progress, pin=pin)
         return Transformer(
-            config, outer, blocks, where, low, attention, placement.cache, placement.token_block, compiled
+            config, outer, blocks, where, low, attention, placement.cache, placement.token_block, compiled, pin
         )
 
     def keep_fewer(error: BaseException) -> None:

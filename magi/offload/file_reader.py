@@ -57,6 +57,19 @@ class FileReader:
         """Returns the bytes of host memory."""
         return sum(buffer.data.nbytes for buffer in self._buffers)
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Returns the bytes of host memory that are page-locked."""
+        return self._pinned.nbytes
+
+    def pin(self) -> None:
+        """Page-locks the buffers again after `unpin`, as far as the system lets it."""
+        self._pinned.pin_all(buffer.data for buffer in self._buffers)
+
+    def unpin(self) -> None:
+        """Makes the buffers pageable. No iteration may be running."""
+        self._pinned.unpin_all()
+
     def prefetch(self, layers: Sequence[int], threads: IterationThreads) -> Iterator[Upload]:
         """Starts a thread that reads these layers in order. Only one iteration at a time may use the buffers.
 

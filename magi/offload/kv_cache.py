@@ -79,6 +79,7 @@ class KVCache:
             dtype=model.dtype,
             device=model.device,
             on_host=model.cache_device == "host",
+            pin=model.pin,
         )
 
     @property

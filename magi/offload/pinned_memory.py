@@ -1,7 +1,7 @@
 """Page-locked host memory, from which a device copies at the full bandwidth of its PCIe link."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
@@ -10,12 +10,15 @@ import torch
 Pin = Callable[[torch.Tensor], Callable[[], None]]  # page-locks a tensor's memory, returns what undoes it
 
 
+_UNSUPPORTED = "host memory cannot be page-locked for this device"
+
+
 class PinningError(RuntimeError):
     """Page-locked host memory ran out, or the device supports none."""
 
 
 class PinnedMemory:
-    """Allocates page-locked host memory, which stays page-locked for the lifetime of this object."""
+    """Page-locks host memory, for the lifetime of this object or until `unpin_all`."""
 
     def __init__(self, device: torch.device, pin: Pin | None = None) -> None:
         """Chooses how to page-lock memory.
@@ -25,14 +28,19 @@ class PinnedMemory:
             pin: page-locks a tensor's memory; None uses `pin_memory` for CUDA and ROCm, and nothing for other devices.
         """
         self._pin = pin or (partial(pin_memory, device=device) if device.type == "cuda" else None)
-        self._unpin: list[Callable[[], None]] = []
+        self._unpin: dict[int, tuple[int, Callable[[], None]]] = {}  # address -> bytes, what unpins them
         # Not at interpreter exit: the device may be gone by then, and the process returns its memory anyway.
-        weakref.finalize(self, _call_all, self._unpin).atexit = False
+        weakref.finalize(self, _unpin_all, self._unpin).atexit = False
 
     @property
     def supported(self) -> bool:
         """Returns True if memory can be page-locked for this device at all."""
         return self._pin is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the bytes that are page-locked now."""
+        return sum(nbytes for nbytes, _ in self._unpin.values())
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Allocates (nbytes,) uint8 in page-locked memory.
@@ -40,13 +48,13 @@ class PinnedMemory:
         Raises:
             PinningError: the system refuses to allocate or page-lock that much, or the device supports none.
         """
-        if self._pin is None:
-            raise PinningError("host memory cannot be page-locked for this device")
+        if self._pin is None:  # before anything is allocated
+            raise PinningError(_UNSUPPORTED)
         try:
             data = pageable_memory(nbytes)  # (nbytes,)
-            self._unpin.append(self._pin(data))
         except (RuntimeError, MemoryError) as error:
             raise PinningError(str(error)) from error
+        self.pin(data)
         return data
 
     def allocate_or_pageable(self, nbytes: int) -> torch.Tensor:
@@ -56,9 +64,30 @@ class PinnedMemory:
         except PinningError:
             return pageable_memory(nbytes)
 
+    def pin(self, data: torch.Tensor) -> None:
+        """Page-locks a host tensor's memory in place, unless it is page-locked here already.
+
+        Raises:
+            PinningError: the system refuses, or the device supports none.
+        """
+        if self._pin is None:
+            raise PinningError(_UNSUPPORTED)
+        if data.data_ptr() in self._unpin:
+            return
+        try:
+            self._unpin[data.data_ptr()] = data.nbytes, self._pin(data)
+        except (RuntimeError, MemoryError) as error:
+            raise PinningError(str(error)) from error
+
+    def pin_all(self, memory: Iterable[torch.Tensor]) -> None:
+        """Page-locks tensors' memory in order, as far as the system lets it; the rest stays pageable."""
+        with suppress(PinningError):
+            for data in memory:
+                self.pin(data)
+
     def unpin_all(self) -> None:
-        """Unpins all memory allocated so far. The tensors remain valid, as pageable memory."""
-        _call_all(self._unpin)
+        """Unpins all memory. The tensors remain valid, as pageable memory."""
+        _unpin_all(self._unpin)
 
 
 def pageable_memory(nbytes: int) -> torch.Tensor:
@@ -67,9 +96,10 @@ def pageable_memory(nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def _call_all(functions: list[Callable[[], None]]) -> None:
-    while functions:
-        functions.pop()()
+def _unpin_all(pinned: dict[int, tuple[int, Callable[[], None]]]) -> None:
+    while pinned:
+        _, (_, unpin) = pinned.popitem()
+        unpin()
 
 
 def pin_memory(data: torch.Tensor, device: torch.device | None = None) -> Callable[[], None]:

@@ -111,6 +111,23 @@ class StreamedBlocks:
         waiting = sum(data.nbytes for data in self._on_host.values())
         return waiting + (self._file_reader.nbytes if self._file_reader else 0)
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Returns the bytes of host memory that are page-locked."""
+        return self._pinned.nbytes + (self._file_reader.pinned_bytes if self._file_reader else 0)
+
+    def pin(self) -> None:
+        """Page-locks host memory again after `unpin`; what the system refuses is copied from pageable memory, slower."""
+        self._pinned.pin_all(self._on_host.values())
+        if self._file_reader:
+            self._file_reader.pin()
+
+    def unpin(self) -> None:
+        """Makes all host memory pageable between two runs, for others to page-lock theirs. Nothing is read again."""
+        self._pinned.unpin_all()
+        if self._file_reader:
+            self._file_reader.unpin()
+
     def __iter__(self) -> Generator[BlockWeights, None, None]:
         """Yields the layers in order. Only one iteration can run at a time: starting another closes it."""
         if self._in_place or len(self._on_device) == len(self):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from warnings import warn
@@ -192,20 +192,17 @@ class MagiPipeline:
         Raises:
             MagiError: something about the request cannot work, or it does not fit the memory.
         """
+        notify = on_notice or partial(warn, stacklevel=2)
         saved = store.inputs() if store else None
         if saved is None and request.captions is None:
             check_encoder(**self._text_arguments(request))
-        plan = make_plan(request, self.config, self._special_tokens, (saved or {}).get(_PREFIX))
+        plan = make_plan(request, self.config, self._special_tokens, (saved or {}).get(_PREFIX), notify)
         placement, wanted = self._placement(plan), plan.config.runtime.window_size
         if placement.window != wanted:
-            notice = (
+            notify(
                 f"There is too little memory for a window of {wanted} chunks at this size: {placement.window} are denoised at "
                 "a time, which changes the video."
             )
-            if on_notice:
-                on_notice(notice)
-            else:
-                warn(notice, stacklevel=2)
         return replace(plan, run=plan.run.with_window(placement.window), placement=placement)
 
     def _placement(self, plan: Plan) -> Placement:
@@ -365,6 +362,8 @@ class MagiPipeline:
     ) -> Iterator[Chunk]:
         """Yields the chunks of a plan as soon as they are clean; those that the store has are read, not sampled again.
 
+        Where the store has them all, no model is loaded.
+
         Args:
             plan: made by `encode`, or by `plan`: what of it is not encoded yet is first.
             progress: called with how far the work is; what it raises ends the run.
@@ -372,6 +371,9 @@ class MagiPipeline:
             save_seconds: the longest time between two states that are saved.
             on_notice: called with a sentence if memory runs out and the run takes less; None issues a warning.
         """
+        if store is not None and store.saved and store.saved.finished >= plan.chunks:
+            yield from store.chunks()
+            return
         if plan.captions is None or plan.prefix is not None:
             plan = self.encode(plan, progress, store)
         assert plan.captions is not None  # noqa: S101 (encoded)

@@ -1,6 +1,6 @@
 """What to make, and all that follows from it: size, length, prefix and schedule, found before anything is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,11 @@ class Plan:
 
 
 def make_plan(
-    request: Request, config: MagiConfig, special: SpecialTokens | None, latents: torch.Tensor | None = None
+    request: Request,
+    config: MagiConfig,
+    special: SpecialTokens | None,
+    latents: torch.Tensor | None = None,
+    on_notice: Callable[[str], None] = warn,
 ) -> Plan:
     """Checks a request and reads its image or video.
 
@@ -136,6 +140,7 @@ def make_plan(
         config: the model's.
         special: the model's special tokens; None where there are none.
         latents: of the image or video, scaled, (1, 16, Tp, h, w): then it is not read and need not even be there.
+        on_notice: called with a sentence if something in the request has no effect.
 
     Raises:
         MagiError: anything about it that cannot work.
@@ -146,7 +151,7 @@ def make_plan(
     _check_alternatives(request)
     check_mode(request.fit)
     if request.negative_tokens and config.engine.distill:
-        warn("Negative tokens steer base models; with distilled weights they change next to nothing.", stacklevel=3)
+        on_notice("Negative tokens steer base models; with distilled weights they change next to nothing.")
     _check_special_tokens(request, config, special)
     wanted = _wanted_frames(request, runtime.num_frames, runtime.fps)
     if request.latents is not None:

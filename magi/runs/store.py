@@ -3,7 +3,8 @@
 A folder holds run.json (the settings, readable by people too), inputs.safetensors (captions and prefix latents, so that
 resuming needs neither text encoder nor picture), chunk-00000.safetensors and so on (finished latents) and
 state.safetensors (the sampler's state). Every file is written whole or not at all, the state last: whatever it refers
-to is there.
+to is there. A finished run may stay, with finished.json and without its inputs: the same run then takes its latents
+from here.
 """
 
 import json
@@ -24,6 +25,7 @@ from .identity import differences, run_key
 
 _FORMAT = 1
 _SETTINGS, _INPUTS, _STATE, _PARTIALS = "run.json", "inputs.safetensors", "state.safetensors", "partials.json"
+_FINISHED = "finished.json"
 _CHUNKS = "chunk-?????.safetensors"
 _ENVIRONMENT = "how"  # its name in a state's header
 _MOST_UNWRITTEN = 64  # files that are kept in memory for another try: memory must not grow with the video
@@ -75,6 +77,14 @@ class RunStore:
             return self._path(_STATE).is_file()
         except OSError:  # a folder that cannot be looked into
             return False
+
+    @property
+    def finished_by(self) -> str | None:
+        """Returns the version that `finish` was given; None for an unfinished run."""
+        try:
+            return str(json.loads(self._path(_FINISHED).read_text(encoding="utf-8"))["version"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def open(self, settings: Mapping[str, Any]) -> None:
         """Starts a run of these settings, or reads the one that is saved here to be resumed; `saved` tells which.
@@ -149,6 +159,20 @@ class RunStore:
         else:
             self._saved_at = _position(state)
 
+    def finish(self, version: str) -> None:
+        """Keeps the finished run for the same one to be taken from here, without what only an unfinished one needs.
+
+        Where the last chunk could not be saved, the run stays as it is, and its end will be made again.
+
+        Args:
+            version: of the code that made it.
+        """
+        if not self.exists or self._unwritten:
+            return
+        with suppress(OSError):  # what cannot be written or removed costs a little disk
+            write_whole(self._path(_FINISHED), json.dumps({"version": version}).encode())
+            self._path(_INPUTS).unlink(missing_ok=True)
+
     def note_partial(self, partial: Path) -> None:
         """Notes the name of an unfinished video beside the folder, to be removed once the run is finished."""
         with suppress(OSError):  # without the note that file stays, which does no harm
@@ -163,7 +187,7 @@ class RunStore:
         """Removes what is saved, the state first; other files in the folder stay."""
         self.saved = None
         try:
-            for name in (_STATE, _SETTINGS, _INPUTS, _PARTIALS, _CHUNKS):
+            for name in (_STATE, _SETTINGS, _INPUTS, _PARTIALS, _FINISHED, _CHUNKS):
                 for file in [*self.folder.glob(name), *self.folder.glob(f"{name}.{'?' * 32}.tmp")]:
                     file.unlink(missing_ok=True)
             if self.folder.is_dir() and not any(self.folder.iterdir()):

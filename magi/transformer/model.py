@@ -52,6 +52,7 @@ class Transformer:
         cache_device: CacheDevice = "device",
         token_block: int = TOKEN_BLOCK,
         compiled: bool = False,
+        pin: Callable[[torch.Tensor], Callable[[], None]] | None = None,
     ):
         """Builds a transformer from loaded weights; `load_transformer` is the usual way to make one.
 
@@ -65,6 +66,7 @@ class Transformer:
             cache_device: where new caches keep their K/V, "device" or "host".
             token_block: tokens per layer call; it changes the last bits of the result.
             compiled: compile the layers with `torch.compile`.
+            pin: page-locks host memory of new caches and returns what undoes it; None leaves that to the cache.
         """
         self.config = config
         self.outer = outer
@@ -74,6 +76,7 @@ class Transformer:
         self.attention = attention
         self.cache_device = cache_device
         self.token_block = token_block
+        self.pin = pin
         self._layer_forward = torch.compile(layer_forward, dynamic=True) if compiled else layer_forward
 
     def shrink(self) -> str | None:

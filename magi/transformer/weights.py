@@ -101,6 +101,16 @@ class BlockSource(Protocol):
         """Returns the bytes of device memory in use."""
         ...
 
+    @property
+    def host_bytes(self) -> int:
+        """Returns the bytes of host memory in use."""
+        ...
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Returns the bytes of host memory that are page-locked."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Generator[BlockWeights, None, None]:
@@ -109,6 +119,14 @@ class BlockSource(Protocol):
 
     def keep_on_device(self, layers: Collection[int]) -> None:
         """Moves all layers but `layers` off the device."""
+        ...
+
+    def pin(self) -> None:
+        """Page-locks again what `unpin` unlocked."""
+        ...
+
+    def unpin(self) -> None:
+        """Makes page-locked host memory pageable between two runs."""
         ...
 
 

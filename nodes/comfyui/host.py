@@ -4,7 +4,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import comfy
 import comfy.model_management
 import comfy.utils
 import folder_paths
@@ -88,8 +90,19 @@ def usable_memory() -> int | None:
 
 
 def make_room(nbytes: int) -> None:
-    """Has ComfyUI evict models until `nbytes` of device memory are free."""
-    comfy.model_management.free_memory(nbytes, device())
+    """Has ComfyUI evict models until `nbytes` of device memory are free, or given way to on demand."""
+    on_demand = {"for_dynamic": True} if frees_on_demand() else {}
+    comfy.model_management.free_memory(nbytes, device(), **on_demand)
+
+
+def frees_on_demand() -> bool:
+    """Returns whether ComfyUI's own models give way at the moment that torch allocates memory ("dynamic VRAM")."""
+    return device().type == "cuda" and bool(getattr(getattr(comfy, "memory_management", None), "aimdo_enabled", False))
+
+
+def is_dynamic(patcher: Any) -> bool:
+    """Returns whether a ModelPatcher is one of those that give way on demand; older ComfyUIs have none."""
+    return hasattr(patcher, "is_dynamic") and bool(patcher.is_dynamic())
 
 
 @contextmanager

@@ -1,5 +1,12 @@
-"""Our models as ComfyUI's memory manager sees them: it loads and evicts them, and knows the bytes that they take."""
+"""Our models as ComfyUI's memory manager sees them: it loads and evicts them, and knows the bytes that they take.
 
+Since 0.16 ComfyUI's own models are "dynamic": their weights give way page by page when torch allocates memory, so that
+loading a dynamic model evicts no other one. Ours are both. While one is being loaded it says that it is dynamic: the
+others need not be unloaded for it, as they give way. From then on it says that it is not, since its weights are
+ordinary memory that does not give way by itself: so ComfyUI evicts it when others need the room.
+"""
+
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -29,6 +36,19 @@ class LoadableModel(torch.nn.Module, ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Returns the bytes of device memory that its weights take, or would take when loaded."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Returns the bytes of RAM that the loaded model's weights take beside those on the device."""
+        return 0
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Returns the bytes of RAM that the loaded model has page-locked."""
+        return 0
+
+    def unpin(self) -> None:
+        """Makes page-locked RAM pageable, between two runs."""
 
     @abstractmethod
     def fits(self, room: float) -> bool:
@@ -65,6 +85,7 @@ class WholeModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> None:
         """Takes ComfyUI's arguments; `size` means nothing, as the model is asked for its size each time."""
         super().__init__(model, load_device or host.device(), offload_device or torch.device("cpu"), 1)
+        self.loading = False
 
     @property
     def loadable(self) -> LoadableModel:
@@ -79,6 +100,24 @@ class WholeModelPatcher(comfy.model_patcher.ModelPatcher):
         """Returns the bytes that it takes on the device now."""
         return self.loadable.nbytes if self.loadable.loaded is not None else 0
 
+    def loaded_ram_size(self) -> int:
+        """Returns the bytes of RAM that it takes now."""
+        return self.loadable.host_bytes
+
+    def pinned_memory_size(self) -> int:
+        """Returns the bytes of RAM that it has page-locked, which it does only while a sampler runs."""
+        return self.loadable.pinned_bytes
+
+    def partially_unload_ram(self, ram_to_unload: float, *args: Any, **kwargs: Any) -> int:
+        """Makes its page-locked RAM pageable, however little is asked for; returns its bytes."""
+        unpinned = self.loadable.pinned_bytes
+        self.loadable.unpin()
+        return unpinned
+
+    def is_dynamic(self) -> bool:
+        """Returns whether other models need not be unloaded for this one; see the top of this file."""
+        return self.loading and host.frees_on_demand()
+
     def current_loaded_device(self) -> torch.device:
         """Returns the device that ComfyUI takes the weights to be on."""
         return self.load_device if self.loadable.loaded is not None else self.offload_device
@@ -86,10 +125,14 @@ class WholeModelPatcher(comfy.model_patcher.ModelPatcher):
     def partially_load(
         self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> float:
-        """Loads the model into the bytes that it takes now and `extra_memory` more; returns its growth in bytes."""
+        """Loads the model into the bytes that it takes now and `extra_memory` more; returns its growth in bytes.
+
+        Where other models give way on demand, what is free now says nothing: it may take what it was planned to.
+        """
         before = self.loaded_size()
-        self.loadable.load(before + extra_memory)
+        self.loadable.load(math.inf if self.is_dynamic() else before + extra_memory)
         self.loadable.device = device_to
+        self.loading = False
         return self.loaded_size() - before
 
     def partially_unload(
@@ -116,6 +159,10 @@ class WholeModelPatcher(comfy.model_patcher.ModelPatcher):
         """Returns itself: without patches a clone could not differ."""
         return self
 
+    def clone_has_same_weights(self, clone: object, *args: Any, **kwargs: Any) -> bool:
+        """Returns whether `clone` is this one, of which there are no others."""
+        return clone is self
+
 
 def load(*models: WholeModelPatcher, working: int = 0, progress: OnProgress | None = None) -> list[Any]:
     """Returns the models loaded to the device, with `working` bytes free there; ComfyUI evicts others for that.
@@ -124,7 +171,7 @@ def load(*models: WholeModelPatcher, working: int = 0, progress: OnProgress | No
     loading.
     """
     for model in models:
-        model.loadable.progress = progress
+        model.loadable.progress, model.loading = progress, True
     try:
         comfy.model_management.load_models_gpu(list(models), memory_required=working)
     except BaseException:
@@ -137,5 +184,5 @@ def load(*models: WholeModelPatcher, working: int = 0, progress: OnProgress | No
         raise
     finally:
         for model in models:
-            model.loadable.progress = None
+            model.loadable.progress, model.loading = None, False
     return [model.loadable.loaded for model in models]

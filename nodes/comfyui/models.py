@@ -14,12 +14,12 @@ from ...magi.planning.footprint import weight_sizes
 from ...magi.planning.placement import MemoryOptions, Placement, spread
 from ...magi.planning.planner import Planner
 from ...magi.sampling.special_tokens import SpecialTokens
-from ...magi.system.host_memory import memory_beside
 from ...magi.transformer.weights import Precision
 from ...magi.vae.video_vae import load_vae
 from . import host
 from .families import Family
 from .memory import LoadableModel, WholeModelPatcher
+from .page_locked import host_room, pin_for
 
 
 class MagiTransformer(LoadableModel):
@@ -65,6 +65,26 @@ class MagiTransformer(LoadableModel):
             return int(self.loaded.nbytes)
         return self.placement.weight_bytes if self.placement else self._sizes.total
 
+    @property
+    def host_bytes(self) -> int:
+        """Returns the bytes of RAM in which loaded layers wait."""
+        return 0 if self.loaded is None else int(self.loaded.blocks.host_bytes)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Returns the bytes of them that are page-locked."""
+        return 0 if self.loaded is None else int(self.loaded.blocks.pinned_bytes)
+
+    def pin(self) -> None:
+        """Page-locks them for a run, after `unpin`."""
+        if self.loaded is not None:
+            self.loaded.blocks.pin()
+
+    def unpin(self) -> None:
+        """Makes them pageable, between two runs."""
+        if self.loaded is not None:
+            self.loaded.blocks.unpin()
+
     def fits(self, room: float) -> bool:
         """Returns whether the loaded layers may stay: spare ones can be dropped, and a few missing ones do no harm."""
         wanted = len(self._placement_for(room).on_device)
@@ -81,6 +101,7 @@ class MagiTransformer(LoadableModel):
             attention=self.attention,
             placement=self._placement_for(room),
             compiled=self.compiled,
+            pin=pin_for(host.device()),
         )
 
     def load(self, room: float) -> None:
@@ -129,7 +150,7 @@ class MagiTransformer(LoadableModel):
     def _place(
         self, run: MagiConfig, prefix_frames: int, free: int | None, allow_smaller_window: bool = False
     ) -> Placement:
-        beside = memory_beside(host.device())
+        beside = host_room(host.device())
         return self._planner.place(
             run, self._sizes, free, prefix_frames, free_host=beside, allow_smaller_window=allow_smaller_window
         )

@@ -1,7 +1,7 @@
 """`MagiPipeline` over ComfyUI's memory manager, which loads and evicts the models in place of `ResidentModels`."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from ...magi.config import MagiConfig
 from ...magi.model_files.locate import ModelFiles
@@ -45,16 +45,20 @@ class ManagedModels:
             if usable is None or patcher.model_size() + self._vae.patcher.model_size() + both <= usable:
                 loaded = memory.load(patcher, self._vae.patcher, working=both, progress=progress)
                 transformer, self.preview_vae = loaded
-                return transformer
-        return memory.load(patcher, working=working, progress=progress)[0]
+                return cast(Transformer, transformer)
+        return cast(Transformer, memory.load(patcher, working=working, progress=progress)[0])
 
     def left_with(self, window: int) -> None:
         """Notes that memory ran out and the run ended with a window of so many chunks."""
         self._model.transformer.left_with(window)
 
     def share_device(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Returns the chunks as they are: ComfyUI moves models between nodes, not within one."""
-        return chunks
+        """Yields the chunks. Memory is page-locked meanwhile only: ComfyUI's own models may be next to want it."""
+        self._model.transformer.pin()
+        try:
+            yield from chunks
+        finally:
+            self._model.transformer.unpin()
 
     @property
     def vae(self) -> VideoVAE:

@@ -1,20 +1,29 @@
-"""Runs of the sampler on disk: the same run, queued again after a cancel or a crash, resumes where it stopped."""
+"""Runs of the sampler on disk: the same run, queued again, resumes where it stopped, or is taken from there.
+
+A run that was cancelled or crashed resumes. A finished one is read: ComfyUI drops results when RAM runs short, or ends
+while they are decoded, and hours of sampling must not be lost with them.
+"""
 
 import logging
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ...magi import __version__
 from ...magi.errors import MagiError
 from ...magi.runs.identity import run_key
 from ...magi.runs.store import RunStore
 from . import host
 
-_MAX_RUNS = 5  # unfinished ones that are kept
+_MAX_RUNS = 5  # of each kind, unfinished and finished, that are kept
+_MAX_FINISHED_BYTES = 2 << 30  # of the finished ones, but for the newest
 
 
 def open_run(settings: Mapping[str, Any], on_notice: Callable[[str], None]) -> RunStore:
-    """Returns the store of the run with these settings, new or to be resumed; removes the oldest others beyond five.
+    """Returns the store of the run with these settings: new, to be resumed, or finished; removes the oldest others.
+
+    A finished run of another version of this pack is made again.
 
     Args:
         settings: `MagiPipeline.settings` of the run's plan.
@@ -23,6 +32,8 @@ def open_run(settings: Mapping[str, Any], on_notice: Callable[[str], None]) -> R
     folder = host.cache_folder() / "runs" / run_key(settings)[:32]
     _make_room(folder)
     store = RunStore(folder, on_notice)
+    if store.finished_by not in (None, __version__):
+        store.discard()
     try:
         store.open(settings)
     except MagiError as error:
@@ -34,11 +45,16 @@ def open_run(settings: Mapping[str, Any], on_notice: Callable[[str], None]) -> R
 
 
 def _make_room(folder: Path) -> None:
-    """Removes the oldest runs beyond `_MAX_RUNS`, never the one in `folder`."""
+    """Removes the oldest runs beyond those that are kept, never the one in `folder`."""
     try:
         others = [run for run in folder.parent.iterdir() if run.is_dir() and run != folder]
         others.sort(key=lambda run: run.stat().st_mtime, reverse=True)
+        sizes = {run: sum(file.stat().st_size for file in run.iterdir()) for run in others}
     except OSError:  # there are none yet, or another process has just removed one
         return
-    for old in others[_MAX_RUNS - 1 :]:
+    finished = [run for run in others if RunStore(run).finished_by is not None]
+    unfinished = [run for run in others if run not in finished]
+    totals = accumulate(sizes[run] for run in finished)
+    within = sum(total <= _MAX_FINISHED_BYTES for total in totals)
+    for old in (*unfinished[_MAX_RUNS - 1 :], *finished[min(_MAX_RUNS - 1, within) :]):
         RunStore(old, logging.warning).discard()

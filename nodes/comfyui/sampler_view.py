@@ -61,9 +61,12 @@ class SamplerView:
         self._notice = f"\n{text}"
 
     def show_resumed(self, saved: Saved) -> None:
-        """Shows where an earlier run is resumed."""
+        """Shows where an earlier run is resumed, or that it was finished."""
         total = len(saved.state.schedule(self._schedule))
         self.resumed_chunks, self._part = saved.finished, saved.state.iteration / total
+        if saved.finished >= self._chunks:
+            self.show_notice("This very run was finished before: its latents are taken from disk.")
+            return
         self._status = f"continuing at chunk {min(saved.finished + 1, self._chunks)} of {self._chunks}"
         logging.info(f"MAGI-1: {self._status}, after {saved.state.iteration} of {total} steps.")
         self._progress.show_text(f"{self._length}: {self._status}", at_once=True)

@@ -40,7 +40,7 @@ def transformer(comfy):
 
 
 def test_a_model_streams_where_it_does_not_fit_and_stays_where_it_does(comfy, reads, card, deep):
-    graph = text_to_video(comfy)
+    graph = text_to_video(comfy, resume=False)
     graph["model"]["inputs"]["model"] = deep
     card(64 << 30)
     made = comfy.run(graph)
@@ -61,7 +61,7 @@ def test_a_model_streams_where_it_does_not_fit_and_stays_where_it_does(comfy, re
 
 
 def test_streaming_by_choice(comfy, card, deep):
-    graph = text_to_video(comfy)
+    graph = text_to_video(comfy, resume=False)
     graph["model"]["inputs"] |= {"model": deep, "memory": ["memory", 0]}
     graph["memory"] = node("Magi1MemoryOptions", streaming="off", cache="host")
     comfy.run(filled(comfy, graph))

@@ -81,7 +81,7 @@ def test_memory_that_ran_out_once_does_not_run_out_in_the_next_run(most, comfy, 
         return forward(self, *args, **options)
 
     monkeypatch.setattr(transformer, "forward", fails)
-    monkeypatch.setattr(comfy.module("nodes.comfyui.models"), "memory_beside", lambda device: 10**11)
+    monkeypatch.setattr(comfy.module("nodes.comfyui.models"), "host_room", lambda device: 10**11)
     monkeypatch.setattr(comfy.module("nodes.comfyui.host"), "usable_memory", lambda: 64 << 30)
     comfy.run(text_to_video(comfy, steps=4))
     assert short

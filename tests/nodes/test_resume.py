@@ -16,9 +16,20 @@ from tests.support.magi_graphs import node, text_to_video
 SECONDS = {"seconds": 3.0}
 
 
-def runs(comfy) -> list[Path]:
+def kept(comfy) -> list[Path]:
     folder = comfy.base / "user" / "magi1" / "runs"
     return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def runs(comfy) -> list[Path]:
+    """The unfinished ones."""
+    return [run for run in kept(comfy) if not (run / "finished.json").exists()]
+
+
+def forget(comfy) -> None:
+    """Another graph runs, so ComfyUI forgets the results of the last one."""
+    comfy.run({"image": node("Magi1DemoImage")})
+    comfy.events.clear()
 
 
 def texts(comfy) -> list[str]:
@@ -60,10 +71,9 @@ def cancelled(comfy, steps, graph, iteration: int) -> None:
 @pytest.fixture
 def whole(comfy, steps) -> torch.Tensor:
     made = comfy.run(text_to_video(comfy, **SECONDS, resume=False))["sampler"][0]["samples"]
-    assert runs(comfy) == [], "off: nothing is kept"
-    comfy.run({"image": node("Magi1DemoImage")})  # another graph: the results of this one are forgotten
+    assert kept(comfy) == [], "off: nothing is kept"
+    forget(comfy)
     steps.clear()
-    comfy.events.clear()
     return made
 
 
@@ -149,6 +159,58 @@ def test_a_run_whose_comfyui_was_killed_goes_on_from_its_last_chunk(comfy, steps
     monkeypatch.setattr(store, "save", save)
     assert torch.equal(comfy.run(graph)["sampler"][0]["samples"], whole)
     assert steps == [10, 11]
+
+
+def test_a_finished_run_is_taken_from_disk_when_comfyui_has_dropped_its_result(comfy, steps, reads, monkeypatch):
+    graph = text_to_video(comfy, **SECONDS)
+    made = comfy.run(graph)["sampler"]
+    forget(comfy)
+    comfy.management.unload_all_models()
+    steps.clear()
+    reads.clear()
+    again = comfy.run(graph)["sampler"]
+    assert torch.equal(again[0]["samples"], made[0]["samples"])
+    assert again[1] == made[1]
+    assert steps == []
+    assert "transformer" not in reads
+    assert "finished before" in texts(comfy)[-1]
+
+
+def test_of_a_finished_run_only_its_latents_are_kept(comfy, steps):
+    comfy.run(text_to_video(comfy, **SECONDS))
+    (run,) = kept(comfy)
+    assert runs(comfy) == []
+    assert not (run / "inputs.safetensors").exists(), "captions may be large"
+
+
+@pytest.mark.parametrize("change", ["version", "damage", "off"])
+def test_a_finished_run_is_made_again_where_it_must(change, comfy, steps, monkeypatch):
+    graph = text_to_video(comfy, **SECONDS)
+    made = comfy.run(graph)["sampler"][0]["samples"]
+    forget(comfy)
+    steps.clear()
+    if change == "version":
+        monkeypatch.setattr(comfy.module("nodes.comfyui.runs"), "__version__", "99.0")
+    elif change == "damage":
+        (kept(comfy)[0] / "chunk-00001.safetensors").write_bytes(b"garbage")
+    else:
+        graph["sampler"]["inputs"]["resume"] = False
+    assert torch.equal(comfy.run(graph)["sampler"][0]["samples"], made)
+    assert steps == list(range(12))
+
+
+def test_finished_runs_do_not_fill_the_disk(comfy, steps, monkeypatch):
+    first = []
+    for seed in range(7):
+        comfy.run(text_to_video(comfy, seed=seed))
+        first += list(set(kept(comfy)) - set(first))
+        for age, run in enumerate(reversed(first)):
+            if run.exists():
+                os.utime(run, (10**9 - age, 10**9 - age))
+    assert set(kept(comfy)) == set(first[-5:])
+    monkeypatch.setattr(comfy.module("nodes.comfyui.runs"), "_MAX_FINISHED_BYTES", 0)
+    cancelled(comfy, steps, text_to_video(comfy, seed=8), 1)
+    assert len(kept(comfy)) == len(runs(comfy)) == 1, "large ones go first; this one is being made"
 
 
 def test_switched_off_it_begins_anew(comfy, steps, whole):

@@ -391,6 +391,28 @@ def test_layers_from_the_file_use_two_host_buffers(reader):
     assert not pins.pinned
 
 
+@pytest.mark.parametrize("place", ["host", "file", "mixed"])
+def test_between_two_runs_nothing_need_be_pinned(place, reader):
+    read, pins, copy_engine = reader(), Pins(), LazyCopyEngine()
+    blocks = StreamedBlocks(read, *PLACES[place], 2, copy_engine=copy_engine, pin=pins)
+    locked = dict(pins.pinned)
+    assert blocks.pinned_bytes == sum(locked.values()) == blocks.host_bytes
+    blocks.unpin()
+    assert (pins.pinned, blocks.pinned_bytes) == ({}, 0)
+    assert same(iterate(blocks, copy_engine), wanted(read)), "slower, and the same"
+    reads, asked = sum(read.source.reads.values()), pins.asked
+    for _ in range(2):
+        blocks.pin()
+    assert pins.pinned == locked
+    assert pins.asked == 2 * asked, "what is pinned is not pinned again"
+    assert sum(read.source.reads.values()) == reads, "nothing is read for it"
+    pins.refuse_at = pins.asked
+    blocks.unpin()
+    blocks.pin()  # refused, which is no error
+    assert pins.pinned == {}
+    assert same(iterate(blocks, copy_engine), wanted(read))
+
+
 def test_cancelling_while_layers_are_read_unpins_all_memory(reader):
     pins = Pins()
 

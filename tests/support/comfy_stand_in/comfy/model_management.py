@@ -6,6 +6,8 @@ import weakref
 
 import torch
 
+from . import memory_management
+
 OOM_EXCEPTION = torch.OutOfMemoryError
 current_loaded_models = []
 free_bytes = 16 << 30  # what the device says is free; tests set it
@@ -13,8 +15,8 @@ _interrupted = False
 _mutex = threading.RLock()
 
 
-class InterruptProcessingException(Exception):
-    """The user has cancelled."""
+class InterruptProcessingException(BaseException):
+    """The user has cancelled. No `except Exception` catches it, as in ComfyUI since 0.20."""
 
 
 def interrupt_current_processing(value=True):
@@ -108,8 +110,11 @@ def _forget_dead():
     current_loaded_models[:] = [entry for entry in current_loaded_models if entry.real_model() is not None]
 
 
-def free_memory(memory_required, device, keep_loaded=()):
-    """Unloads until so much is free: what is least on the device first, then the least referenced, then the smallest."""
+def free_memory(memory_required, device, keep_loaded=(), for_dynamic=False, pins_required=0):
+    """Unloads until so much is free: what is least on the device first, then the least referenced, then the smallest.
+
+    For a dynamic model no other one is unloaded, as it gives way by itself; for others, pins of dynamic ones go, too.
+    """
     order = []
     for i in reversed(range(len(current_loaded_models))):
         entry = current_loaded_models[i]
@@ -120,10 +125,14 @@ def free_memory(memory_required, device, keep_loaded=()):
     gone = []
     for *_, i in sorted(order):
         needed = memory_required - get_free_memory(device)
-        if needed < 0:
-            break
-        if current_loaded_models[i].unload(needed):
+        if for_dynamic and current_loaded_models[i].model.is_dynamic():
+            memory_required -= current_loaded_models[i].model.loaded_size()
+            continue
+        if needed > 0 and current_loaded_models[i].unload(needed):
             gone.append(i)
+    if not for_dynamic and pins_required > 0:
+        ensure_pin_budget(pins_required)
+        ensure_pin_registerable(pins_required)
     return [current_loaded_models.pop(i) for i in sorted(gone, reverse=True)]
 
 
@@ -143,13 +152,15 @@ def load_models_gpu(
             other.model.detach(unpatch_all=False)
             other.model_finalizer.detach()
     extra = max(minimum_inference_memory(), memory_required + extra_reserved_memory())
+    dynamic = all(entry.model.is_dynamic() for entry in entries)
     for device in {entry.device for entry in entries}:
         missing = sum(
             e.model.model_size() - (e.model.loaded_size() if device == e.model.current_loaded_device() else 0)
             for e in entries
             if e.device == device
         )
-        free_memory(missing * 1.1 + extra, device)
+        pins = sum(e.model.model_size() for e in entries if e.device == device and not e.model.is_dynamic())
+        free_memory(missing * 1.1 + extra, device, for_dynamic=dynamic, pins_required=pins)
     for entry in entries:
         entry.load(1e32 if force_full_load else max(128 << 20, get_free_memory(entry.device) - extra))
         current_loaded_models.insert(0, entry)
@@ -161,3 +172,50 @@ def loaded_models(only_currently_used=False):
 
 def unload_all_models():
     free_memory(1e30, get_torch_device())
+
+
+# -- page-locked memory ------------------------------------------------------------------------------------------------
+
+MAX_PINNED_MEMORY = -1  # bytes; -1: none, as on a CPU. Tests set it
+TOTAL_PINNED_MEMORY = 0
+_pinned = {}  # address -> bytes
+
+
+def ensure_pin_budget(size, evict_active=False, loaded=False):
+    """Frees RAM that idle dynamic models have page-locked, until there is room for `size` more beside the headroom."""
+    missing = size + max(memory_management.RAM_CACHE_HEADROOM / 2, 2 << 30) - memory_management.available_ram()
+    return missing <= 0 or _free_pins(missing) >= missing
+
+
+def ensure_pin_registerable(size, evict_active=True):
+    """Frees what dynamic models have page-locked, until there is room for `size` more within the limit."""
+    missing = TOTAL_PINNED_MEMORY + size - MAX_PINNED_MEMORY
+    return MAX_PINNED_MEMORY > 0 and (missing <= 0 or _free_pins(missing) >= missing)
+
+
+def _free_pins(size):
+    freed = 0
+    for patcher in loaded_models():
+        if freed < size and patcher is not None and patcher.is_dynamic():
+            freed += patcher.partially_unload_ram(size - freed)
+    return freed
+
+
+def pin_memory(tensor):
+    global TOTAL_PINNED_MEMORY
+    if MAX_PINNED_MEMORY <= 0 or not tensor.is_contiguous():
+        return False
+    ensure_pin_registerable(tensor.nbytes)
+    if torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 1) != 0:
+        return False
+    _pinned[tensor.data_ptr()] = tensor.nbytes
+    TOTAL_PINNED_MEMORY += tensor.nbytes
+    return True
+
+
+def unpin_memory(tensor):
+    global TOTAL_PINNED_MEMORY
+    if torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr()) != 0:
+        return False
+    TOTAL_PINNED_MEMORY -= _pinned.pop(tensor.data_ptr())
+    return True

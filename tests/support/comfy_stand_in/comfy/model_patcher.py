@@ -25,6 +25,18 @@ class ModelPatcher:
     def loaded_size(self):
         return self.model.model_loaded_weight_memory
 
+    def is_dynamic(self):
+        return False
+
+    def loaded_ram_size(self):
+        return 0
+
+    def pinned_memory_size(self):
+        return 0
+
+    def partially_unload_ram(self, ram_to_unload):
+        return 0
+
     def lowvram_patch_counter(self):
         return self.model.lowvram_patch_counter
 

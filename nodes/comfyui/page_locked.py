@@ -1,0 +1,61 @@
+"""Page-locked memory through ComfyUI's account of it: its models and ours share what the system allows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy
+import comfy.model_management
+import torch
+
+from ...magi.offload.pinned_memory import Pin
+from ...magi.system.host_memory import memory_beside
+from . import host
+
+_LEAST_HEADROOM = 2 << 30  # RAM that ComfyUI keeps free when it page-locks its own models
+
+
+def pin_for(device: torch.device) -> Pin | None:
+    """Returns what page-locks memory for a device; None where ComfyUI has no account, and we page-lock ourselves."""
+    if device.type != "cuda" or not hasattr(comfy.model_management, "pin_memory"):
+        return None
+    return _pin
+
+
+def host_room(device: torch.device) -> int | None:
+    """Returns the bytes of RAM that layers and K/V for a device may take; None where the file is read just as fast.
+
+    ComfyUI keeps a headroom of RAM free and page-locks up to a limit; its own models that are not at work give way.
+    """
+    room = memory_beside(device)
+    if room is None or pin_for(device) is None:
+        return room
+    management: Any = comfy.model_management
+    others = [model for model in management.loaded_models() if model is not None and host.is_dynamic(model)]
+    if hasattr(management, "ensure_pin_budget") and not _keeps_all():
+        headroom = max(comfy.memory_management.RAM_CACHE_HEADROOM // 2, _LEAST_HEADROOM)
+        room += sum(model.loaded_ram_size() for model in others) - headroom
+    limit = management.MAX_PINNED_MEMORY - management.TOTAL_PINNED_MEMORY
+    limit += sum(model.pinned_memory_size() for model in others if hasattr(model, "pinned_memory_size"))
+    return max(0, int(min(room, limit)))
+
+
+def _keeps_all() -> bool:
+    """Returns whether ComfyUI was started with --high-ram: it keeps no headroom."""
+    return bool(getattr(getattr(comfy.model_management, "args", None), "high_ram", False))
+
+
+def _pin(data: torch.Tensor) -> Callable[[], None]:
+    """Page-locks a tensor's memory in ComfyUI's account; returns what undoes it. Raises RuntimeError if it refuses."""
+    management: Any = comfy.model_management
+    for ensure in ("ensure_pin_budget", "ensure_pin_registerable"):  # its idle models give way; newer ComfyUIs only
+        if hasattr(management, ensure) and not getattr(management, ensure)(data.nbytes):
+            raise RuntimeError(f"ComfyUI's limits leave no room for {data.nbytes / 1e9:.1f} GB more")
+    owner = torch.nn.Parameter(data, requires_grad=False)  # older ComfyUIs page-lock parameters only
+    if not management.pin_memory(owner):
+        raise RuntimeError(f"ComfyUI page-locks no {data.nbytes / 1e9:.1f} GB more")
+
+    def unpin() -> None:
+        torch.cuda.synchronize()
+        management.unpin_memory(owner)
+
+    return unpin
