@@ -114,7 +114,7 @@ class Magi1ImageToVideo(_Sized):
         asked = _target_size(size, width, height, own[1] / own[0], own)
         target = embedded_size(magi_vae(vae).family) or asked
         progress = NodeProgress(cls.hidden.unique_id, load=0.3, encode=0.7)
-        return io.NodeOutput(_encoded(vae, fit_frames(frames, *target, fit), asked, progress))
+        return _encoded(vae, fit_frames(frames, *target, fit), asked, progress)
 
 
 class Magi1VideoToVideo(_Sized):
@@ -194,21 +194,20 @@ class Magi1VideoToVideo(_Sized):
                 "For a single picture use MAGI-1 Image to Video."
             )
         # Whole latents that end where the clip ends: frames too many are dropped at the beginning.
-        return io.NodeOutput(_encoded(vae, frames[len(frames) % TEMPORAL_DOWNSAMPLE :], asked, progress))
+        return _encoded(vae, frames[len(frames) % TEMPORAL_DOWNSAMPLE :], asked, progress)
 
 
-def _encoded(vae: Any, frames: torch.Tensor, asked: tuple[int, int], progress: NodeProgress) -> dict[str, Any]:
+def _encoded(vae: Any, frames: torch.Tensor, asked: tuple[int, int], progress: NodeProgress) -> io.NodeOutput:
     """Returns the LATENT of frames, whose size need not be the (height, width) that was asked for."""
     on_progress = progress.phase("encode", f"encoding {frames.shape[2]}x{frames.shape[1]}")
     with host.device_work("encoding", "Close what else uses it, or encode with ComfyUI's own VAE Encode (Tiled)."):
         loaded = magi_vae(vae).loaded(Tiling(), progress.phase("load", "loading the VAE"))
         samples = loaded.encode(to_model(frames), progress=on_progress)
     notice = "" if asked == tuple(frames.shape[1:3]) else f"\n{size_notice(*asked)}"
-    progress.show_text(
-        f"{frames.shape[2]}x{frames.shape[1]}, {samples.shape[2]} latent frame{'s' * (samples.shape[2] > 1)}{notice}",
-        at_once=True,
+    shown = progress.show_now(
+        f"{frames.shape[2]}x{frames.shape[1]}, {samples.shape[2]} latent frame{'s' * (samples.shape[2] > 1)}{notice}"
     )
-    return latent_of(samples, magi_vae(vae).family)
+    return io.NodeOutput(latent_of(samples, magi_vae(vae).family), ui=shown)
 
 
 def _target_size(

@@ -106,9 +106,9 @@ class Magi1VAEDecode(io.ComfyNode):
                 frames[end : end + len(part)] = part
                 end += len(part)
                 progress.move("decode", (end - first) / made, part[-1].mul(255).round().to(torch.uint8).cpu())
-        progress.show_text(f"{len(frames)} frames, {len(frames) / FPS:g} s, {width}x{height}", at_once=True)
+        shown = progress.show_now(f"{len(frames)} frames, {len(frames) / FPS:g} s, {width}x{height}")
         components = Types.VideoComponents(images=frames, frame_rate=Fraction(FPS))
-        return io.NodeOutput(frames, InputImpl.VideoFromComponents(components))
+        return io.NodeOutput(frames, InputImpl.VideoFromComponents(components), ui=shown)
 
 
 def _empty_batch(count: int, height: int, width: int) -> torch.Tensor:

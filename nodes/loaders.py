@@ -114,7 +114,7 @@ class Magi1ModelLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         """Returns the model, of whose files only the headers are read."""
         name = menus.chosen("model", model)
-        host.show_text(cls.hidden.unique_id, menus.notice(model, name))
+        shown = host.show_text(cls.hidden.unique_id, menus.notice(model, name))
         path, kind = menus.find_model(name), _PRECISION[precision]
         if kind == "auto" and is_embedded(path):
             kind = "fp32"
@@ -127,7 +127,7 @@ class Magi1ModelLoader(io.ComfyNode):
         found = menus.special_tokens_of(path)
         tokens = SpecialTokens.load(found) if found else None  # where a sampler needs them, it names what is missing
         family = menus.FAMILIES.get(name) or family_of_width(config.model.caption_channels)
-        return io.NodeOutput(Model(name, config, tokens, WholeModelPatcher(transformer), family))
+        return io.NodeOutput(Model(name, config, tokens, WholeModelPatcher(transformer), family), ui=shown)
 
 
 class Magi1MemoryOptions(io.ComfyNode):
@@ -226,10 +226,11 @@ class Magi1VAELoader(io.ComfyNode):
     def execute(cls, vae: str, precision: str = "auto") -> io.NodeOutput:
         """Returns the VAE, of whose file only the header is read."""
         name = menus.chosen("vae", vae)
-        host.show_text(cls.hidden.unique_id, menus.notice(vae, name))
+        shown = host.show_text(cls.hidden.unique_id, menus.notice(vae, name))
         auto = torch.float32 if name in menus.FAMILIES else torch.bfloat16
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        return io.NodeOutput(manage_vae(menus.find_vae(name), dtypes.get(precision, auto), menus.FAMILIES.get(name)))
+        managed = manage_vae(menus.find_vae(name), dtypes.get(precision, auto), menus.FAMILIES.get(name))
+        return io.NodeOutput(managed, ui=shown)
 
 
 class Magi1TextEncoderLoader(io.ComfyNode):
@@ -286,11 +287,11 @@ class Magi1TextEncoderLoader(io.ComfyNode):
     def execute(cls, encoder: str, device: str, precision: str = "fp32") -> io.NodeOutput:
         """Returns where the encoder and its tokenizer are and how to run them; nothing is read."""
         name = menus.chosen("encoder", encoder)
-        host.show_text(cls.hidden.unique_id, menus.notice(encoder, name))
+        shown = host.show_text(cls.hidden.unique_id, menus.notice(encoder, name))
         path, tokenizer = menus.find_encoder(name)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         where = host.device() if device == "gpu" else torch.device("cpu")
-        return io.NodeOutput(Encoder(path, tokenizer, where, dtype, menus.FAMILIES.get(name)))
+        return io.NodeOutput(Encoder(path, tokenizer, where, dtype, menus.FAMILIES.get(name)), ui=shown)
 
 
 def _problem(check: Callable[[str], None], name: str | None) -> bool | str:

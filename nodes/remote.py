@@ -190,12 +190,10 @@ class Magi1Remote(io.ComfyNode):
         try:
             made = await in_thread(work)
         except Cancelled:
-            progress.show_text(
-                "Cancelled. A task that was not finished is deleted, as far as the service does that.", at_once=True
-            )
+            progress.show_now("Cancelled. A task that was not finished is deleted, as far as the service does that.")
             raise host.Interrupted from None
-        progress.show_text(" ".join([f"{made.facts}, task {made.task_id}.", *made.notes]), at_once=True)
-        return io.NodeOutput(InputImpl.VideoFromFile(str(made.path)), images[0], made.task_id, made.url)
+        shown = progress.show_now(" ".join([f"{made.facts}, task {made.task_id}.", *made.notes]))
+        return io.NodeOutput(InputImpl.VideoFromFile(str(made.path)), images[0], made.task_id, made.url, ui=shown)
 
 
 class _LeftError(Exception):

@@ -27,6 +27,7 @@ from .comfyui.families import (
 from .comfyui.models import Model
 from .comfyui.pipeline import ManagedModels, managed_pipeline
 from .comfyui.sampler_view import SamplerView
+from .comfyui.termination import saved_on_termination
 from .comfyui.vae import magi_vae
 from .text import captions_of, family_of
 
@@ -121,6 +122,9 @@ class Magi1Sampler(io.ComfyNode):
             outputs=[
                 io.Latent.Output(display_name="samples"),
                 io.Int.Output(display_name="frames", tooltip="Frames that the decoder will give, 24 per second."),
+                io.String.Output(
+                    display_name="info", tooltip="What was made, and what is to be said of it, for Preview as Text."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -153,7 +157,7 @@ class Magi1Sampler(io.ComfyNode):
         vae: Any = None,
         resume: bool = True,
     ) -> io.NodeOutput:
-        """Checks everything, loads the transformer and returns latents (1, 16, T, h, w) and the number of frames."""
+        """Checks everything, loads the transformer and returns latents (1, 16, T, h, w), the frames and what was made."""
         check_fit(model.family, "model", family_of(text), "text encoder")
         check_fit(model.family, "model", None if vae is None else magi_vae(vae).family, "VAE")
         check_fit(model.family, "model", family_of_latent(start), "VAE or model that made the start")
@@ -184,20 +188,27 @@ class Magi1Sampler(io.ComfyNode):
             view.show_notice(notice)
         store = runs.open_run(pipeline.settings(plan), view.show_notice) if resume else None
         finished: list[torch.Tensor] = []
-        with host.device_work(
+        work = host.device_work(
             f"at {view.size} with a window of {plan.config.runtime.window_size}",
             "Try a smaller size, or another model.",
-        ):
-            if store and store.saved:
-                view.show_resumed(store.saved)
-            for chunk in pipeline.sample(plan, view.show_phase, store, on_notice=view.show_notice):
-                finished.append(chunk.latents.to("cpu", torch.float32))
-                if chunk.index >= view.resumed_chunks:
-                    view.show_chunk(chunk.index, finished[-1])
+        )
+        try:
+            with saved_on_termination(), work:
+                if store and store.saved:
+                    view.show_resumed(store.saved)
+                for chunk in pipeline.sample(plan, view.show_phase, store, on_notice=view.show_notice):
+                    finished.append(chunk.latents.to("cpu", torch.float32))
+                    if chunk.index >= view.resumed_chunks:
+                        view.show_chunk(chunk.index, finished[-1])
+        except host.Interrupted:
+            if store is None or store.exists:
+                view.show_stopped(kept=store is not None)
+            raise
         if store:
             store.finish(__version__)
-        view.show_done()
-        return io.NodeOutput(latent_of(torch.cat(finished, dim=2), model.family), plan.frames)
+        info = view.show_done()
+        samples = latent_of(torch.cat(finished, dim=2), model.family)
+        return io.NodeOutput(samples, plan.frames, info, ui={"text": [info]})
 
 
 def _start(start: dict[str, Any] | None, model: Model, on_notice: Callable[[str], None]) -> dict[str, Any]:

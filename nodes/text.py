@@ -99,14 +99,12 @@ class Magi1TextEncode(io.ComfyNode):
         encode = _encode if isinstance(encoder, Encoder) else encode_with_clip
         embeds = encode(encoder, texts, clean_prompt, progress, notices.append)
         progress.move("encode", 1)
-        progress.show_text(
-            "\n".join([f"{len(embeds)} prompt{'s' * (len(embeds) > 1)} encoded", *notices]), at_once=True
-        )
+        shown = progress.show_now("\n".join([f"{len(embeds)} prompt{'s' * (len(embeds) > 1)} encoded", *notices]))
         styles = (*(["hq"] * high_quality), *_MOTION[motion], *_LOOK[look], *(["borderness"] * borders))
         family = encoder.family if isinstance(encoder, Encoder) else None
         # What the sampler needs besides the text: the tokens to put in front of it, and whose text it is.
         options = {KEY: {"styles": styles, "durations": duration_tokens, "family": family}}
-        return io.NodeOutput([[e[None], dict(options)] for e in embeds])
+        return io.NodeOutput([[e[None], dict(options)] for e in embeds], ui=shown)
 
 
 def _encode(

@@ -1,9 +1,12 @@
 """The command line: `python -m magi COMMAND ...`."""
 
 import argparse
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -23,7 +26,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0 done, 1 an error the user can mend, 130 interrupted."""
+    """Runs a command and returns its exit status: 0 done, 1 an error the user can mend, 130 interrupted, 143 terminated."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m magi", description="MAGI-1 video generation on one's own machine.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import_module(f".{module}", __package__).add_arguments(command)
     args = parser.parse_args(arguments)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ended_by_sigterm():
             warnings.showwarning = _show_warning
             return int(import_module(f".{COMMANDS[args.command][0]}", __package__).main(args))
     except MagiError as error:
@@ -42,6 +45,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except _TerminatedError:
+        print("terminated", file=sys.stderr)
+        return 143
+
+
+class _TerminatedError(BaseException):
+    """The process was asked to end. As with Ctrl-C, whatever is at work keeps what it has made."""
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Raises `_TerminatedError` in the work at a SIGTERM, as `docker stop` or a scheduler sends it."""
+    if threading.current_thread() is not threading.main_thread():  # only that one can catch signals
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -43,7 +43,7 @@ def encode_with_clip(
             key = embedding_key(prepared, fingerprint, max_tokens=MAX_TOKENS)
             embeds = cache.get(key) if prepared else torch.zeros(0, _WIDTH)
             if embeds is None:
-                progress.show_text("running the text encoder", at_once=True)
+                progress.show_now("running the text encoder")
                 embeds = _encode(clip, prepared, on_notice)
                 cache.put(key, embeds)
             found[text] = embeds

@@ -172,7 +172,11 @@ def show_progress(node_id: str | None, value: int, total: int, picture: torch.Te
         raise
 
 
-def show_text(node_id: str | None, text: str) -> None:
-    """Writes a line under a node."""
+def show_text(node_id: str | None, text: str) -> dict[str, list[str]]:
+    """Writes a line under a node; returns it as the UI output of a node that ends with it.
+
+    Newer front ends take the line away when the job ends. The UI output stays: with the node, and in the job's history.
+    """
     if node_id is not None and getattr(PromptServer, "instance", None) is not None:
         PromptServer.instance.send_progress_text(text, node_id)
+    return {"text": [text]}

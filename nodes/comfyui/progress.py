@@ -46,12 +46,16 @@ class NodeProgress:
             self._position = max(position, self._position)
             host.show_progress(self._node_id, self._position, _STEPS, picture)
 
-    def show_text(self, text: str, at_once: bool = False) -> None:
-        """Shows a line under the node; at most five per second, the others are left out unless `at_once`."""
+    def show_text(self, text: str) -> None:
+        """Shows a line under the node; at most five per second, the others are left out."""
         now = time.monotonic()
-        if at_once or now - self._text_shown >= _TEXT_SECONDS:
-            self._text_shown = now
-            host.show_text(self._node_id, text)
+        if now - self._text_shown >= _TEXT_SECONDS:
+            self.show_now(text)
+
+    def show_now(self, text: str) -> dict[str, list[str]]:
+        """Shows a line under the node at once, and returns it as the UI output of a node that ends with it."""
+        self._text_shown = time.monotonic()
+        return host.show_text(self._node_id, text)
 
 
 class Clock:

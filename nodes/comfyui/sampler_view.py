@@ -38,8 +38,9 @@ class SamplerView:
         self._clock, self._last_preview = Clock(), 0.0  # time.monotonic()
         self._schedule = plan.run.schedule
         self._part = 0.0  # of the sampling that is done
-        self._status = self._notice = ""
-        self._progress.show_text(f"{self._length}, {self.size}, {runtime.num_steps} steps per chunk", at_once=True)
+        self._status = ""
+        self._notices: list[str] = []
+        self._progress.show_now(f"{self._length}, {self.size}, {runtime.num_steps} steps per chunk")
 
     def show_phase(self, phase: Phase) -> None:
         """Shows how far "load" or "sample" is, with a preview once in a while. Raises if the user has cancelled."""
@@ -56,9 +57,9 @@ class SamplerView:
         return RoughDecoder(self._models.preview_vae)
 
     def show_notice(self, text: str) -> None:
-        """Logs a notice, and shows it below every line from now on, in place of the last one."""
+        """Logs a notice, and shows it below every line from now on, in place of the last one; at the end all are shown."""
         logging.warning(f"MAGI-1: {text}")
-        self._notice = f"\n{text}"
+        self._notices.append(text)
 
     def show_resumed(self, saved: Saved) -> None:
         """Shows where an earlier run is resumed, or that it was finished."""
@@ -69,7 +70,7 @@ class SamplerView:
             return
         self._status = f"continuing at chunk {min(saved.finished + 1, self._chunks)} of {self._chunks}"
         logging.info(f"MAGI-1: {self._status}, after {saved.state.iteration} of {total} steps.")
-        self._progress.show_text(f"{self._length}: {self._status}", at_once=True)
+        self._progress.show_now(f"{self._length}: {self._status}")
 
     def show_chunk(self, index: int, latents: torch.Tensor) -> None:
         """Shows the last frame of a finished chunk, (1, 16, t, h, w): decoded if the VAE is loaded, else rough."""
@@ -80,10 +81,18 @@ class SamplerView:
         self._status = f"chunk {index + 1} of {self._chunks} is done"
         self._update(picture)
 
-    def show_done(self) -> None:
-        """Fills the bar and shows the last line."""
+    def show_done(self) -> str:
+        """Fills the bar; shows and returns the last lines: what was made, and all notices."""
         self._progress.move("sample", 1)
-        self._progress.show_text(f"{self._length}, {self.size}{self._notice}", at_once=True)
+        text = "\n".join([f"{self._length}, {self.size}", *dict.fromkeys(self._notices)])
+        self._progress.show_now(text)
+        return text
+
+    def show_stopped(self, kept: bool) -> None:
+        """Shows where the run was cancelled, and whether it can be resumed."""
+        then = "Queue the same run again, and it continues there." if kept else "Nothing is kept: resume is off."
+        self._progress.show_now(f"Stopped at {self._part:.0%}. {then}")
+        logging.info(f"MAGI-1: Stopped at {self._part:.0%}. {then}")
 
     def _preview(self, event: ProgressEvent) -> torch.Tensor | None:
         """Returns a rough picture, uint8 (h, w, 3), of what the oldest chunk will be; None if one was just shown."""
@@ -96,8 +105,8 @@ class SamplerView:
         return self._rough_decoder(event.latents[:, :, :width] + remaining * event.velocity[:, :, :width])
 
     def _update(self, picture: torch.Tensor | None = None) -> None:
-        part = self._part
+        part, notice = self._part, "".join(f"\n{text}" for text in self._notices[-1:])
         self._progress.move("sample", part, picture)
         self._progress.show_text(
-            f"{self._length}: {self._status or 'starting'}, {part:.0%}{self._clock.left(part)}{self._notice}"
+            f"{self._length}: {self._status or 'starting'}, {part:.0%}{self._clock.left(part)}{notice}"
         )

@@ -371,8 +371,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to one process")
-def test_ctrl_c_keeps_the_finished_chunks(cache, tmp_path):
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals to send to one process")
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_ctrl_c_and_termination_keep_the_finished_chunks(cache, tmp_path, number, status, word):
     command = [sys.executable, "-m", "magi", "generate", "--prompt", "A cat", "--seconds", "600", "--cache", str(cache)]
     with subprocess.Popen(
         [*command, *SMALL, "--out", "long.mp4"],
@@ -388,12 +393,12 @@ def test_ctrl_c_keeps_the_finished_chunks(cache, tmp_path):
         while not (partial.exists() and partial.stat().st_size > 10_000) and time.monotonic() < deadline:
             time.sleep(0.05)
         sent = time.monotonic()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130, stderr
+    assert process.returncode == status, stderr
     assert time.monotonic() - sent < 5
     assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1] == "interrupted"
+    assert stderr.splitlines()[-1] == word
     frames = play(partial)
     assert frames > 0
     assert frames % 12 == 0, "whole temporal tiles"

@@ -77,6 +77,17 @@ def whole(comfy, steps) -> torch.Tensor:
     return made
 
 
+def test_a_cancelled_run_says_that_it_goes_on(comfy, steps):
+    cancel_at(comfy, steps, 7)
+    with pytest.raises(Interrupted):
+        comfy.run(text_to_video(comfy, **SECONDS))
+    assert re.fullmatch(r"Stopped at (5\d|6\d)%\. Queue the same run again, and it continues there\.", texts(comfy)[-1])
+    with pytest.raises(Interrupted):
+        comfy.run(text_to_video(comfy, **SECONDS, resume=False))
+    assert "Nothing is kept: resume is off." in texts(comfy)[-1]
+    assert len(runs(comfy)) == 1
+
+
 @pytest.mark.parametrize(("iteration", "chunk"), [(3, 1), (7, 1), (8, 2), (11, 3)])
 def test_a_cancelled_run_goes_on(comfy, steps, whole, iteration, chunk):
     graph = text_to_video(comfy, **SECONDS)

@@ -116,6 +116,11 @@ class Comfy:
     def executed(self) -> list[str]:
         raise NotImplementedError
 
+    @property
+    def shown(self) -> dict[str, dict[str, list]]:
+        """The UI outputs of the last run, of nodes from the cache, too: {id: {kind: values}}."""
+        raise NotImplementedError
+
     def current_node(self) -> str | None:
         raise NotImplementedError
 
@@ -145,6 +150,10 @@ class StandIn(Comfy):
     @property
     def executed(self) -> list[str]:
         return self._runner.executed
+
+    @property
+    def shown(self) -> dict[str, dict[str, list]]:
+        return self._runner.shown
 
     def current_node(self) -> str | None:
         return self._runner.running
@@ -242,6 +251,11 @@ class RealComfy(Comfy):
     @property
     def executed(self) -> list[str]:
         return [id for id in self._executed if not id.startswith("sink ")]
+
+    @property
+    def shown(self) -> dict[str, dict[str, list]]:
+        outputs = self._executor.history_result["outputs"]
+        return {id: output for id, output in outputs.items() if not id.startswith("sink ")}
 
     def current_node(self) -> str | None:
         return self._server.last_node_id

@@ -63,6 +63,8 @@ class GraphRunner:
         self.running: str | None = None
         self.executed: list[str] = []
         self._outputs: dict[Any, tuple] = {}
+        self._ui: dict[Any, dict[str, list]] = {}
+        self.shown: dict[str, dict[str, list]] = {}
 
     # -- validation ---------------------------------------------------------------------------------------------------
 
@@ -120,10 +122,12 @@ class GraphRunner:
         keys = {id: self._key(graph, id) for id in graph}
         self._outputs = {key: value for key, value in self._outputs.items() if key in keys.values()}
         self.executed = []
+        self._ui = {key: value for key, value in self._ui.items() if key in keys.values()}
         with torch.inference_mode():
             for id in _in_order(graph):
                 if keys[id] not in self._outputs:
                     self._outputs[keys[id]] = self._execute(graph, id, keys)
+        self.shown = {id: self._ui[key] for id, key in keys.items() if key in self._ui}
         return {id: self._outputs[key] for id, key in keys.items()}
 
     def _key(self, graph: Graph, id: str) -> Any:
@@ -149,7 +153,10 @@ class GraphRunner:
         try:
             self.management.throw_exception_if_processing_interrupted()
             made = cls.PREPARE_CLASS_CLONE(dict.fromkeys(hidden, id)).execute(**inputs)
-            return (asyncio.run(_awaited(made)) if inspect.isawaitable(made) else made).args
+            made = asyncio.run(_awaited(made)) if inspect.isawaitable(made) else made
+            if made.ui:
+                self._ui[keys[id]] = made.ui
+            return made.args
         except self.management.InterruptProcessingException as error:
             raise Interrupted(id) from error
         except Exception as error:
