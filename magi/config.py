@@ -264,7 +264,9 @@ class MagiConfig:
             return self
         if self.engine.distill:
             given = ", ".join(f"{scale:g}" for scale in (text, prev) if scale is not None)
-            raise MagiError(f"Distilled models take no guidance ({given} is given). Leave it at the model's own.")
+            raise MagiError(
+                f"Distilled models take no guidance ({given} is given). Leave it out: 0 in the sampler node."
+            )
         runtime = self.runtime
         return self.with_runtime(
             text_scales=None if text is None else tuple(s and text for s in runtime.text_scales),

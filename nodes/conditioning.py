@@ -12,6 +12,8 @@ from ..magi.media.frames import fit as fit_frames
 from ..magi.vae.tiling import Tiling
 from .comfyui import host, media, schema
 from .comfyui.families import embedded_size, latent_of, size_notice
+from .comfyui.graph import graph_of
+from .comfyui.preflight import check_loaders
 from .comfyui.progress import NodeProgress
 from .comfyui.vae import magi_vae
 
@@ -71,6 +73,7 @@ class Magi1TextToVideo(_Sized):
         )
 
     @classmethod
+    @schema.checked
     def execute(cls, size: str, shape: str, width: int, height: int) -> io.NodeOutput:
         """Returns latents of zeros, (1, 16, 1, height / 8, width / 8), of which only the size counts."""
         height, width = _target_size(size, width, height, _SHAPES[shape])
@@ -103,12 +106,14 @@ class Magi1ImageToVideo(_Sized):
                 _fit(),
             ],
             outputs=[io.Latent.Output(display_name="start")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
+    @schema.checked
     def execute(cls, vae: Any, image: torch.Tensor, size: str, width: int, height: int, fit: str) -> io.NodeOutput:
         """Returns the first picture, fitted to the size and encoded: latents (1, 16, 1, height / 8, width / 8)."""
+        check_loaders(graph_of(cls.hidden.dynprompt), cls.hidden.unique_id)
         frames = media.frames_of(image[:1])
         own = (frames.shape[1], frames.shape[2])
         asked = _target_size(size, width, height, own[1] / own[0], own)
@@ -163,10 +168,11 @@ class Magi1VideoToVideo(_Sized):
                 io.Vae.Input("vae", optional=True, tooltip="From the MAGI-1 VAE Loader. Not needed for latents."),
             ],
             outputs=[io.Latent.Output(display_name="start")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
+    @schema.checked
     def execute(
         cls,
         video: Any,
@@ -183,6 +189,7 @@ class Magi1VideoToVideo(_Sized):
             return io.NodeOutput(media.latent_tail(video, continue_seconds))
         if vae is None:
             raise MagiError("A video has to be encoded. Connect a MAGI-1 VAE Loader to vae.")
+        check_loaders(graph_of(cls.hidden.dynprompt), cls.hidden.unique_id)
         source = media.Clip.of(video, fps)
         asked = _target_size(size, width, height, source.width / source.height, (source.height, source.width))
         target = embedded_size(magi_vae(vae).family) or asked

@@ -73,6 +73,7 @@ class Magi1VAEDecode(io.ComfyNode):
         return True
 
     @classmethod
+    @schema.checked
     def execute(
         cls, samples: dict[str, Any], vae: Any, before: Any = None, tile_size: int = 256, tile_frames: int = 12
     ) -> io.NodeOutput:

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .comfyui import host
+from .comfyui.replacements import register_replacements
 from .conditioning import Magi1ImageToVideo, Magi1TextToVideo, Magi1VideoToVideo
 from .decode import Magi1VAEDecode
 from .demo import Magi1DemoImage
@@ -14,6 +15,10 @@ from .text import Magi1TextEncode
 
 class Magi1Extension(ComfyExtension):
     """The pack's nodes."""
+
+    async def on_load(self) -> None:
+        """Offers ours for nodes of the model authors' pack; older ComfyUIs do not call this."""
+        await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Returns the classes of all nodes, in the order of the menu."""

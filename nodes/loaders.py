@@ -10,19 +10,17 @@ from comfy_api.latest import io
 
 from ..magi.errors import MagiError
 from ..magi.model_files.embedded import is_embedded
-from ..magi.model_files.identify import recognise
 from ..magi.model_files.load import check_transformer
 from ..magi.planning.placement import MemoryOptions
 from ..magi.sampling.special_tokens import SpecialTokens
-from ..magi.text.t5_checkpoint import read_t5
-from ..magi.text.t5_tokenizer import find_tokenizer
 from ..magi.transformer.compiled import check_compile
 from ..magi.transformer.weights import Precision
-from ..magi.vae.video_vae import load_vae
 from .comfyui import host, menus, schema
 from .comfyui.families import family_of_width
+from .comfyui.graph import graph_of
 from .comfyui.memory import WholeModelPatcher
 from .comfyui.models import Encoder, MagiTransformer, Model
+from .comfyui.preflight import check_encoder, check_loaders
 from .comfyui.vae import manage_vae
 
 _PRECISION: dict[str, Precision] = {"auto": "auto", "bf16": "bf16", "fp32": "fp32", "fp8 storage": "fp8"}
@@ -89,13 +87,13 @@ class Magi1ModelLoader(io.ComfyNode):
                 ),
             ],
             outputs=[schema.Model.Output(display_name="model")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
-    def validate_inputs(cls, model: str | None = None) -> bool | str:
-        """Returns True, or what is missing or wrong with the file, before anything runs."""
-        return _problem(_check_model, model)
+    def validate_inputs(cls, model: str | None = None) -> bool:
+        """Returns True for any file: the node itself says what is missing, where front ends show it in full."""
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, model: str | None = None, **others: Any) -> Any:
@@ -103,6 +101,7 @@ class Magi1ModelLoader(io.ComfyNode):
         return _fingerprint(menus.find_model, model)
 
     @classmethod
+    @schema.checked
     def execute(
         cls,
         model: str,
@@ -113,6 +112,7 @@ class Magi1ModelLoader(io.ComfyNode):
         compile: bool = False,
     ) -> io.NodeOutput:
         """Returns the model, of whose files only the headers are read."""
+        check_loaders(graph_of(cls.hidden.dynprompt), cls.hidden.unique_id)
         name = menus.chosen("model", model)
         shown = host.show_text(cls.hidden.unique_id, menus.notice(model, name))
         path, kind = menus.find_model(name), _PRECISION[precision]
@@ -173,6 +173,7 @@ class Magi1MemoryOptions(io.ComfyNode):
         )
 
     @classmethod
+    @schema.checked
     def execute(
         cls, budget_gb: float, streaming: str, pinned_memory: str, cache: Literal["auto", "device", "host"]
     ) -> io.NodeOutput:
@@ -209,13 +210,13 @@ class Magi1VAELoader(io.ComfyNode):
                 ),
             ],
             outputs=[io.Vae.Output(display_name="vae")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
-    def validate_inputs(cls, vae: str | None = None) -> bool | str:
-        """Returns True, or what is missing or wrong with the file, before anything runs."""
-        return _problem(_check_vae, vae)
+    def validate_inputs(cls, vae: str | None = None) -> bool:
+        """Returns True for any file: the node itself says what is missing, where front ends show it in full."""
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, vae: str | None = None, **others: Any) -> Any:
@@ -223,8 +224,10 @@ class Magi1VAELoader(io.ComfyNode):
         return _fingerprint(menus.find_vae, vae)
 
     @classmethod
+    @schema.checked
     def execute(cls, vae: str, precision: str = "auto") -> io.NodeOutput:
         """Returns the VAE, of whose file only the header is read."""
+        check_loaders(graph_of(cls.hidden.dynprompt), cls.hidden.unique_id)
         name = menus.chosen("vae", vae)
         shown = host.show_text(cls.hidden.unique_id, menus.notice(vae, name))
         auto = torch.float32 if name in menus.FAMILIES else torch.bfloat16
@@ -270,13 +273,13 @@ class Magi1TextEncoderLoader(io.ComfyNode):
                 ),
             ],
             outputs=[schema.TextEncoder.Output(display_name="encoder")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
-    def validate_inputs(cls, encoder: str | None = None) -> bool | str:
-        """Returns True, or what is missing or wrong with the file, before anything runs."""
-        return _problem(_check_encoder, encoder)
+    def validate_inputs(cls, encoder: str | None = None) -> bool:
+        """Returns True for any file: the node itself says what is missing, where front ends show it in full."""
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, encoder: str | None = None, **others: Any) -> Any:
@@ -284,45 +287,17 @@ class Magi1TextEncoderLoader(io.ComfyNode):
         return _fingerprint(lambda name: menus.find_encoder(name)[0], encoder)
 
     @classmethod
+    @schema.checked
     def execute(cls, encoder: str, device: str, precision: str = "fp32") -> io.NodeOutput:
         """Returns where the encoder and its tokenizer are and how to run them; nothing is read."""
+        check_loaders(graph_of(cls.hidden.dynprompt), cls.hidden.unique_id)
+        check_encoder(encoder)
         name = menus.chosen("encoder", encoder)
         shown = host.show_text(cls.hidden.unique_id, menus.notice(encoder, name))
         path, tokenizer = menus.find_encoder(name)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         where = host.device() if device == "gpu" else torch.device("cpu")
         return io.NodeOutput(Encoder(path, tokenizer, where, dtype, menus.FAMILIES.get(name)), ui=shown)
-
-
-def _problem(check: Callable[[str], None], name: str | None) -> bool | str:
-    """Returns True, or what `check` finds wrong; a name that comes over a link is None before the graph runs."""
-    try:
-        if name is not None:
-            check(name)
-    except MagiError as error:
-        return str(error)
-    return True
-
-
-def _check_model(name: str) -> None:
-    path = menus.find_model(name)
-    # Where the file does not tell base from distilled, the input `variant` does, which is checked when the node runs.
-    check_transformer(path, distilled=False if recognise(path).distilled is None else None)
-    found = menus.special_tokens_of(path)
-    if found:
-        SpecialTokens.load(found)
-
-
-def _check_vae(name: str) -> None:
-    load_vae(menus.find_vae(name), "meta")
-
-
-def _check_encoder(name: str) -> None:
-    path, tokenizer = menus.find_encoder(name)
-    if menus.is_known(path, tokenizer):
-        return  # all prompts may be in the cache; encoding another one tells that the files are missing
-    read_t5(path)
-    find_tokenizer(path, tokenizer)
 
 
 def _fingerprint(find: Callable[[str], Path], name: str | None) -> str:

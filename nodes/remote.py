@@ -38,7 +38,8 @@ class Magi1Remote(io.ComfyNode):
         return schema.schema(
             node_id="Magi1Remote",
             display_name="MAGI-1 Remote (WaveSpeed)",
-            aliases=["api", "cloud", "wavespeed", "24B"],
+            aliases=["api", "cloud", "wavespeed"],
+            price="paid: WaveSpeedAI",
             description="Has MAGI-1 24B make the video at WaveSpeedAI, for money: nothing runs on this machine. It needs an API key, which is never part of a workflow: see the help.",
             inputs=[
                 io.String.Input(
@@ -123,12 +124,13 @@ class Magi1Remote(io.ComfyNode):
     def validate_inputs(
         cls, prompt: str | None = None, base_url: str | None = None, resume_id: str | None = None
     ) -> bool | str:
-        """Refuses what cannot work before any node runs: above all a missing key."""
+        """Returns True, or what is wrong; a missing key is told when the node runs, where front ends show it in full."""
         try:
             if prompt is not None and not prompt.strip():
                 return 'The prompt is blank. Say what to show, for example "A lighthouse in a storm".'
-            if base_url is not None:
-                _api(base_url, "v2", prompt, resume_id)
+            if base_url is not None:  # a graph with a key in it must not even reach the queue's history
+                refuse_key_in(host.cache_folder() / KEY_FILE, base_url, *filter(None, (prompt, resume_id)))
+                BaseUrl(base_url)
         except MagiError as error:
             return str(error)
         return True
@@ -139,6 +141,7 @@ class Magi1Remote(io.ComfyNode):
         return time.time_ns() if seed == -1 else None
 
     @classmethod
+    @schema.checked
     async def execute(
         cls,
         prompt: str,

@@ -24,6 +24,7 @@ from .comfyui.families import (
     size_error,
     size_notice,
 )
+from .comfyui.graph import feeds, graph_of
 from .comfyui.models import Model
 from .comfyui.pipeline import ManagedModels, managed_pipeline
 from .comfyui.sampler_view import SamplerView
@@ -32,6 +33,11 @@ from .comfyui.vae import magi_vae
 from .text import captions_of, family_of
 
 _FROM_MODEL = "0: the model's own"
+_DECODERS = {"Magi1VAEDecode", "VAEDecode", "VAEDecodeTiled"}
+_TOO_LONG = (
+    "Ask for fewer seconds or a smaller size; or take the decoder off, save the latents (Save Latent), and decode them where there is "
+    "more memory."
+)
 
 
 class Magi1Sampler(io.ComfyNode):
@@ -43,7 +49,8 @@ class Magi1Sampler(io.ComfyNode):
         return schema.schema(
             node_id="Magi1Sampler",
             display_name="MAGI-1 Sampler",
-            aliases=["ksampler", "magi", "generate video"],
+            aliases=["ksampler", "magi", "magi1", "generate video", "text to video", "t2v"],
+            essentials="Video Generation",
             description="Makes the video chunk by chunk, a second each. Shows how long it will be, and how long it still takes.",
             inputs=[
                 schema.Model.Input("model", tooltip="From the MAGI-1 Model Loader."),
@@ -126,7 +133,7 @@ class Magi1Sampler(io.ComfyNode):
                     display_name="info", tooltip="What was made, and what is to be said of it, for Preview as Text."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -142,6 +149,7 @@ class Magi1Sampler(io.ComfyNode):
         return True
 
     @classmethod
+    @schema.checked
     def execute(
         cls,
         model: Model,
@@ -183,6 +191,9 @@ class Magi1Sampler(io.ComfyNode):
         plan = pipeline.plan(request, on_notice=notices.append)
         assert plan.placement is not None  # noqa: S101 (a pipeline's plan has one)
         logging.info(f"MAGI-1 {model.name}: {plan.placement.describe()}.")
+        if feeds(graph_of(cls.hidden.dynprompt), cls.hidden.unique_id, _DECODERS):  # not after hours of sampling
+            runtime = plan.config.runtime
+            media.check_room(plan.frames, runtime.video_size_h, runtime.video_size_w, _TOO_LONG)
         view = SamplerView(cls.hidden.unique_id, plan, models)
         for notice in notices:
             view.show_notice(notice)

@@ -6,13 +6,16 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..magi.errors import MagiError
 from ..magi.sampling.captions import Caption
 from ..magi.text.encode import encode_prompts
 from ..magi.text.t5_model import WORKING_BYTES
 from .comfyui import host, menus, schema
 from .comfyui.clip import encode_with_clip
 from .comfyui.families import KEY, Family, family_of_width
+from .comfyui.graph import graph_of
 from .comfyui.models import Encoder
+from .comfyui.preflight import check_loaders
 from .comfyui.progress import NodeProgress
 
 _ONE, _LINES = "one prompt", "one line a second"
@@ -75,10 +78,11 @@ class Magi1TextEncode(io.ComfyNode):
                 ),
             ],
             outputs=[io.Conditioning.Output(display_name="text")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
+    @schema.checked
     def execute(
         cls,
         encoder: Any,
@@ -92,6 +96,7 @@ class Magi1TextEncode(io.ComfyNode):
         clean_prompt: bool = True,
     ) -> io.NodeOutput:
         """Returns a CONDITIONING with an entry per prompt, each (1, tokens, 4096)."""
+        check_loaders(graph_of(cls.hidden.dynprompt), cls.hidden.unique_id)
         texts = [line for line in prompt.splitlines() if line.strip()] if schedule == _LINES else []
         texts = texts or [prompt]
         progress = NodeProgress(cls.hidden.unique_id, load=0.5, encode=0.5)
@@ -103,8 +108,8 @@ class Magi1TextEncode(io.ComfyNode):
         styles = (*(["hq"] * high_quality), *_MOTION[motion], *_LOOK[look], *(["borderness"] * borders))
         family = encoder.family if isinstance(encoder, Encoder) else None
         # What the sampler needs besides the text: the tokens to put in front of it, and whose text it is.
-        options = {KEY: {"styles": styles, "durations": duration_tokens, "family": family}}
-        return io.NodeOutput([[e[None], dict(options)] for e in embeds], ui=shown)
+        options = {"styles": styles, "durations": duration_tokens, "family": family, "prompts": len(embeds)}
+        return io.NodeOutput([[e[None], {KEY: {**options, "second": i}}] for i, e in enumerate(embeds)], ui=shown)
 
 
 def _encode(
@@ -143,13 +148,22 @@ def captions_of(text: list[Any]) -> tuple[list[Caption], tuple[str, ...], bool]:
 
     Conditionings of native nodes are taken too: padding outside their attention mask is cut off, the tokens are the
     defaults.
+
+    Raises:
+        MagiError: it was combined of several, which would be taken for prompts of one second each.
     """
+    entries = [options.get(KEY, {}) for _, options in text] or [{}]
+    if text and [e.get("second", 0) for e in entries] != list(range(max(1, entries[0].get("prompts", 1)))):
+        raise MagiError(
+            f"The text is {len(text)} conditionings combined into one, which MAGI-1 does not know. Put it all into one prompt; or for "
+            "another prompt every second, choose the schedule 'one line a second' in MAGI-1 Text Encode."
+        )
     captions = []
     for embeds, options in text:
         mask = options.get("attention_mask")
         tokens = embeds[0] if mask is None else embeds[0][mask[0].to(embeds.device).bool()]
         captions.append(Caption(tokens.float().cpu()))
-    ours = text[0][1].get(KEY, {"styles": ("hq",), "durations": True}) if text else {}
+    ours = entries[0] or {"styles": ("hq",), "durations": True}
     return captions, tuple(ours.get("styles", ())), bool(ours.get("durations", True))
 
 

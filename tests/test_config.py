@@ -304,7 +304,9 @@ def test_distilled_models_take_no_guidance():
     distilled = MagiConfig.preset("4.5B_distill")
     assert distilled.with_guidance() == distilled
     for scales in ({"text": 7.5}, {"prev": 1.5}, {"text": 0}):
-        with pytest.raises(MagiError, match=r"Distilled models take no guidance \(\d.*Leave it at the model's own"):
+        with pytest.raises(
+            MagiError, match=r"Distilled models take no guidance \(\d.*Leave it out: 0 in the sampler node"
+        ):
             distilled.with_guidance(**scales)
 
 

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--config", help="official JSON config (default: recognised from the file)")
     files.add_argument(
         "--variant",
-        choices=("auto", "base", "distill"),
+        choices=("auto", "base", "distilled"),
         default="auto",
         help="what the weights are, where the file does not tell",
     )
@@ -297,7 +297,7 @@ def _pipeline(args: argparse.Namespace) -> MagiPipeline:
         return embedded_pipeline(args, **options)
     files = find_files(args.models, args.model, args.vae, args.text_encoder, args.special_tokens, args.tokenizer)
     config = MagiConfig.from_json(args.config) if args.config else PRESETS.get(args.model)
-    distilled = {"auto": None, "base": False, "distill": True}[args.variant]
+    distilled = {"auto": None, "base": False, "distilled": True}[args.variant]
     return MagiPipeline.from_files(**vars(files), config=config, distilled=distilled, **options)
 
 

@@ -96,7 +96,7 @@ def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled:
         MagiError: the file is no MAGI-1 transformer, base and distilled are mixed up, or nothing tells which it is.
     """
     if config is not None and distilled is not None and config.engine.distill != distilled:
-        chosen, settings = ("distill", "base") if distilled else ("base", "distill")
+        chosen, settings = ("distilled", "base") if distilled else ("base", "distilled")
         raise MagiError(
             f"The variant {chosen} is chosen, but the settings are for {settings} weights. Leave out one of them."
         )
@@ -117,13 +117,13 @@ def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled:
     if asked is None and found.distilled is None:
         raise MagiError(
             f"{label} does not tell whether it holds base or distilled weights (their tensors look alike), and the wrong "
-            "choice ruins the picture. Choose the variant: base or distill."
+            "choice ruins the picture. Choose the variant: base or distilled."
         )
     if None not in (asked, found.distilled) and asked != found.distilled:
         holds, settings = ("distilled", "base") if found.distilled else ("base", "distilled")
         raise MagiError(
             f"{label} holds {holds} weights (so says {found.evidence}), but the settings are for {settings} ones. "
-            f"Choose the variant {'distill' if found.distilled else 'base'}."
+            f"Choose the variant {holds}."
         )
     if config is not None:
         return config

@@ -116,6 +116,10 @@ def latent_tail(latent: dict[str, Any], seconds: float) -> dict[str, Any]:
 def check_latent(latent: dict[str, Any]) -> torch.Tensor:
     """Returns a LATENT's samples, float32 (1, 16, T, h, w). Raises MagiError for those of other models."""
     samples = latent["samples"]
+    if samples.ndim == 5 and len(samples) > 1:
+        raise MagiError(
+            f"These latents are a batch of {len(samples)} videos, and MAGI-1 makes one at a time. Take one of them with Latent From Batch."
+        )
     if samples.ndim != 5 or samples.shape[:2] != (1, LATENT_CHANNELS) or 0 in samples.shape:
         raise MagiError(
             f"These latents have the shape {tuple(samples.shape)}; MAGI-1's are (1, {LATENT_CHANNELS}, frames, height / {SPATIAL_DOWNSAMPLE}, width / {SPATIAL_DOWNSAMPLE}). "

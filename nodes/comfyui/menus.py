@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,9 @@ from . import host
 from .families import Family
 
 AUTO = "auto"
+NOT_INSTALLED = (
+    "-- not installed, to download: --"  # heads that part of a menu; entries keep their names on every machine
+)
 EMBEDDED = "embedded demo model"
 EMBEDDED_BASE = "embedded demo model (base)"
 PHOTO = "embedded photo model"
@@ -34,18 +37,26 @@ _PACK = Path(__file__).resolve().parents[2]
 
 
 def model_menu() -> list[str]:
-    """Returns auto, the embedded models, the released ones, there or not, and other files in the folders for models."""
-    return [AUTO, *FAMILIES, *RELEASED, *_found("diffusion_models")]
+    """Returns auto, the released models that are installed, files in the folders for models, the embedded models, the others."""
+    return _menu(RELEASED, _released, _found("diffusion_models"), FAMILIES)
 
 
 def vae_menu() -> list[str]:
-    """Returns auto, the embedded VAEs, the official one, and files in the folders for VAEs."""
-    return [AUTO, EMBEDDED, PHOTO, VAE, *_found("vae")]
+    """Returns auto, the official VAE, files in the folders for VAEs, and the embedded ones."""
+    return _menu((VAE,), lambda place: next(_places(place), None), _found("vae"), (EMBEDDED, PHOTO))
 
 
 def encoder_menu() -> list[str]:
-    """Returns auto, the embedded text encoders, the official one, and files in the folders for text encoders."""
-    return [AUTO, EMBEDDED, PHOTO, TEXT_ENCODER, *_found("text_encoders")]
+    """Returns auto, the official text encoder, files in the folders for text encoders, and the embedded ones."""
+    return _menu((TEXT_ENCODER,), lambda place: next(_places(place), None), _found("text_encoders"), (EMBEDDED, PHOTO))
+
+
+def _menu(
+    official: Iterable[str], find: Callable[[str], Path | None], others: Iterable[str], embedded: Iterable[str]
+) -> list[str]:
+    found = [name for name in official if find(name) is not None]
+    missing = [name for name in official if name not in found]
+    return [AUTO, *found, *others, *embedded, *([NOT_INSTALLED] if missing else []), *missing]
 
 
 def chosen(part: Literal["model", "vae", "encoder"], name: str) -> str:
@@ -206,11 +217,16 @@ def _places(place: str) -> Iterator[Path]:
 
 
 def _find(name: str, kind: str) -> Path:
+    if name == NOT_INSTALLED:
+        raise MagiError("That line only heads those that are not installed. Choose one of them, auto, or one above.")
+    name = name.replace("\\", "/")  # as a workflow from another machine may have it
     for folder in (*host.model_folders(), *host.model_folders(kind)):
         if (folder / name).exists() and _stays_inside(name):
             return folder / name
+    # The folder that has the kind's name: ComfyUI's first for diffusion models still is "unet".
+    native = next((f for f in host.model_folders(kind) if f.name == kind), host.model_folders(kind)[0])
     raise MagiError(
-        f"There is no {name!r} in {host.home()} or {host.model_folders(kind)[0]}. Choose another one, or put it there and reload the page."
+        f"There is no {name!r} in {host.home()} or {native}. Choose another one, or put it there and reload the page."
     )
 
 

@@ -238,7 +238,7 @@ def test_a_prompt_of_which_nothing_is_left_is_a_note(prompt, magi):
         (["--model", "{files}/vae", "{parts}"], "is a MAGI-1 VAE.*Give it as the VAE"),
         (
             ["--model", "{files}/transformer", "{parts}", "--variant", "base"],
-            "distilled weights.*variant distill",
+            "distilled weights.*variant distilled",
         ),
         (["--model", "{files}/transformer", "{parts}", "--config", "none.json"], "none.json"),
         (["--attention", "quick"], "no attention 'quick'.*auto, flash"),
@@ -334,15 +334,15 @@ def test_the_variant_of_unnamed_weights(magi, files, tmp_path):
     model = ["--model", without_a_config(files, tmp_path / "weights"), *model_arguments(files)]
     status, stderr = magi("generate", "--prompt", "A cat", *model)
     assert status == 1
-    assert "Choose the variant: base or distill." in error_of(stderr)
-    for variant, passes in (("distill", 1), ("base", 3)):
+    assert "Choose the variant: base or distilled." in error_of(stderr)
+    for variant, passes in (("distilled", 1), ("base", 3)):
         out = ["--seconds", 1, *SMALL, "--out", f"{variant}.mp4", "--variant", variant]
         assert magi("generate", "--prompt", "A cat", *model, *out)[0] == 0
         made = json.loads(read_metadata(f"{variant}.mp4")["comment"])["magi"]
         assert made["passes"] == passes
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("magi_base", "distill"), ("magi_distill", "base")])
+@pytest.mark.parametrize(("name", "wrong"), [("magi_base", "distilled"), ("magi_distill", "base")])
 def test_names_that_contradict_the_variant(name, wrong, magi, files, tmp_path, nothing_is_loaded):
     model = ["--model", without_a_config(files, tmp_path / name), *model_arguments(files)]
     status, stderr = magi("generate", "--prompt", "A cat", *model, "--variant", wrong)
@@ -353,9 +353,9 @@ def test_names_that_contradict_the_variant(name, wrong, magi, files, tmp_path, n
 def test_a_released_model_of_the_other_variant(magi, files, tmp_path, nothing_is_loaded):
     shutil.copytree(files.transformer, tmp_path / "models/ckpt/magi/4.5B_base/inference_weight")
     model = ["--model", "4.5B_base", *model_arguments(files)]
-    status, stderr = magi("generate", "--prompt", "A cat", *model, "--variant", "distill")
+    status, stderr = magi("generate", "--prompt", "A cat", *model, "--variant", "distilled")
     assert status == 1
-    assert "variant distill is chosen, but the settings are for base" in error_of(stderr)
+    assert "variant distilled is chosen, but the settings are for base" in error_of(stderr)
 
 
 # What is finished stays

@@ -255,7 +255,7 @@ def test_the_chosen_variant_makes_the_config(distilled):
     ("name", "path", "asked", "message"),
     [
         ("4.5B_base", "4.5B_base/model.safetensors", "4.5B_distill", "holds base weights.*variant base"),
-        ("4.5B_distill", "magi_4.5b_distill.safetensors", "4.5B_base", "holds distilled weights.*variant distill"),
+        ("4.5B_distill", "magi_4.5b_distill.safetensors", "4.5B_base", "holds distilled weights.*variant distilled"),
         ("24B_distill_quant", "some/model.safetensors", "24B_base", "distilled weights.*float8 layers"),
     ],
 )

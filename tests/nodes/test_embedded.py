@@ -87,10 +87,12 @@ def test_a_download_that_has_only_begun_is_not_installed(comfy):
 
 def test_auto_with_a_released_model_takes_the_official_parts_and_misses_them(comfy):
     install(comfy, "model 4.5B_distill")
-    errors = comfy.errors(choosing(text_to_video(comfy), "auto"))
-    assert set(errors) == {"vae", "encoder"}
-    assert "The VAE is not in" in "\n".join(errors["vae"])
-    assert "The text encoder is not in" in "\n".join(errors["encoder"])
+    graph = choosing(text_to_video(comfy), "auto")
+    for part, said in (("vae", "The VAE is not in"), ("encoder", "The text encoder is not in")):
+        with pytest.raises(NodeError, match=said):
+            comfy.run({part: graph[part]})
+    with pytest.raises(NodeError, match="is not in"):
+        comfy.run(graph)
 
 
 def test_a_model_that_was_installed_since_is_loaded(comfy):

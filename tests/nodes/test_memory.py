@@ -220,8 +220,14 @@ def test_other_failures_are_not_taken_for_a_shortage(comfy, monkeypatch):
 
 
 def test_a_clip_that_memory_cannot_hold_is_refused_before_it_is_decoded(comfy, monkeypatch):
+    """Of latents from a file, for example; those that a sampler is to make are refused before it makes them."""
+    graph = text_to_video(comfy)
+    latents = comfy.run(graph)["sampler"][0]
+    graph = {name: graph[name] for name in ("vae", "decode")}
+    graph["decode"]["inputs"]["samples"] = ["latents", 0]
+    graph["latents"] = node(comfy.constant("LATENT", latents))
     monkeypatch.setattr(comfy.module("nodes.comfyui.media"), "free_host_memory", lambda: 10_000)
     monkeypatch.setattr(comfy.module("nodes.comfyui.vae"), "decoded", lambda *_: pytest.fail("decoded for nothing"))
     with pytest.raises(NodeError, match=r"24 frames of 64x48 take 0\.0 GB.*0\.0 GB are free.*shorter") as caught:
-        comfy.run(text_to_video(comfy))
+        comfy.run(graph)
     assert caught.value.kind == "MagiError"

@@ -38,8 +38,14 @@ def put(source: Path, target: Path) -> Path:
 
 
 def problem(comfy, class_type: str, **inputs) -> str:
-    """What validation says of one node, "" where nothing."""
-    return "\n".join(comfy.errors(filled(comfy, {"loader": node(class_type, **inputs)})).get("loader", []))
+    """What a loader says when it runs, "" where nothing. Validation says nothing: front ends show that too deep down."""
+    graph = filled(comfy, {"loader": node(class_type, **inputs)})
+    assert comfy.errors(graph) == {}
+    try:
+        comfy.run(graph)
+    except NodeError as error:
+        return error.message if error.kind == "MagiError" else f"{error.kind}: a bug"
+    return ""
 
 
 @pytest.mark.parametrize("name", ["4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill", "24B_base"])
@@ -75,12 +81,52 @@ def test_an_official_part_that_is_not_there(comfy, class_type, widget, name, fil
     assert f"{HUB}/{name}" in said
 
 
-def test_missing_files_are_told_before_anything_runs(comfy):
+@pytest.mark.parametrize("missing", ["model", "vae", "encoder"])
+@pytest.mark.parametrize("ready", [(), ("encoder",), ("model", "vae", "encoder")])
+def test_missing_files_are_told_by_the_first_node_that_runs(comfy, reads, missing, ready):
+    """Whichever that is, and whatever of the graph came before: no prompt is encoded, no picture read for nothing."""
+    names = {"model": "24B_base", "vae": "ckpt/vae", "encoder": "ckpt/t5/t5-v1_1-xxl"}
     graph = text_to_video(comfy)
-    graph["model"]["inputs"]["model"] = "24B_base"
-    with pytest.raises(InvalidGraph, match="24B_base"):
+    if ready:
+        comfy.run({name: graph[name] for name in ready})
+    graph[missing]["inputs"][missing] = names[missing]
+    with pytest.raises(NodeError, match=re.escape(f"not in {comfy.base}")) as caught:
         comfy.run(graph)
-    assert comfy.executed == []
+    assert caught.value.kind == "MagiError"
+    titles = {"model": "MAGI-1 Model Loader", "vae": "MAGI-1 VAE Loader", "encoder": "MAGI-1 Text Encoder Loader"}
+    assert (caught.value.node == missing) or caught.value.message.startswith(f"{titles[missing]}: ")
+    assert len(comfy.executed) == 1
+    assert reads == []
+
+
+def test_a_loader_that_is_not_needed_is_not_missed(comfy):
+    """A second one, at hand for another time."""
+    graph = text_to_video(comfy)
+    graph["save"] = node("Sink", value=["decode", 1])
+    spare = {"spare": node(MODEL, model="24B_base"), "other": node("Sink", value=["spare", 0])}
+    beside = comfy.module("nodes.comfyui.graph").needed_beside
+    assert set(beside(graph | spare, "model")) == {*graph} - {"model"}
+    assert set(beside(graph | spare, "save")) == {*graph} - {"save"}
+    assert set(beside(graph | spare, "spare")) == {"other"}
+    del graph["save"]
+    assert set(beside(graph, "model")) == set(), "nothing runs without an output"
+
+
+@pytest.mark.parametrize("graph", [None, {}, {"other": {"class_type": "Gone", "inputs": {}}}])
+def test_a_graph_that_is_not_known_is_not_checked(comfy, graph):
+    assert list(comfy.module("nodes.comfyui.graph").needed_beside(graph, "me")) == []
+    comfy.module("nodes.comfyui.preflight").check_loaders(graph, "me")
+
+
+def test_paths_of_another_system(comfy, demo):
+    put(demo.transformer / "model.safetensors", comfy.base / "models/diffusion_models/mine/magi_distill.safetensors")
+    put(demo.special_tokens, comfy.base / "models/magi1" / TOKENS)
+    assert problem(comfy, MODEL, model="mine\\magi_distill.safetensors", variant="distilled") == ""
+
+
+def test_a_missing_file_belongs_in_the_folder_of_todays_name(comfy):
+    """ComfyUI's first one for diffusion models is models/unet, of old."""
+    assert "models/diffusion_models" in problem(comfy, MODEL, model="mine.safetensors").replace("\\", "/")
 
 
 WISHES = {"high_quality": False, "duration_tokens": False, "motion": "any", "look": "any", "borders": False}

@@ -116,8 +116,10 @@ def test_no_key(comfy, monkeypatch):
     monkeypatch.delenv("WAVESPEED_API_KEY", raising=False)
     graph = filled(comfy, {"remote": node("Magi1Remote", prompt="A cat")})
     file = str(comfy.base / "user" / "magi1" / "wavespeed_api_key.txt")
-    with pytest.raises(InvalidGraph) as found:
+    assert comfy.errors(graph) == {}, "front ends show what validation says two clicks deep"
+    with pytest.raises(NodeError) as found:
         comfy.run(graph)
+    assert found.value.kind == "MagiError"
     assert "WAVESPEED_API_KEY" in str(found.value)
     assert file in str(found.value).replace("\\\\", "\\")
 
@@ -130,7 +132,10 @@ def test_the_key_from_the_user_folder(comfy, server, quick, monkeypatch):
 
 
 def test_a_workflow_that_sends_the_key_elsewhere(comfy, server):
-    refused(comfy, remote(comfy, server, base_url="https://evil.example"), "not WaveSpeed")
+    with pytest.raises(NodeError, match="not WaveSpeed") as found:
+        comfy.run(remote(comfy, server, base_url="https://evil.example"))
+    assert found.value.kind == "MagiError"
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(

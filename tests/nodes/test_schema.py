@@ -1,10 +1,19 @@
 """What the front end is told about each node, in every version of ComfyUI."""
 
+import asyncio
+import dataclasses
+import importlib
 import re
+import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from tests.support.magi_graphs import widgets
+from tests.support.graph import NodeError
+from tests.support.magi_graphs import filled, widgets
+
+ENCODER = "Magi1TextEncoderLoader"
 
 NAMES = {
     "Magi1ModelLoader": "MAGI-1 Model Loader",
@@ -79,7 +88,7 @@ OUTPUTS = {
     "Magi1TextToVideo": {"start": "LATENT"},
     "Magi1ImageToVideo": {"start": "LATENT"},
     "Magi1VideoToVideo": {"start": "LATENT"},
-    "Magi1Sampler": {"samples": "LATENT", "frames": "INT"},
+    "Magi1Sampler": {"samples": "LATENT", "frames": "INT", "info": "STRING"},
     "Magi1VAEDecode": {"frames": "IMAGE", "video": "VIDEO"},
     "Magi1DemoImage": {"image": "IMAGE"},
     "Magi1Remote": {"video": "VIDEO", "frames": "IMAGE", "task_id": "STRING", "url": "STRING"},
@@ -135,13 +144,106 @@ def test_what_is_for_experts_is_marked(comfy, name):
 
 
 def test_menus_offer_what_always_works_first(comfy):
+    head = comfy.module("nodes.comfyui.menus").NOT_INSTALLED
     embedded = ["embedded demo model", "embedded demo model (base)", "embedded photo model"]
-    assert widgets(comfy, "Magi1ModelLoader")["model"]["options"] == ["auto", *embedded, *RELEASED]
+    assert widgets(comfy, "Magi1ModelLoader")["model"]["options"] == ["auto", *embedded, head, *RELEASED]
     for node, widget, official in (
         ("Magi1VAELoader", "vae", "ckpt/vae"),
         ("Magi1TextEncoderLoader", "encoder", "ckpt/t5/t5-v1_1-xxl"),
     ):
-        assert widgets(comfy, node)[widget]["options"] == ["auto", embedded[0], embedded[2], official]
+        assert widgets(comfy, node)[widget]["options"] == ["auto", embedded[0], embedded[2], head, official]
+
+
+def test_menus_tell_what_is_installed(comfy, embedded_home):
+    """Entries have the same names on every machine, as workflows hold them; their place tells."""
+    head = comfy.module("nodes.comfyui.menus").NOT_INSTALLED
+    source = next(embedded_home.glob("*/transformer/model.safetensors"))
+    folder = comfy.base / "models/magi1/ckpt/magi/24B_base/inference_weight"
+    folder.mkdir(parents=True)
+    shutil.copy(source, folder / "model.safetensors")
+    menu = widgets(comfy, "Magi1ModelLoader")["model"]["options"]
+    assert menu[:2] == ["auto", "24B_base"]
+    assert menu[menu.index(head) + 1 :] == [name for name in RELEASED if name != "24B_base"]
+    for place, node, widget in (("vae", "Magi1VAELoader", "vae"), ("t5/t5-v1_1-xxl", ENCODER, "encoder")):
+        (comfy.base / "models/magi1/ckpt" / place).mkdir(parents=True)
+        menu = widgets(comfy, node)[widget]["options"]
+        assert menu[:2] == ["auto", f"ckpt/{place}"]
+        assert head not in menu
+
+
+def test_the_head_of_a_part_of_a_menu_is_no_model(comfy):
+    head = comfy.module("nodes.comfyui.menus").NOT_INSTALLED
+    for node, widget in (("Magi1ModelLoader", "model"), ("Magi1VAELoader", "vae"), (ENCODER, "encoder")):
+        with pytest.raises(NodeError, match="only heads those that are not installed"):
+            comfy.run(filled(comfy, {"loader": {"class_type": node, "inputs": {widget: head}}}))
+
+
+@pytest.fixture
+def newest(comfy, monkeypatch):
+    """A ComfyUI that knows all that ours use; the stand-in is as old as the oldest, and learns it."""
+    api = importlib.import_module("comfy_api.latest")
+    if not comfy.real:
+        fields = [(name, Any, None) for name in ("search_aliases", "essentials_category", "price_badge")]
+        monkeypatch.setattr(api.io, "Schema", dataclasses.make_dataclass("Schema", fields, bases=(api.io.Schema,)))
+        monkeypatch.setattr(api.io, "PriceBadge", SimpleNamespace, raising=False)
+    elif not hasattr(api.io, "NodeReplace"):
+        pytest.skip("this ComfyUI is older")
+    return {name: cls.define_schema() for name, cls in comfy.nodes.items()}
+
+
+def test_a_search_finds_what_is_free_and_says_what_is_not(newest):
+    assert all(schema.search_aliases for schema in newest.values())
+    assert [name for name, schema in newest.items() if "magi1" in schema.search_aliases] == ["Magi1Sampler"]
+    assert [name for name, schema in newest.items() if schema.price_badge] == ["Magi1Remote"]
+    assert "paid" in newest["Magi1Remote"].price_badge.expr
+    assert [n for n, schema in newest.items() if schema.essentials_category == "Video Generation"] == ["Magi1Sampler"]
+
+
+# Of the model authors' pack: inputs that may be links, widgets in their order, and number of outputs.
+AUTHORS = {
+    "MagiPromptLoader": ([], ["prompt"], 1),
+    "MagiTextEncoder": ([], ["prompt", "t5_pretrained_path", "t5_device"], 1),
+    "MagiImageLoader": ([], ["image_path"], 1),
+    "MagiVideoLoader": ([], ["video_path"], 1),
+    "MagiProcess": (
+        ["text_embeddings"],
+        [
+            *("task_mode", "config_path", "image_path", "magi_seed"),
+            *("video_size_h", "video_size_w", "num_frames", "num_steps", "fps"),
+        ],
+        2,
+    ),
+    "MagiSaveVideo": (["video"], ["output_path", "fps"], 0),
+}
+CORE = {"PrimitiveStringMultiline": {"value"}, "LoadImage": {"image"}, "LoadVideo": {"file"}}
+
+
+def test_nodes_of_the_authors_pack_are_replaced(comfy, monkeypatch):
+    api, registered = importlib.import_module("comfy_api.latest"), []
+
+    class Registry:
+        async def register(self, replacement):
+            registered.append(replacement)
+
+    monkeypatch.setattr(api.io, "NodeReplace", lambda **given: SimpleNamespace(**given), raising=False)
+    monkeypatch.setattr(api, "ComfyAPI", lambda: SimpleNamespace(node_replacement=Registry()), raising=False)
+    extension = comfy.module("nodes.extension").Magi1Extension()
+    asyncio.run(extension.on_load())
+    assert {found.old_node_id for found in registered} == set(AUTHORS)
+    for found in registered:
+        links, own, outputs = AUTHORS[found.old_node_id]
+        assert found.old_widget_ids == own, "their workflows hold values by position"
+        inputs = CORE.get(found.new_node_id) or set(inputs_of(comfy, found.new_node_id))
+        for pair in found.input_mapping:
+            assert pair["old_id"] in (*links, *own)
+            assert pair["new_id"] in inputs
+        assert all(pair["old_idx"] < outputs for pair in found.output_mapping or [])
+
+
+def test_a_comfyui_without_replacements_does_without(comfy, monkeypatch):
+    api = importlib.import_module("comfy_api.latest")
+    monkeypatch.delattr(api.io, "NodeReplace", raising=False)
+    asyncio.run(comfy.module("nodes.extension").Magi1Extension().on_load())
 
 
 def test_sizes_and_seed(comfy):

@@ -9,7 +9,7 @@ import torch
 
 from magi.model_files.locate import ModelFiles
 from magi.model_files.repeating import repeating_files
-from tests.support.graph import InvalidGraph, NodeError
+from tests.support.graph import NodeError
 from tests.support.magi_graphs import filled, node, random_model, text_to_video
 
 LINES = "one line a second"
@@ -151,8 +151,9 @@ def test_a_prompt_met_before_needs_no_text_encoder(comfy, place, name, left):
 def test_an_encoder_that_was_never_there_is_told_before_anything_runs(comfy):
     graph = filled(comfy, {part: text_to_video(comfy)[part] for part in ("encoder", "text")})
     graph["encoder"]["inputs"]["encoder"] = "ckpt/t5/t5-v1_1-xxl"
-    with pytest.raises(InvalidGraph, match=r"\" download t5 --folder"):
+    with pytest.raises(NodeError, match=r"\" download t5 --folder"):
         comfy.run(graph)
+    assert comfy.executed == ["encoder"]
 
 
 def test_weights_are_not_even_mapped_for_a_prompt_met_before(comfy, monkeypatch):

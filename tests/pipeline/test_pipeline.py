@@ -610,7 +610,7 @@ def untold(files: ModelFiles, folder: Path) -> ModelFiles:
 
 def test_the_variant_is_asked_for_and_taken(files, tmp_path):
     own = untold(files, tmp_path / "weights")
-    with pytest.raises(MagiError, match=r"does not tell.*base or distill"):
+    with pytest.raises(MagiError, match=r"does not tell.*base or distilled"):
         load(own)
     assert load(own, distilled=True).config.runtime.cfg_number == 1
     assert load(own, distilled=False).config.runtime.cfg_number == 3
@@ -623,7 +623,7 @@ def test_the_variant_is_asked_for_and_taken(files, tmp_path):
 def test_names_tell_the_variant_and_the_opposite_is_refused(name, distilled, files, tmp_path):
     own = untold(files, tmp_path / name)
     assert load(own).config.engine.distill == distilled
-    right, wrong = ("distill", "base") if distilled else ("base", "distill")
+    right, wrong = ("distilled", "base") if distilled else ("base", "distilled")
     with pytest.raises(MagiError, match=rf"holds \w+ weights .so says the name {name}.*{wrong}.*variant {right}"):
         load(own, distilled=not distilled)
 
@@ -631,7 +631,7 @@ def test_names_tell_the_variant_and_the_opposite_is_refused(name, distilled, fil
 @pytest.mark.parametrize(("preset", "distilled"), [("4.5B_base", True), ("4.5B_distill", False)])
 def test_a_config_and_a_variant_that_contradict_each_other(preset, distilled, files):
     with pytest.raises(
-        MagiError, match=r"variant (base|distill) is chosen.*settings are for (base|distill).*Leave out"
+        MagiError, match=r"variant (base|distilled) is chosen.*settings are for (base|distilled).*Leave out"
     ):
         load(files, config=PRESETS[preset], distilled=distilled)
 

@@ -141,7 +141,9 @@ class StandIn(Comfy):
         super().__init__(base)
         self.nodes = load_pack()
         native = importlib.import_module("native_nodes").all_nodes()
-        self._runner = GraphRunner(native | self.nodes, self.management)
+        classes = importlib.import_module("nodes").NODE_CLASS_MAPPINGS
+        classes |= native | self.nodes | {"Sink": type("Sink", (), {"OUTPUT_NODE": True})}
+        self._runner = GraphRunner(classes, self.management)
         self.errors, self.run = self._runner.errors, self._runner.run
 
     def add(self, name: str, cls: type) -> None:
@@ -308,7 +310,7 @@ def _forget(prefix: str) -> None:
 
 
 def _forget_stand_in() -> None:
-    for name in ("comfy", "comfy_api", "folder_paths", "server", "native_nodes"):
+    for name in ("comfy", "comfy_api", "folder_paths", "server", "native_nodes", "nodes"):
         _forget(name)
 
 

@@ -147,12 +147,13 @@ class GraphRunner:
     def _execute(self, graph: Graph, id: str, keys: dict[str, Any]) -> tuple:
         node, cls = graph[id], self.classes[graph[id]["class_type"]]
         inputs = {k: self._outputs[keys[v[0]]][v[1]] if is_link(v) else v for k, v in node["inputs"].items()}
-        hidden = [h for h in cls.GET_SCHEMA().hidden or [] if h.name == "unique_id"]
+        known = {"unique_id": id, "dynprompt": _DynamicPrompt(_with_sinks(graph))}
+        hidden = {h: known[h.name] for h in cls.GET_SCHEMA().hidden or [] if h.name in known}
         self.running = id
         self.executed.append(id)
         try:
             self.management.throw_exception_if_processing_interrupted()
-            made = cls.PREPARE_CLASS_CLONE(dict.fromkeys(hidden, id)).execute(**inputs)
+            made = cls.PREPARE_CLASS_CLONE(hidden).execute(**inputs)
             made = asyncio.run(_awaited(made)) if inspect.isawaitable(made) else made
             if made.ui:
                 self._ui[keys[id]] = made.ui
@@ -163,6 +164,25 @@ class GraphRunner:
             raise NodeError(id, type(error).__name__, str(error)) from error
         finally:
             self.running = None
+
+
+@dataclass
+class _DynamicPrompt:
+    """The graph as nodes see it."""
+
+    graph: Graph
+
+    def all_node_ids(self) -> set[str]:
+        return set(self.graph)
+
+    def get_node(self, id: str) -> dict:
+        return self.graph[id]
+
+
+def _with_sinks(graph: Graph) -> Graph:
+    """The graph with an output node at every end, as all of it runs."""
+    used = {source for node in graph.values() for source in links(node)}
+    return graph | {f"sink {id}": {"class_type": "Sink", "inputs": {"any": [id, 0]}} for id in graph if id not in used}
 
 
 async def _awaited(made: Any) -> Any:
