@@ -8,6 +8,7 @@ from comfy_api.latest import InputImpl, Types, io
 
 from ..magi.config import FPS, SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 from ..magi.errors import MagiError
+from ..magi.media.sound import lasting
 from ..magi.vae.tiling import Tiling
 from .comfyui import host, media, schema
 from .comfyui.families import check_fit, family_of_latent
@@ -33,7 +34,7 @@ class Magi1VAEDecode(io.ComfyNode):
                     "before",
                     types=[io.Video, io.Image],
                     optional=True,
-                    tooltip="A clip to put in front: the one that was continued. It is brought to the same size and to 24 frames per second.",
+                    tooltip="A clip to put in front: the one that was continued. It is brought to the same size and to 24 frames per second; the sound of a VIDEO is kept.",
                 ),
                 schema.advanced(
                     io.Int.Input(
@@ -58,7 +59,10 @@ class Magi1VAEDecode(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="frames"),
-                io.Video.Output(display_name="video", tooltip="24 frames per second, without sound."),
+                io.Video.Output(
+                    display_name="video",
+                    tooltip="24 frames per second, with the sound of before and silence after it. MAGI-1 makes no sound.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -77,7 +81,10 @@ class Magi1VAEDecode(io.ComfyNode):
     def execute(
         cls, samples: dict[str, Any], vae: Any, before: Any = None, tile_size: int = 256, tile_frames: int = 12
     ) -> io.NodeOutput:
-        """Returns the frames as one IMAGE batch, after those of `before` where it is connected, and a VIDEO of them."""
+        """Returns the frames as one IMAGE batch, after those of `before` where it is connected, and a VIDEO of them.
+
+        The VIDEO has the sound of `before`, then silence.
+        """
         latents, tiling = media.check_latent(samples), Tiling(tile_frames, tile_size)
         check_fit(magi_vae(vae).family, "VAE", family_of_latent(samples), "model that made these latents")
         # None: the published one, or a smaller one where memory is short.
@@ -85,9 +92,11 @@ class Magi1VAEDecode(io.ComfyNode):
         made = TEMPORAL_DOWNSAMPLE * latents.shape[2]
         height, width = (SPATIAL_DOWNSAMPLE * side for side in latents.shape[3:])
         progress, clock = NodeProgress(cls.hidden.unique_id, read=0.05, load=0.1, decode=0.85), Clock()
-        clip = None
+        clip, sound = None, None
         if before is not None:
-            clip = media.Clip.of(before).read(height, width, "crop", progress=lambda *_: progress.move("read", 0))
+            source, on_read = media.Clip.of(before), lambda *_: progress.move("read", 0)
+            clip = source.read(height, width, "crop", progress=on_read)
+            sound = source.sound(len(clip), on_read)
         first = 0 if clip is None else len(clip)
         frames = _empty_batch(first + made, height, width)
         if clip is not None:
@@ -108,7 +117,8 @@ class Magi1VAEDecode(io.ComfyNode):
                 end += len(part)
                 progress.move("decode", (end - first) / made, part[-1].mul(255).round().to(torch.uint8).cpu())
         shown = progress.show_now(f"{len(frames)} frames, {len(frames) / FPS:g} s, {width}x{height}")
-        components = Types.VideoComponents(images=frames, frame_rate=Fraction(FPS))
+        audio = None if sound is None else media.audio_of(lasting(sound, Fraction(len(frames), FPS)))
+        components = Types.VideoComponents(images=frames, frame_rate=Fraction(FPS), audio=audio)
         return io.NodeOutput(frames, InputImpl.VideoFromComponents(components), ui=shown)
 
 

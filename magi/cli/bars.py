@@ -12,19 +12,21 @@ _TITLES = {
     "load": "loading the model",
     "sample": "sampling",
     "decode": "decoding",
+    "join": "the clip in front",  # the command line's own
 }
+_BELOW = ("decode", "join")
 _FORMAT = "{desc:<20}{percentage:3.0f}%|{bar}| {n:.4g}/{total_fmt} [{elapsed}<{remaining}]"
 
 
 class Bars:
-    """One bar per phase; below that of the sampling, one that comes and goes with the decoding of finished chunks."""
+    """One bar per phase; below that of the sampling, one that comes and goes with what is done with finished chunks."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm] = {}
 
     def __call__(self, phase: Phase) -> None:
         """Moves the phase's bar, and closes those of earlier phases."""
-        for name in [n for n in self._bars if n != phase.name and not (n == "sample" and phase.name == "decode")]:
+        for name in [n for n in self._bars if n != phase.name and not (n == "sample" and phase.name in _BELOW)]:
             self._bars.pop(name).close()
         if phase.name not in self._bars:
             self._bars[phase.name] = tqdm(
@@ -32,7 +34,7 @@ class Bars:
                 total=phase.total,
                 initial=phase.done,  # where a resumed run stands: the time left is that of the rest
                 bar_format=_FORMAT,
-                leave=phase.name != "decode",
+                leave=phase.name not in _BELOW,
             )
         bar = self._bars[phase.name]
         bar.total = phase.total

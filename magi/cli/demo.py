@@ -10,6 +10,7 @@ from ..media.video_writer import check_name
 from ..model_files.embedded import DEMO_IMAGE, DEMO_SHAPE
 from .embedded import EMBEDDED, embedded_pipeline
 from .generate import add_content_arguments, add_device_arguments, default_cache, request_from, write_video
+from .join import check_join
 
 _OUT = "demo.mp4"
 _SCALE = 4  # 64x64 pixels look like a stamp in a player
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs `demo`."""
+    check_join(args)
     args.overwrite = args.overwrite or args.out == _OUT  # the last demo, not a file somebody named
     given = args.image or args.video
     args.model = args.model or (_PHOTO if given else "embedded")
@@ -60,17 +62,17 @@ def main(args: argparse.Namespace) -> int:
         check_name(Path(path), args.overwrite)
     pipeline = embedded_pipeline(args, device=args.device)
 
-    def make(prompts: tuple[str, ...], seconds: float, before: tuple[Path, ...] = (), **changes: Any) -> None:
+    def make(prompts: tuple[str, ...], seconds: float, **changes: Any) -> None:
         own = argparse.Namespace(**{**vars(args), **changes})
         if own.seconds is None and own.frames is None:
             own.seconds = seconds
         chunks = -(-(own.frames or round((own.seconds or 0) * FPS)) // FPS)
         own.prompt = list(prompts[: max(1, chunks)])
-        write_video(pipeline, request_from(own), own, _SCALE, before)
+        write_video(pipeline, request_from(own), own, _SCALE)
 
     make(TEXT, 4)
     make(PICTURE, 3, image=str(DEMO_SHAPE), out=picture)
-    make(CONTINUED, 2, before=(out,), video=args.out, out=continued)
+    make(CONTINUED, 2, video=args.out, join=True, out=continued)
     return 0
 
 

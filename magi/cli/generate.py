@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from ..config import PRESETS, MagiConfig
 from ..errors import MagiError
 from ..media.frames import AREAS
-from ..media.video_reader import read_video
+from ..media.video_reader import probe
 from ..media.video_writer import VideoWriter
 from ..model_files.locate import find_files
 from ..pipeline.pipeline import MagiPipeline, Plan, Request
@@ -24,6 +24,7 @@ from ..text.embedding_cache import EmbeddingCache
 from .arguments import parse_bytes, parse_size
 from .bars import Bars
 from .embedded import EMBEDDED, embedded_pipeline
+from .join import check_join, joined_clip
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -98,6 +99,12 @@ def add_content_arguments(parser: argparse.ArgumentParser) -> None:
         default=2.0,
         help="how much of the video's end the model sees (default: %(default)s)",
     )
+    content.add_argument(
+        "--join",
+        action="store_true",
+        help="put the continued video in front, with its sound, and silence after it (default: the file begins where the "
+        "video ends, and has no sound)",
+    )
     length = content.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="length, rounded up to whole seconds (default: 4)")
     length.add_argument("--frames", type=int, help="length in frames at 24 per second, rounded up to whole seconds")
@@ -159,13 +166,12 @@ def main(args: argparse.Namespace) -> int:
     """Runs `generate`."""
     if not args.prompt:
         raise MagiError('No prompt is given. Say what to show: --prompt "A cat looks around".')
+    check_join(args)
     pipeline = _pipeline(args)
     return write_video(pipeline, request_from(args), args)
 
 
-def write_video(
-    pipeline: MagiPipeline, request: Request, args: argparse.Namespace, scale: int = 1, before: Sequence[Path] = ()
-) -> int:
+def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespace, scale: int = 1) -> int:
     """Makes the video and writes it chunk by chunk, so that finished chunks survive an error; returns 0.
 
     Args:
@@ -173,9 +179,10 @@ def write_video(
         request: says what.
         args: say where to, and how.
         scale: each pixel becomes a square of so many, side by side, in the file.
-        before: videos of the file's size to put in front.
     """
     store = _store(args)
+    if args.join:
+        probe(args.video)  # a run that is resumed does not need the clip, but its video does
     plan = pipeline.plan(request, store if args.resume else None)
     runtime = plan.config.runtime
     if store and args.resume:
@@ -198,17 +205,26 @@ def write_video(
     )
     if args.resume:
         print(_resume_message(store, plan), file=sys.stderr)
+    elif args.video and not args.join and probe(args.video).sound:
+        print(
+            f"note: {args.video} has sound, which is not continued. --join puts the clip in front, with its sound.",
+            file=sys.stderr,
+        )
     if plan.placement is not None and pipeline.device.type != "cpu":
         print(f"memory: {plan.placement.describe()}", file=sys.stderr)
     started = time.monotonic()
     try:
         with writer, Bars() as bars:
-            for video in before:
-                writer.write(read_video(video, runtime.fps))
             for clip in pipeline.run(plan, bars, store, 60 * args.state_minutes):
-                writer.write(clip.frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2))
-                if store and clip.first_frame == 0:
-                    store.note_partial(writer.partial_path)
+                made = clip.frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+                # Not before there is something to follow it: a file of the clip alone is no result to keep.
+                join = args.join and clip.first_frame == 0
+                before = joined_clip(args.video, args.fit, writer, plan.frames, bars) if join else ()
+                for frames in chain(before, (made,)):
+                    first = writer.frames_written == 0
+                    writer.write(frames)
+                    if store and first:
+                        store.note_partial(writer.partial_path)
     except BaseException:
         if writer.frames_written:
             print(f"The {writer.frames_written} frames finished so far are in {writer.partial_path}", file=sys.stderr)

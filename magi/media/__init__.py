@@ -1,1 +1,1 @@
-"""Pixels from and to files."""
+"""Pixels and sound from and to files."""

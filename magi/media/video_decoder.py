@@ -45,6 +45,8 @@ class VideoFile:
             self._origin = _pts(first) or 0
             self._timed = _pts(first) is not None
             self._time_base: Fraction = stream.time_base
+            self.start: Fraction = self._origin * self._time_base  # of the first frame, seconds on the file's own clock
+            self.has_sound = len(container.streams.audio) > 0
             self.fps: Fraction | None = stream.average_rate or stream.guessed_rate or None
             self.frame_count: int | None = stream.frames or None
             self._aspect = _pixel_aspect(stream.sample_aspect_ratio)

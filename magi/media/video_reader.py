@@ -19,17 +19,20 @@ from .frames import check_mode, fit
 from .image import check_file, is_animation, open_image, read_image, to_rgb
 from .video_decoder import Animation, TimedFrame, VideoFile, open_clip
 
-__all__ = ["MediaInfo", "probe", "read_image", "read_video", "resample"]
+__all__ = ["MediaInfo", "probe", "read_image", "read_pieces", "read_video", "resample"]
 
 # A header may promise a little more than there is; beyond this many seconds the file is taken to be cut off.
 _TOLERANCE = 0.5
+
+_PIECE = 48  # frames
 
 
 @dataclass(frozen=True)
 class MediaInfo:
     """What a file shows: its size in pixels upright and with square pixels; for videos also rate, frames and seconds.
 
-    `frames` and `seconds` are those of the header, None where it has none. An animated picture is a video.
+    `frames` and `seconds` are those of the header, None where it has none; `sound` tells whether there is a track of it.
+    An animated picture is a video.
     """
 
     kind: Literal["image", "video"]
@@ -38,6 +41,7 @@ class MediaInfo:
     fps: Fraction | None = None
     frames: int | None = None
     seconds: float | None = None
+    sound: bool = False
 
 
 def probe(path: str | Path) -> MediaInfo:
@@ -55,7 +59,7 @@ def probe(path: str | Path) -> MediaInfo:
                 return MediaInfo("image", width, height)
     clip = open_clip(path)
     if isinstance(clip, VideoFile):
-        return MediaInfo("video", clip.width, clip.height, clip.fps, clip.frame_count, clip.seconds)
+        return MediaInfo("video", clip.width, clip.height, clip.fps, clip.frame_count, clip.seconds, clip.has_sound)
     seconds = sum((frame.duration for frame in clip.frames()), Fraction(0))
     fps = (clip.frame_count / seconds).limit_denominator(1001)
     return MediaInfo("video", clip.width, clip.height, fps, clip.frame_count, float(seconds))
@@ -75,7 +79,7 @@ def read_video(
     """Reads frames of a video or animation at a constant rate: uint8 (T, H, W, 3) RGB.
 
     Args:
-        path: the file. Sound is ignored; rotation, pixel aspect ratio and transparency (over white) are applied.
+        path: the file. For its sound see `read_sound`; rotation, pixel aspect ratio and transparency (over white) are applied.
         fps: rate of the result; for each of its ticks the nearest frame is taken, see `resample`.
         start: seconds to skip.
         seconds: at most this much is read; a shorter clip gives fewer frames.
@@ -106,6 +110,22 @@ def read_video(
     return reading.result()
 
 
+def read_pieces(
+    path: str | Path, fps: int | Fraction, height: int, width: int, mode: str = "crop"
+) -> Generator[torch.Tensor, None, None]:
+    """Yields all frames that `read_video` returns, uint8 (n, height, width, 3), in pieces of two seconds at 24 per second.
+
+    However long the clip is, one piece is in memory.
+
+    Raises:
+        MagiError: as `read_video`; damage is found when its place is reached.
+    """
+    rate = _check_arguments(fps, None, None, None, height, width, mode)
+    reading = _Reading(open_clip(path), rate, Fraction(0), None, False, (height, width), mode, None)
+    yield from reading.pieces(_PIECE)
+    reading.check(path)
+
+
 def resample(
     frames: Iterable[TimedFrame], fps: Fraction, start: Fraction = Fraction(0)
 ) -> Generator[TimedFrame, None, None]:
@@ -133,7 +153,7 @@ def resample(
 
 
 class _Reading:
-    """One call of `read_video`: collects the wanted frames and what is needed to judge whether they are complete."""
+    """One reading of a clip: collects the wanted frames and what is needed to judge whether they are complete."""
 
     def __init__(
         self,
@@ -151,25 +171,44 @@ class _Reading:
         self.kept: deque[torch.Tensor] = deque(maxlen=wanted)
         self.first: Fraction | None = None  # seconds decoded: from, to
         self.end = Fraction(0)
+        self.count = 0  # frames read, whether they are kept or not
         self.at_end = False
 
     def run(self, seek: Fraction) -> bool:
         """Reads from a key frame before `seek`; returns False when that key frame comes too late for what is wanted."""
         self.kept.clear()
-        self.first, self.at_end = None, False
-        last: TimedFrame | None = None
-        with closing(self._watched(seek)) as decoded, closing(resample(decoded, self.fps, self.start)) as ticks:
-            for frame in ticks:
-                if not self._reaches(seek):
-                    return False
-                if frame is not last:  # a frame for several ticks is fitted once
-                    picture = fit(frame.load()[None], *self.size, self.mode)[0]
-                    last = frame
+        with closing(self._pictures(seek)) as pictures:
+            for picture in pictures:
                 self.kept.append(picture)
                 if len(self.kept) == self.wanted and not self.tail:
                     return True
         self.at_end = True
         return self._reaches(seek) and (seek == 0 or not self.tail or self.first == 0 or len(self.kept) == self.wanted)
+
+    def pieces(self, count: int) -> Generator[torch.Tensor, None, None]:
+        """Reads from the beginning to the end, and yields the frames `count` at a time."""
+        with closing(self._pictures(Fraction(0))) as pictures:
+            for picture in pictures:
+                self.kept.append(picture)
+                if len(self.kept) == count:
+                    yield self.result()
+        if self.kept:
+            yield self.result()
+        self.at_end = True
+
+    def _pictures(self, seek: Fraction) -> Generator[torch.Tensor, None, None]:
+        """Yields fitted frames, uint8 (H, W, 3), from `start` on; none if the key frame before `seek` comes too late."""
+        self.first, self.count, self.at_end = None, 0, False
+        last: TimedFrame | None = None
+        with closing(self._watched(seek)) as decoded, closing(resample(decoded, self.fps, self.start)) as ticks:
+            for frame in ticks:
+                if not self._reaches(seek):
+                    return
+                if frame is not last:  # a frame for several ticks is fitted once
+                    picture = fit(frame.load()[None], *self.size, self.mode)[0]
+                    last = frame
+                self.count += 1
+                yield picture
 
     def _reaches(self, seek: Fraction) -> bool:
         return seek == 0 or self.tail or (self.first is not None and self.first <= self.start)
@@ -194,7 +233,7 @@ class _Reading:
                 f"{str(path)!r} is damaged or cut off: it should last {promised:.2f} s, but only the first "
                 f"{float(self.end):.2f} s can be read. Copy or convert it again, or ask only for seconds before that."
             )
-        if not self.kept:
+        if not self.count:
             raise MagiError(
                 f"The start at {float(self.start):g} s is beyond the end of {str(path)!r}, which lasts {float(self.end):.2f} s. "
                 "Give an earlier start."

@@ -1,17 +1,20 @@
 """An MP4 that grows chunk by chunk and can be played at every moment, even after the process was killed.
 
 While it runs it is a fragmented MP4 under a partial name, and every `write` appends whole fragments and syncs them to
-the disk. A clean end copies it, without encoding again, into an ordinary MP4 (index first) and only then gives it the
-final name.
+the disk. A clean end copies it, without encoding again, into an ordinary MP4 (index first), with the sound if there is
+any, and only then gives it the final name.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from fractions import Fraction
-from io import FileIO
+from heapq import merge
+from io import BytesIO, FileIO
 from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -35,6 +38,9 @@ class VideoWriter:
 
     When the with-block ends well, the video is at `path`. When an exception leaves it, what was written stays playable
     at `partial_path`, and the exception is raised on; without any frame no file is left.
+
+    Attributes:
+        sound: made by `encode_sound`; it is in the finished video only. None: there is no sound.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class VideoWriter:
         self.height, self.width, self.fps = height, width, Fraction(fps).limit_denominator(100_000)
         self.overwrite = overwrite
         self.frames_written = 0
+        self.sound: bytes | None = None
         self._metadata = {str(key): str(value) for key, value in (metadata or {}).items()}
         self._check_path()
         self._encoder = find_encoder(height, width, self.fps, crf, self._metadata)
@@ -171,27 +178,25 @@ class VideoWriter:
         self.partial_path.unlink(missing_ok=True)
 
     def _remux(self, final: Path) -> int:
-        """Copies the packets into an ordinary MP4 with its index first. Returns their number."""
+        """Copies the packets into an ordinary MP4 with its index first. Returns the number of those of the picture."""
         import av
 
         flags = "+faststart" + tag_flags(self._metadata)
-        packets = 0
-        with (
-            av.open(str(self.partial_path)) as source,
-            av.open(str(final), "w", format="mp4", options={"movflags": flags}) as target,
-        ):
+        frames = 0
+        with ExitStack() as files:
+            picture = files.enter_context(av.open(str(self.partial_path))).streams.video[0]
+            sources = [picture]
+            if self.sound is not None:
+                sources.append(files.enter_context(av.open(BytesIO(self.sound))).streams.audio[0])
+            target = files.enter_context(av.open(str(final), "w", format="mp4", options={"movflags": flags}))
             target.metadata.update(self._metadata)
-            template = source.streams.video[0]
-            if hasattr(target, "add_stream_from_template"):
-                stream = target.add_stream_from_template(template)
-            else:  # PyAV before 14
-                stream = target.add_stream(template=template)
-            for packet in source.demux(template):
-                if packet.dts is not None:
-                    packet.stream = stream
-                    target.mux(packet)
-                    packets += 1
-        return packets
+            streams = {source: _copy_of(source, target) for source in sources}
+            # Side by side in the file as they are in time, so that players need not jump back and forth.
+            for packet in merge(*map(_packets, sources), key=lambda packet: packet.dts * packet.time_base):
+                frames += packet.stream is picture
+                packet.stream = streams[packet.stream]
+                target.mux(packet)
+        return frames
 
     def _kept(self) -> str:
         if self.frames_written == 0:
@@ -255,6 +260,18 @@ def _append_whole(file: FileIO, header: bytes, fragments: bytes) -> None:
     except BaseException:
         file.truncate(end)
         raise
+
+
+def _copy_of(source: Any, target: Any) -> Any:
+    """Adds a stream like `source` to an open file."""
+    if hasattr(target, "add_stream_from_template"):
+        return target.add_stream_from_template(source)
+    return target.add_stream(template=source)  # PyAV before 14
+
+
+def _packets(stream: Any) -> Iterator[Any]:
+    """Yields a stream's packets but for the empty one at the end."""
+    return (packet for packet in stream.container.demux(stream) if packet.dts is not None)
 
 
 def _is_whole(path: Path) -> bool:

@@ -13,8 +13,10 @@ from ...magi.config import FPS, LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, TEMPORAL_DO
 from ...magi.errors import MagiError
 from ...magi.media.frames import fit as fit_frames
 from ...magi.media.frames import over_white
+from ...magi.media.sound import LAYOUTS, Sound, lasting
+from ...magi.media.sound_reader import read_sound
 from ...magi.media.video_decoder import TimedFrame
-from ...magi.media.video_reader import probe, read_video, resample
+from ...magi.media.video_reader import MediaInfo, probe, read_video, resample
 from ...magi.system.host_memory import free_host_memory
 from .families import family_of_latent, latent_of
 
@@ -24,12 +26,13 @@ _TOLERANCE = 0.5  # seconds by which two readings of a file's length may differ
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip that can be read in any size: a file, of which only the end needs decoding, or its frames."""
+    """A clip that can be read in any size: a file, of which only the end needs decoding, or its frames and their sound."""
 
     width: int
     height: int
     file: str | None = None
     images: torch.Tensor | None = None
+    audio: Sound | None = None
     fps: Fraction = Fraction(FPS)
 
     @classmethod
@@ -45,11 +48,12 @@ class Clip:
         source = video.get_stream_source() if isinstance(video, InputImpl.VideoFromFile) else None
         if isinstance(source, str):
             info = probe(source)
-            # A VIDEO may be a part of its file, and only it knows which.
-            if info.seconds is None or abs(video.get_duration() - info.seconds) < _TOLERANCE:
+            if _is_whole(video, info):
                 return cls(info.width, info.height, file=source)
         parts = video.get_components()
-        return cls(parts.images.shape[2], parts.images.shape[1], images=parts.images, fps=Fraction(parts.frame_rate))
+        height, width = parts.images.shape[1:3]
+        rate, audio = Fraction(parts.frame_rate), _sound_of(parts.audio)
+        return cls(width, height, images=parts.images, audio=audio, fps=rate)
 
     def read(
         self,
@@ -72,6 +76,41 @@ class Clip:
         if tail_seconds is not None:
             shown = shown[-max(1, round(tail_seconds * FPS)) :]
         return fit_frames(frames_of(self.images[shown]), height, width, fit)
+
+    def sound(self, frames: int, progress: Callable[[int, int], None] | None = None) -> Sound | None:
+        """Returns the sound of the clip's first `frames` frames at 24 per second, exactly as long; None without any.
+
+        `progress` is called with (samples, samples in all) while a file is read; what it raises ends the reading.
+        """
+        seconds = Fraction(frames, FPS)
+        if self.file is not None:
+            return read_sound(self.file, seconds, progress)
+        return None if self.audio is None else lasting(self.audio, seconds)
+
+
+def _is_whole(video: Any, info: MediaInfo) -> bool:
+    """Returns whether a VIDEO is all of its file. It may be a part, and only it knows which."""
+    if hasattr(video, "get_active_trim_window"):
+        start, seconds = video.get_active_trim_window()
+        return start == 0 and (seconds == 0 or (info.seconds is not None and seconds >= info.seconds))
+    if not hasattr(video, "as_trimmed"):  # ComfyUI 0.8 has no parts yet
+        return True
+    return info.seconds is None or abs(video.get_duration() - info.seconds) < _TOLERANCE
+
+
+def _sound_of(audio: dict[str, Any] | None) -> Sound | None:
+    """Returns the sound of an AUDIO, the first of its batch; None for none."""
+    if not audio or 0 in audio["waveform"].shape:
+        return None
+    waveform = audio["waveform"][0].float().cpu()
+    if len(waveform) not in LAYOUTS:  # ComfyUI could not save it
+        waveform = waveform.mean(0, keepdim=True)
+    return Sound(waveform, int(audio["sample_rate"]))
+
+
+def audio_of(sound: Sound) -> dict[str, Any]:
+    """Returns a sound as an AUDIO."""
+    return {"waveform": sound.waveform[None], "sample_rate": sound.rate}
 
 
 def _frames_shown(count: int, fps: Fraction) -> list[int]:

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from magi.errors import MagiError
-from magi.media.video_decoder import TimedFrame
-from magi.media.video_reader import probe, read_video, resample
+from magi.media.video_decoder import TimedFrame, VideoFile
+from magi.media.video_reader import probe, read_pieces, read_video, resample
 
 MATRICES = {
     "upright": (1, 0, 0, 1),
@@ -165,6 +165,23 @@ def test_the_tail_of_a_long_clip_is_found_by_seeking(tmp_path: Path):
     assert numbers(tail) == list(range(26, 50))
     assert len(calls) < 100  # of 500 frames
     assert calls[-1] == (24, 24)
+
+
+@pytest.mark.parametrize("rate", [24, 30])
+def test_pieces_are_the_whole_clip_in_order(tmp_path: Path, rate: int):
+    path = make(tmp_path / "a.mp4", ramp(50) * 3, rate)
+    pieces = list(read_pieces(path, 24, 20, 30, "pad"))
+    assert [len(piece) for piece in pieces] == ([48, 48, 48, 6] if rate == 24 else [48, 48, 24])
+    assert torch.equal(torch.cat(pieces), read_video(path, 24, height=20, width=30, mode="pad"))
+
+
+def test_the_first_piece_is_there_before_the_last_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded: list[object] = []
+    load = VideoFile._load
+    monkeypatch.setattr(VideoFile, "_load", lambda clip, frame: loaded.append(frame) or load(clip, frame))
+    pieces = read_pieces(make(tmp_path / "a.mp4", ramp(50) * 3), 24, 32, 48)
+    assert len(next(pieces)) == len(loaded) == 48
+    pieces.close()
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
@@ -371,6 +388,8 @@ def test_a_video_cut_off(tmp_path: Path):
             with pytest.raises(MagiError, match=r"cut\.mp4' is damaged or cut off: it should last 3\.00 s, but"):
                 read_video(cut, **arguments)
         assert torch.equal(read_video(cut, seconds=1), read_video(whole, seconds=1))
+        with pytest.raises(MagiError, match=r"cut\.mp4' is damaged or cut off: it should last 3\.00 s, but"):
+            list(read_pieces(cut, 24, 32, 48))
 
 
 def test_a_video_damaged_in_the_middle(tmp_path: Path):
@@ -382,6 +401,8 @@ def test_a_video_damaged_in_the_middle(tmp_path: Path):
     with pytest.warns(UserWarning, match="is damaged in"):
         frames = read_video(tmp_path / "hole.mov")
     assert frames.shape[0] == 48
+    with pytest.warns(UserWarning, match="is damaged in"):
+        assert torch.equal(torch.cat(list(read_pieces(tmp_path / "hole.mov", 24, 32, 48))), frames)
     same = (frames == read_video(whole)).flatten(1).all(1)
     assert 44 <= same.sum() < 48
     assert same[0]

@@ -36,7 +36,7 @@ def _save_video(video, filename_prefix="video/ComfyUI", format="auto", codec="au
 
 
 def _video_of(images, fps=30.0, audio=None):
-    return (InputImpl.VideoFromComponents(Types.VideoComponents(images, Fraction(fps))),)
+    return (InputImpl.VideoFromComponents(Types.VideoComponents(images, Fraction(fps), audio)),)
 
 
 def _empty_latent(width, height, length, batch_size=1):
@@ -56,13 +56,14 @@ def all_nodes():
     text, image, video, latent, vae = io.String.Input, io.Image.Input, io.Video.Input, io.Latent.Input, io.Vae.Input
     number, real = io.Int.Input, io.Float.Input
     empty = [number(name) for name in ("width", "height", "length", "batch_size")]
+    sound = io.Audio.Input("audio", optional=True)
     save = [video("video"), text("filename_prefix"), text("format"), text("codec")]
     nodes = [
         _node("PrimitiveStringMultiline", [text("value", multiline=True)], [io.String], lambda value: (value,)),
         _node("LoadImage", [text("image")], [io.Image, io.Mask], _load_image),
         _node("LoadVideo", [text("file")], [io.Video], _load_video),
         _node("SaveVideo", save, [], _save_video, output_node=True),
-        _node("CreateVideo", [image("images"), real("fps")], [io.Video], _video_of),
+        _node("CreateVideo", [image("images"), real("fps"), sound], [io.Video], _video_of),
         _node("EmptyHunyuanLatentVideo", empty, [io.Latent], _empty_latent),
         _node("VAEEncode", [image("pixels"), vae("vae")], [io.Latent], _encode),
         _node("VAEDecode", [latent("samples"), vae("vae")], [io.Image], _decode),
