@@ -360,9 +360,7 @@ class MagiPipeline:
         save_seconds: float = SAVE_SECONDS,
         on_notice: Callable[[str], None] | None = None,
     ) -> Iterator[Chunk]:
-        """Yields the chunks of a plan as soon as they are clean; those that the store has are read, not sampled again.
-
-        Where the store has them all, no model is loaded.
+        """Yields the chunks of a plan as soon as they are clean; those that the store has are read: if all, nothing is loaded.
 
         Args:
             plan: made by `encode`, or by `plan`: what of it is not encoded yet is first.
@@ -377,9 +375,8 @@ class MagiPipeline:
         if plan.captions is None or plan.prefix is not None:
             plan = self.encode(plan, progress, store)
         assert plan.captions is not None  # noqa: S101 (encoded)
-        transformer = self._models.transformer(
-            plan.placement or self._placement(plan), phase_callback(progress, "load")
-        )
+        placement = plan.placement or self._placement(plan)
+        transformer = self._models.transformer(placement, phase_callback(progress, "load"))
         autosave = None if store is None else Autosave(store, transformer, save_seconds)
         done = [0, 1]  # iterations done, and in all
 

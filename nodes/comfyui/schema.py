@@ -73,6 +73,6 @@ def checked(execute: F) -> F:
 def check_values(schema: io.Schema, values: Mapping[str, Any]) -> None:
     """Raises MagiError for the first number outside its input's limits."""
     for part in schema.inputs:
-        value, (least, most) = values.get(part.id), (getattr(part, name, None) for name in ("min", "max"))
-        if isinstance(value, int | float) and least is not None and not least <= value <= most:
+        value, least, most = values.get(part.id), getattr(part, "min", None), getattr(part, "max", None)
+        if isinstance(value, int | float) and not (least is None or most is None or least <= value <= most):
             raise MagiError(f"{part.id} is {value}; it must be from {least} to {most}. Mend the node it comes from.")
