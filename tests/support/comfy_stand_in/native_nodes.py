@@ -63,6 +63,7 @@ def all_nodes():
         _node("LoadImage", [text("image")], [io.Image, io.Mask], _load_image),
         _node("LoadVideo", [text("file")], [io.Video], _load_video),
         _node("SaveVideo", save, [], _save_video, output_node=True),
+        _node("PreviewAny", [io.AnyType.Input("source")], [], lambda source: (), output_node=True),
         _node("CreateVideo", [image("images"), real("fps"), sound], [io.Video], _video_of),
         _node("EmptyHunyuanLatentVideo", empty, [io.Latent], _empty_latent),
         _node("VAEEncode", [image("pixels"), vae("vae")], [io.Latent], _encode),
