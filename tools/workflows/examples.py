@@ -104,7 +104,7 @@ def _first_run() -> Workflow:
             "grow, shrink or turn. Another *seed* is another place and speed. **Then** open *magi1_image_to_video* and "
             "*magi1_continue_video*. **A real model**: choose *4.5B_distill* in the Model Loader, and it says how to get it.",
             width=1480,
-            height=95,
+            height=114,
         ),
         **_loaders(),
         "text": Node("Magi1TextEncode", {"prompt": prompt, "schedule": "one line a second"}, {"encoder": "encoder"}),
