@@ -6,8 +6,6 @@ import weakref
 
 import torch
 
-from . import memory_management
-
 OOM_EXCEPTION = torch.OutOfMemoryError
 current_loaded_models = []
 free_bytes = 16 << 30  # what the device says is free; tests set it
@@ -183,6 +181,8 @@ _pinned = {}  # address -> bytes
 
 def ensure_pin_budget(size, evict_active=False, loaded=False):
     """Frees RAM that idle dynamic models have page-locked, until there is room for `size` more beside the headroom."""
+    from comfy import memory_management
+
     missing = size + max(memory_management.RAM_CACHE_HEADROOM / 2, 2 << 30) - memory_management.available_ram()
     return missing <= 0 or _free_pins(missing) >= missing
 
