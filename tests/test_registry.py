@@ -132,7 +132,7 @@ def test_the_package_holds_what_runs_and_nothing_else(checkout, package):
     files = {file.relative_to(package).as_posix() for file in package.rglob("*") if file.is_file()}
     tracked = set(git("-C", checkout, "ls-files").splitlines())
     assert files == {file for file in tracked if file.partition("/")[0] not in DEVELOPMENT}
-    folders = {"magi", "nodes", "web", "workflows"}
+    folders = {"magi", "nodes", "web", "workflows", "subgraphs", "locales"}
     assert {file.partition("/")[0] for file in files} - {*folders} == {
         "__init__.py",
         "__main__.py",

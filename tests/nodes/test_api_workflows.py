@@ -1,6 +1,7 @@
 """The example workflows run: as the front end queues them, with nothing installed."""
 
 import json
+from pathlib import Path
 
 import av
 import pytest
@@ -72,6 +73,14 @@ def seen(comfy, name: str) -> tuple[int, int, int, int]:
         return stream.width, stream.height, stream.average_rate, frames
 
 
+def private_in_outputs(comfy) -> list[str]:
+    """Where a folder of this machine stands in what is saved, with its metadata, or shown: it is passed on with videos."""
+    telling = [form for path in (comfy.base, API.parent.parent, Path.home()) if len(form := str(path)) > 5]
+    files = [file for file in (comfy.base / "output").rglob("*") if file.is_file()]
+    texts = {file.name: file.read_bytes().decode("latin-1") for file in files} | {"shown": json.dumps(comfy.shown)}
+    return [f"{secret} in {name}" for name, text in texts.items() for secret in telling if secret in text]
+
+
 def test_every_workflow_is_here():
     assert {f.stem for f in API.glob("*.json")} == {f.stem for f in UI.glob("*.json")} != set()
 
@@ -91,6 +100,7 @@ def test_a_workflow_makes_the_video_that_it_announces(comfy, name):
     made = comfy.run(runnable(graph))
     announced = sum(made[id][1] for id, part in graph.items() if part["class_type"] == "Magi1Sampler")
     assert seen(comfy, name) == (EMBEDDED_SIZE, EMBEDDED_SIZE, 24, announced)
+    assert private_in_outputs(comfy) == []
 
 
 def test_the_remote_workflow_has_the_service_make_the_video_and_loads_no_model(comfy, server):
@@ -103,6 +113,7 @@ def test_the_remote_workflow_has_the_service_make_the_video_and_loads_no_model(c
     assert task.body["prompt"] == graph[prompt]["inputs"]["value"]
     assert len(server.uploads) == server.count("submit") == 1
     assert comfy.management.loaded_models() == []
+    assert private_in_outputs(comfy) == []
 
 
 def test_the_remote_workflow_makes_it_here_after_one_link_was_moved(comfy, server):
