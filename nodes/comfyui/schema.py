@@ -38,6 +38,8 @@ def schema(
         rest: as `io.Schema` takes it.
     """
     newer: dict[str, Any] = {"search_aliases": aliases, "essentials_category": essentials}
+    if rest.get("hidden"):  # it shows text, which is sent again when its results come from the cache
+        newer["has_intermediate_output"] = True
     if price is not None and hasattr(io, "PriceBadge"):
         newer["price_badge"] = io.PriceBadge(expr=json.dumps({"type": "text", "text": price}))
     known = {field.name for field in dataclasses.fields(io.Schema)}

@@ -183,7 +183,8 @@ def newest(comfy, monkeypatch):
     """A ComfyUI that knows all that ours use; the stand-in is as old as the oldest, and learns it."""
     api = importlib.import_module("comfy_api.latest")
     if not comfy.real:
-        fields = [(name, Any, None) for name in ("search_aliases", "essentials_category", "price_badge")]
+        names = ("search_aliases", "essentials_category", "price_badge", "has_intermediate_output")
+        fields = [(name, Any, None) for name in names]
         monkeypatch.setattr(api.io, "Schema", dataclasses.make_dataclass("Schema", fields, bases=(api.io.Schema,)))
         monkeypatch.setattr(api.io, "PriceBadge", SimpleNamespace, raising=False)
     elif not hasattr(api.io, "NodeReplace"):
@@ -197,6 +198,11 @@ def test_a_search_finds_what_is_free_and_says_what_is_not(newest):
     assert [name for name, schema in newest.items() if schema.price_badge] == ["Magi1Remote"]
     assert "paid" in newest["Magi1Remote"].price_badge.expr
     assert [n for n, schema in newest.items() if schema.essentials_category == "Video Generation"] == ["Magi1Sampler"]
+
+
+def test_nodes_that_show_text_have_it_sent_again_from_the_cache(newest):
+    silent = {"Magi1MemoryOptions", "Magi1TextToVideo", "Magi1DemoImage"}
+    assert {name for name, schema in newest.items() if not schema.has_intermediate_output} == silent
 
 
 # Of the model authors' pack: inputs that may be links, widgets in their order, and number of outputs.

@@ -47,6 +47,11 @@ def test_what_is_shown_under_a_node_stays_as_its_ui_output(comfy):
     assert {id: ui["text"] for id, ui in comfy.shown.items()} == {id: [text] for id, text in last.items()}
     assert set(last) == {"model", "vae", "encoder", "text", "sampler", "decode"}
     assert list(comfy.shown["sampler"]["text"]) == [made["sampler"][2]] == ["1 s = 24 frames, 64x48"]
+    schema = comfy.nodes["Magi1TextEncode"].define_schema()
+    if not comfy.real or hasattr(schema, "has_intermediate_output"):
+        comfy.run(graph)
+        assert comfy.executed == []
+        assert comfy.shown["text"]["text"] == [last["text"]], "of results from the cache, too"
 
 
 def test_the_video_is_saved_by_comfyuis_own_node(comfy):
