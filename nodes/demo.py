@@ -35,7 +35,6 @@ class Magi1DemoImage(io.ComfyNode):
         )
 
     @classmethod
-    @schema.checked
     def execute(cls, picture: str = _CAT) -> io.NodeOutput:
         """Returns the picture as an IMAGE batch of one; without a choice the cat, which once was the only one."""
         return io.NodeOutput(media.images_of(read_image(_PICTURES[picture])))

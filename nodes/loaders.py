@@ -101,7 +101,6 @@ class Magi1ModelLoader(io.ComfyNode):
         return _fingerprint(menus.find_model, model)
 
     @classmethod
-    @schema.checked
     def execute(
         cls,
         model: str,
@@ -224,7 +223,6 @@ class Magi1VAELoader(io.ComfyNode):
         return _fingerprint(menus.find_vae, vae)
 
     @classmethod
-    @schema.checked
     def execute(cls, vae: str, precision: str = "auto") -> io.NodeOutput:
         """Returns the VAE, of whose file only the header is read."""
         check_loaders(graph_of(cls.hidden.dynprompt), cls.hidden.unique_id)
@@ -287,7 +285,6 @@ class Magi1TextEncoderLoader(io.ComfyNode):
         return _fingerprint(lambda name: menus.find_encoder(name)[0], encoder)
 
     @classmethod
-    @schema.checked
     def execute(cls, encoder: str, device: str, precision: str = "fp32") -> io.NodeOutput:
         """Returns where the encoder and its tokenizer are and how to run them; nothing is read."""
         check_loaders(graph_of(cls.hidden.dynprompt), cls.hidden.unique_id)

@@ -215,6 +215,8 @@ class Magi1Sampler(io.ComfyNode):
             if store is None or store.exists:
                 view.show_stopped(kept=store is not None)
             raise
+        finally:
+            model.transformer.unpin()  # also what was loaded and not used
         if store:
             store.finish(__version__)
         info = view.show_done()

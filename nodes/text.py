@@ -82,7 +82,6 @@ class Magi1TextEncode(io.ComfyNode):
         )
 
     @classmethod
-    @schema.checked
     def execute(
         cls,
         encoder: Any,

@@ -62,6 +62,7 @@ def _ended_by_sigterm() -> Iterator[None]:
         return
 
     def end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
         raise _TerminatedError
 
     before = signal.signal(signal.SIGTERM, end)

@@ -1,5 +1,6 @@
 """Page-locked host memory, from which a device copies at the full bandwidth of its PCIe link."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -80,10 +81,12 @@ class PinnedMemory:
             raise PinningError(str(error)) from error
 
     def pin_all(self, memory: Iterable[torch.Tensor]) -> None:
-        """Page-locks tensors' memory in order, as far as the system lets it; the rest stays pageable."""
-        with suppress(PinningError):
-            for data in memory:
+        """Page-locks tensors' memory in order, as far as the system lets it; the rest stays pageable, with a warning."""
+        try:
+            for data in memory if self.supported else ():
                 self.pin(data)
+        except PinningError as error:
+            warnings.warn(f"Memory stays pageable ({error}): copies to the device are slower.", stacklevel=3)
 
     def unpin_all(self) -> None:
         """Unpins all memory. The tensors remain valid, as pageable memory."""
@@ -99,7 +102,8 @@ def pageable_memory(nbytes: int) -> torch.Tensor:
 def _unpin_all(pinned: dict[int, tuple[int, Callable[[], None]]]) -> None:
     while pinned:
         _, (_, unpin) = pinned.popitem()
-        unpin()
+        with suppress(RuntimeError):  # the device failed, and with it the process: the others all the same
+            unpin()
 
 
 def pin_memory(data: torch.Tensor, device: torch.device | None = None) -> Callable[[], None]:

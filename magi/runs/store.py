@@ -65,6 +65,7 @@ class RunStore:
         self.saved: Saved | None = None
         self.on_notice = on_notice or (lambda text: warn(text, stacklevel=4))
         self._noticed = False  # that the folder cannot be written
+        self._behind = False  # whether the last state could not be saved
         self._key = ""
         self._unwritten: dict[str, bytes] = {}  # files by name, in the order in which they are to be written
         self._written: set[str] = set()
@@ -149,7 +150,9 @@ class RunStore:
             tensors |= {f"clean.{c}": x for c, x in state.clean.items()}
             content = {**_position(state), "finished": finished, _ENVIRONMENT: dict(environment)}
             write_whole(self._path(_STATE), self._pack(tensors, content))
+            self._behind = False
         except (OSError, RuntimeError) as error:  # RuntimeError: the device failed, and with it the copy from there
+            self._behind = True
             if not self._noticed:
                 self._noticed = True
                 self.on_notice(
@@ -167,7 +170,7 @@ class RunStore:
         Args:
             version: of the code that made it.
         """
-        if not self.exists or self._unwritten:
+        if not self.exists or not self._key or self._unwritten or self._behind:
             return
         with suppress(OSError):  # what cannot be written or removed costs a little disk
             write_whole(self._path(_FINISHED), json.dumps({"version": version}).encode())

@@ -12,7 +12,7 @@ def graph_of(dynprompt: Any) -> Graph | None:
 
     Its hidden input `prompt` would do, but one of our nodes has a widget of that name.
     """
-    return None if dynprompt is None else {id: dynprompt.get_node(id) for id in dynprompt.all_node_ids()}
+    return None if dynprompt is None else {id: dynprompt.get_node(id) for id in sorted(dynprompt.all_node_ids())}
 
 
 def feeds(graph: Graph | None, node_id: str | None, kinds: Collection[str]) -> bool:
@@ -39,13 +39,27 @@ def _with_sources(graph: Graph, id: str) -> set[str]:
         id = open_ids.pop()
         if id in graph and id not in found:
             found.add(id)
-            open_ids += _sources(graph[id])
+            open_ids += _sources(graph[id], _lazy_inputs(graph[id]["class_type"]))
     return found
 
 
-def _sources(part: Mapping[str, Any]) -> list[str]:
-    values = part.get("inputs", {}).values()
-    return [str(value[0]) for value in values if isinstance(value, list) and len(value) == 2]
+def _sources(part: Mapping[str, Any], without: Collection[str] = ()) -> list[str]:
+    values = [value for name, value in part.get("inputs", {}).items() if name not in without]
+    links = [value for value in values if isinstance(value, list) and len(value) == 2]
+    return [link[0] for link in links if isinstance(link[0], str) and isinstance(link[1], int)]
+
+
+def _lazy_inputs(class_type: str) -> set[str]:
+    """Returns the inputs that a node may do without, as a switch does without the side that is not chosen."""
+    node = import_module("nodes").NODE_CLASS_MAPPINGS.get(class_type)
+    if node is None or class_type.startswith("Magi1") or not hasattr(node, "INPUT_TYPES"):
+        return set()
+    found = set[str]()
+    for group in ("required", "optional"):
+        for name, given in node.INPUT_TYPES().get(group, {}).items():
+            options = given[1] if isinstance(given, list | tuple) and len(given) > 1 else {}
+            found |= {name} if isinstance(options, Mapping) and options.get("lazy") else set()
+    return found
 
 
 def _is_output(class_type: str) -> bool:

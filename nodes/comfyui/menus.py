@@ -221,7 +221,7 @@ def _find(name: str, kind: str) -> Path:
         raise MagiError("That line only heads those that are not installed. Choose one of them, auto, or one above.")
     name = name.replace("\\", "/")  # as a workflow from another machine may have it
     for folder in (*host.model_folders(), *host.model_folders(kind)):
-        if (folder / name).exists() and _stays_inside(name):
+        if _stays_inside(name) and (folder / name).exists():
             return folder / name
     # The folder that has the kind's name: ComfyUI's first for diffusion models still is "unet".
     native = next((f for f in host.model_folders(kind) if f.name == kind), host.model_folders(kind)[0])

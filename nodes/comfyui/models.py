@@ -151,6 +151,7 @@ class MagiTransformer(LoadableModel):
         self, run: MagiConfig, prefix_frames: int, free: int | None, allow_smaller_window: bool = False
     ) -> Placement:
         beside = host_room(host.device())
+        beside = None if beside is None else beside + self.host_bytes  # its own layers there may stay
         return self._planner.place(
             run, self._sizes, free, prefix_frames, free_host=beside, allow_smaller_window=allow_smaller_window
         )

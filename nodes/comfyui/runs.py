@@ -6,6 +6,7 @@ while they are decoded, and hours of sampling must not be lost with them.
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,14 @@ def open_run(settings: Mapping[str, Any], on_notice: Callable[[str], None]) -> R
 
 def _make_room(folder: Path) -> None:
     """Removes the oldest runs beyond those that are kept, never the one in `folder`."""
-    try:
-        others = [run for run in folder.parent.iterdir() if run.is_dir() and run != folder]
-        others.sort(key=lambda run: run.stat().st_mtime, reverse=True)
-        sizes = {run: sum(file.stat().st_size for file in run.iterdir()) for run in others}
-    except OSError:  # there are none yet, or another process has just removed one
-        return
+    ages, sizes = dict[Path, float](), dict[Path, int]()
+    with suppress(OSError):  # there are none yet
+        for run in folder.parent.iterdir():
+            with suppress(OSError):  # another process has just removed it, or holds a file of it
+                if run.is_dir() and run != folder:
+                    sizes[run] = sum(file.stat().st_size for file in run.iterdir())
+                    ages[run] = run.stat().st_mtime
+    others = sorted(ages, key=lambda run: ages[run], reverse=True)
     finished = [run for run in others if RunStore(run).finished_by is not None]
     unfinished = [run for run in others if run not in finished]
     totals = accumulate(sizes[run] for run in finished)

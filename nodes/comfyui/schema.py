@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any, TypeVar, cast
 
 from comfy_api.latest import io
@@ -76,5 +77,5 @@ def check_values(schema: io.Schema, values: Mapping[str, Any]) -> None:
     """Raises MagiError for the first number outside its input's limits."""
     for part in schema.inputs:
         value, least, most = values.get(part.id), getattr(part, "min", None), getattr(part, "max", None)
-        if isinstance(value, int | float) and not (least is None or most is None or least <= value <= most):
+        if isinstance(value, Real) and not (least is None or most is None or least <= value <= most):
             raise MagiError(f"{part.id} is {value}; it must be from {least} to {most}. Mend the node it comes from.")

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import comfy.model_management
@@ -25,7 +25,7 @@ def saved_on_termination() -> Iterator[None]:
         yield
     finally:
         if installed:
-            _in_main_thread(handler.remove)
+            _in_main_thread(handler.remove, give_up=False)
 
 
 class _Handler:
@@ -53,8 +53,11 @@ class _Handler:
         comfy.model_management.interrupt_current_processing()
 
 
-def _in_main_thread(call: Callable[[], None]) -> bool:
-    """Runs `call` in the main thread, through ComfyUI's event loop there; returns whether it did."""
+def _in_main_thread(call: Callable[[], None], give_up: bool = True) -> bool:
+    """Runs `call` in the main thread, through ComfyUI's event loop there; returns whether it did.
+
+    A loop that is busy for too long runs it later, or with `give_up` never.
+    """
     if threading.current_thread() is threading.main_thread():
         call()
         return True
@@ -73,8 +76,9 @@ def _in_main_thread(call: Callable[[], None]) -> bool:
                     call()
         done.set()
 
-    loop.call_soon_threadsafe(run)
-    done.wait(_PATIENCE)
+    with suppress(RuntimeError):  # it has just been closed
+        loop.call_soon_threadsafe(run)
+        done.wait(_PATIENCE)
     with lock:
-        outcome = bool(outcome)
-        return outcome
+        outcome = False if outcome is None and give_up else outcome
+        return bool(outcome)

@@ -1,5 +1,6 @@
 """Where the loaders look for files, what their menus offer, and what they say of missing and wrong files."""
 
+import importlib
 import os
 import re
 import shlex
@@ -110,6 +111,21 @@ def test_a_loader_that_is_not_needed_is_not_missed(comfy):
     assert set(beside(graph | spare, "spare")) == {"other"}
     del graph["save"]
     assert set(beside(graph, "model")) == set(), "nothing runs without an output"
+
+
+def test_the_side_of_a_switch_that_is_not_chosen_is_not_missed(comfy, monkeypatch):
+    classes = importlib.import_module("nodes").NODE_CLASS_MAPPINGS
+    either = {"on_true": ("*", {"lazy": True}), "on_false": ("*", {"lazy": True}), "switch": ("BOOLEAN", {})}
+    switch = type("Switch", (), {"INPUT_TYPES": classmethod(lambda cls: {"required": either})})
+    monkeypatch.setitem(classes, "Switch", switch)
+    graph = text_to_video(comfy)
+    graph["spare"] = node(MODEL, model="24B_base")
+    graph["switch"] = node("Switch", on_true=["model", 0], on_false=["spare", 0], switch=True)
+    graph["sampler"]["inputs"]["model"] = ["switch", 0]
+    graph["save"] = node("Sink", value=["decode", 1])
+    beside = set(comfy.module("nodes.comfyui.graph").needed_beside(graph, "text"))
+    assert {"switch", "vae", "encoder"} <= beside
+    assert "spare" not in beside
 
 
 @pytest.mark.parametrize("graph", [None, {}, {"other": {"class_type": "Gone", "inputs": {}}}])
