@@ -15,6 +15,8 @@ from .comfyui.families import check_fit, family_of_latent
 from .comfyui.progress import Clock, NodeProgress
 from .comfyui.vae import decoded, magi_vae
 
+_IN_PARTS = "Make a shorter video, save its latents, and continue from them in parts (MAGI-1 Video to Video)."
+
 
 class Magi1VAEDecode(io.ComfyNode):
     """Decodes what the sampler made."""
@@ -95,6 +97,7 @@ class Magi1VAEDecode(io.ComfyNode):
         clip, sound = None, None
         if before is not None:
             source, on_read = media.Clip.of(before), lambda *_: progress.move("read", 0)
+            media.check_room(source.length() + made, height, width, _IN_PARTS)  # before an hour of it is read
             clip = source.read(height, width, "crop", progress=on_read)
             sound = source.sound(len(clip), on_read)
         first = 0 if clip is None else len(clip)
@@ -124,10 +127,5 @@ class Magi1VAEDecode(io.ComfyNode):
 
 def _empty_batch(count: int, height: int, width: int) -> torch.Tensor:
     """Returns an empty IMAGE batch, float32 (count, height, width, 3). Raises MagiError if it does not fit in RAM."""
-    media.check_room(
-        count,
-        height,
-        width,
-        "Make a shorter video, save its latents, and continue from them in parts (MAGI-1 Video to Video).",
-    )
+    media.check_room(count, height, width, _IN_PARTS)
     return torch.empty(count, height, width, 3)

@@ -55,6 +55,12 @@ class Clip:
         rate, audio = Fraction(parts.frame_rate), _sound_of(parts.audio)
         return cls(width, height, images=parts.images, audio=audio, fps=rate)
 
+    def length(self) -> int:
+        """Returns about how many frames at 24 per second it has, by its header; 0 where that does not say."""
+        if self.images is not None:
+            return round(len(self.images) / self.fps * FPS)
+        return round((probe(str(self.file)).seconds or 0) * FPS)
+
     def read(
         self,
         height: int,

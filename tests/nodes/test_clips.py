@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.graph import InvalidGraph
+from tests.support.graph import InvalidGraph, NodeError
 from tests.support.magi_graphs import (
     HEIGHT,
     WIDTH,
@@ -206,3 +206,17 @@ def test_an_impossible_size_is_refused_before_anything_runs(comfy, kind):
     with pytest.raises(InvalidGraph, match="Width 330 is not a multiple of 16; the nearest are 320 and 336"):
         comfy.run(graph)
     assert comfy.executed == []
+
+
+def test_a_clip_in_front_that_memory_cannot_hold_is_refused_before_it_is_read(comfy, monkeypatch):
+    graph = text_to_video(comfy)
+    made = comfy.run(graph)
+    graph = {"vae": graph["vae"], "decode": graph["decode"]}
+    graph["decode"]["inputs"] |= {"samples": ["latents", 0], "before": ["clip", 0]}
+    graph["latents"] = node(comfy.constant("LATENT", made["sampler"][0]))
+    graph["clip"] = node(comfy.constant("IMAGE", clip(100)))
+    media = comfy.module("nodes.comfyui.media")
+    monkeypatch.setattr(media, "free_host_memory", lambda: 12 * 100 * HEIGHT * WIDTH)  # of the made ones, enough
+    monkeypatch.setattr(media, "frames_of", lambda *_: pytest.fail("read for nothing"))
+    with pytest.raises(NodeError, match="124 frames of 64x48 take"):
+        comfy.run(graph)
