@@ -82,10 +82,10 @@ def over_a_copy_engine(monkeypatch):
     """(place) -> a copy engine, used by models loaded from now on; their K/V cache is on the host."""
 
     def place(name):
-        copy_engine, pin = LazyCopyEngine(eager=True), lambda data: lambda: None
+        copy_engine, own_pin = LazyCopyEngine(eager=True), lambda data: lambda: None
         staying, waiting = PLACES[name]
 
-        def placed(reader, on_device, on_host, slots, progress):
+        def placed(reader, on_device, on_host, slots, progress, pin):
             return StreamedBlocks(
                 reader,
                 staying,
@@ -93,11 +93,11 @@ def over_a_copy_engine(monkeypatch):
                 slots,
                 progress,
                 copy_engine=copy_engine,
-                pin=pin,
+                pin=own_pin,
             )
 
         monkeypatch.setattr(load, "StreamedBlocks", placed)
-        monkeypatch.setattr(sampler, "KVCache", cache_with(copy_engine=copy_engine, pin=pin))
+        monkeypatch.setattr(sampler, "KVCache", cache_with(copy_engine=copy_engine, pin=own_pin))
         return copy_engine
 
     return place
