@@ -216,7 +216,7 @@ class Magi1Sampler(io.ComfyNode):
                 view.show_stopped(kept=store is not None)
             raise
         finally:
-            model.transformer.unpin()  # also what was loaded and not used
+            models.unpin()
         if store:
             store.finish(__version__)
         info = view.show_done()

@@ -39,29 +39,35 @@ def _with_sources(graph: Graph, id: str) -> set[str]:
         id = open_ids.pop()
         if id in graph and id not in found:
             found.add(id)
-            open_ids += _sources(graph[id], _lazy_inputs(graph[id]["class_type"]))
+            open_ids += _sources(graph[id], eager=True)
     return found
 
 
-def _sources(part: Mapping[str, Any], without: Collection[str] = ()) -> list[str]:
-    values = [value for name, value in part.get("inputs", {}).items() if name not in without]
-    links = [value for value in values if isinstance(value, list) and len(value) == 2]
-    return [link[0] for link in links if isinstance(link[0], str) and isinstance(link[1], int)]
+def _sources(part: Mapping[str, Any], eager: bool = False) -> list[str]:
+    """Returns the ids of the nodes that a node takes something from; `eager`: but for what it may do without."""
+    links = {name: value[0] for name, value in part.get("inputs", {}).items() if _is_link(value)}
+    lazy = _lazy_inputs(part["class_type"]) if eager and links else set()
+    return [id for name, id in links.items() if name not in lazy]
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and list(map(type, value)) == [str, int]
 
 
 def _lazy_inputs(class_type: str) -> set[str]:
     """Returns the inputs that a node may do without, as a switch does without the side that is not chosen."""
-    node = import_module("nodes").NODE_CLASS_MAPPINGS.get(class_type)
-    if node is None or class_type.startswith("Magi1") or not hasattr(node, "INPUT_TYPES"):
-        return set()
-    found = set[str]()
-    for group in ("required", "optional"):
-        for name, given in node.INPUT_TYPES().get(group, {}).items():
-            options = given[1] if isinstance(given, list | tuple) and len(given) > 1 else {}
-            found |= {name} if isinstance(options, Mapping) and options.get("lazy") else set()
-    return found
+    node = class_of(class_type)
+    groups = node.INPUT_TYPES() if hasattr(node, "INPUT_TYPES") else {}
+    inputs = {**groups.get("required", {}), **groups.get("optional", {})}
+    # An input is (type, options), and some leave out the options.
+    return {name for name, (_, *options) in inputs.items() if options and options[0].get("lazy")}
 
 
 def _is_output(class_type: str) -> bool:
+    return bool(getattr(class_of(class_type), "OUTPUT_NODE", False))
+
+
+def class_of(class_type: str) -> Any:
+    """Returns the class of a kind of node; None where it is not known."""
     classes = import_module("nodes").NODE_CLASS_MAPPINGS  # ComfyUI's module, which has the name of our package
-    return bool(getattr(classes.get(class_type), "OUTPUT_NODE", False))
+    return classes.get(class_type)

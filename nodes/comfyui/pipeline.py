@@ -37,7 +37,19 @@ class ManagedModels:
         return self._model.transformer.plan(run, prefix_frames, allow_smaller_window)
 
     def transformer(self, placement: Placement, progress: OnProgress | None = None) -> Transformer:
-        """Returns the transformer, placed as `placement` says; the VAE is loaded beside it where both fit."""
+        """Returns the transformer, placed as `placement` says; the VAE is loaded beside it where both fit.
+
+        What waits in RAM is page-locked until `unpin`: between two runs others may want to page-lock theirs.
+        """
+        transformer = self._load(placement, progress)
+        self._model.transformer.pin()
+        return transformer
+
+    def unpin(self) -> None:
+        """Gives page-locked memory back, once a run has ended in whatever way."""
+        self._model.transformer.unpin()
+
+    def _load(self, placement: Placement, progress: OnProgress | None) -> Transformer:
         self._model.transformer.placement = placement
         patcher, working = self._model.patcher, placement.spare_bytes
         if self._vae is not None:
@@ -53,12 +65,8 @@ class ManagedModels:
         self._model.transformer.left_with(window)
 
     def share_device(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """Yields the chunks. Memory is page-locked meanwhile only: ComfyUI's own models may be next to want it."""
-        self._model.transformer.pin()
-        try:
-            yield from chunks
-        finally:
-            self._model.transformer.unpin()
+        """Returns the chunks as they are: ComfyUI moves models between nodes, not within one."""
+        return chunks
 
     @property
     def vae(self) -> VideoVAE:

@@ -14,7 +14,7 @@ from ...magi.text.t5_checkpoint import read_t5
 from ...magi.text.t5_tokenizer import find_tokenizer
 from ...magi.vae.video_vae import load_vae
 from . import menus
-from .graph import Graph, needed_beside
+from .graph import Graph, class_of, needed_beside
 
 
 def check_loaders(graph: Graph | None, node_id: str | None) -> None:
@@ -28,12 +28,13 @@ def check_loaders(graph: Graph | None, node_id: str | None) -> None:
         loader = _LOADERS.get(graph[id]["class_type"])
         if loader is None:
             continue
-        title, widget, check = loader
+        widget, check = loader
         name = graph[id].get("inputs", {}).get(widget)
         if isinstance(name, str):  # else it comes over a link
             try:
                 check(name)
             except MagiError as error:
+                title = class_of(graph[id]["class_type"]).define_schema().display_name
                 raise MagiError(f"{title}: {error}") from error
 
 
@@ -59,8 +60,8 @@ def check_encoder(name: str) -> None:
     find_tokenizer(path, tokenizer)
 
 
-_LOADERS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
-    "Magi1ModelLoader": ("MAGI-1 Model Loader", "model", _check_model),
-    "Magi1VAELoader": ("MAGI-1 VAE Loader", "vae", _check_vae),
-    "Magi1TextEncoderLoader": ("MAGI-1 Text Encoder Loader", "encoder", check_encoder),
+_LOADERS: dict[str, tuple[str, Callable[[str], Any]]] = {  # the widget that names a file, and what checks it
+    "Magi1ModelLoader": ("model", _check_model),
+    "Magi1VAELoader": ("vae", _check_vae),
+    "Magi1TextEncoderLoader": ("encoder", check_encoder),
 }

@@ -37,14 +37,6 @@ SMALL = ["--size", "48x32", "--steps", "4", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> Path:
-    """The folder that holds the repeating model; shared with the other test files."""
-    folder = tmp_path_factory.getbasetemp() / "repeating"
-    repeating_files(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def files(cache) -> ModelFiles:
     return repeating_files(cache)
 

@@ -11,19 +11,10 @@ from magi.cli.main import main
 from magi.media import sound_encoder
 from magi.media.sound_reader import read_sound
 from magi.media.video_reader import probe, read_video
-from magi.model_files.repeating import repeating_files
 from magi.pipeline import resident_models
 from tests.support.sound_clips import heard, packets, spoil, tone, write_clip
 
 ARGUMENTS = ["--model", "embedded-photo", "--prompt", "A cat", "--size", "64x48", "--steps", "4", "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> Path:
-    """The folder that holds the repeating model; shared with the other test files."""
-    folder = tmp_path_factory.getbasetemp() / "repeating"
-    repeating_files(folder)
-    return folder
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from PIL import Image
 from magi.cli import generate
 from magi.cli.main import main
 from magi.errors import MagiError
-from magi.model_files.repeating import repeating_files
 from magi.pipeline import pipeline, resident_models
 from magi.pipeline.pipeline import MagiPipeline
 from magi.runs.store import RunStore
@@ -63,8 +62,8 @@ def test_killed_at_any_line_it_goes_on_to_the_same_video(tmp_path):
         assert run["result"] == whole["result"], f"killed at lines {run['at']}"
 
 
-def test_killed_from_outside(magi, home, whole, tmp_path):
-    command = [sys.executable, "-m", "magi", "generate", *ARGUMENTS, "--cache", str(home)]
+def test_killed_from_outside(magi, cache, whole, tmp_path):
+    command = [sys.executable, "-m", "magi", "generate", *ARGUMENTS, "--cache", str(cache)]
     with subprocess.Popen(
         command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
@@ -85,32 +84,24 @@ def test_killed_from_outside(magi, home, whole, tmp_path):
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """The repeating model's files, and the prompts that were encoded: shared with the other tests of the command line."""
-    folder = tmp_path_factory.getbasetemp() / "repeating"
-    repeating_files(folder)
-    return folder
-
-
 @pytest.fixture
-def magi(home, tmp_path, monkeypatch, capsys):
+def magi(cache, tmp_path, monkeypatch, capsys):
     """(*arguments) -> (exit status, stderr) of a `generate` that runs in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str]:
         capsys.readouterr()
-        status = main(["generate", *ARGUMENTS, *map(str, arguments), "--cache", str(home)])
+        status = main(["generate", *ARGUMENTS, *map(str, arguments), "--cache", str(cache)])
         return status, capsys.readouterr().err
 
     return run
 
 
 @pytest.fixture(scope="module")
-def whole(home, tmp_path_factory) -> bytes:
+def whole(cache, tmp_path_factory) -> bytes:
     """The video of an undisturbed run."""
     out = tmp_path_factory.mktemp("whole") / "magi.mp4"
-    assert main(["generate", *ARGUMENTS, "--cache", str(home), "--out", str(out), "--no-state"]) == 0
+    assert main(["generate", *ARGUMENTS, "--cache", str(cache), "--out", str(out), "--no-state"]) == 0
     assert [file.name for file in out.parent.iterdir()] == ["magi.mp4"]
     return out.read_bytes()
 
@@ -217,7 +208,7 @@ def test_another_request_is_refused_with_what_differs(magi, kept, changed, messa
 
 
 @pytest.fixture(scope="module")
-def kept_run(home, tmp_path_factory) -> Path:
+def kept_run(cache, tmp_path_factory) -> Path:
     """A folder with a picture and the run that began with it."""
     folder = tmp_path_factory.mktemp("kept")
     Image.open(PHOTO).resize((96, 64)).save(folder / "cat.png")
@@ -226,7 +217,7 @@ def kept_run(home, tmp_path_factory) -> Path:
         if phase.sampled and phase.sampled.iteration == 2:
             raise KeyboardInterrupt
 
-    pipe = MagiPipeline.embedded(home, "repeating", device="cpu")
+    pipe = MagiPipeline.embedded(cache, "repeating", device="cpu")
     request = {"prompt": "A cat", "seconds": 3.0, "height": 32, "width": 48, "num_steps": 4}
     with pytest.raises(KeyboardInterrupt):
         list(pipe.generate(image=folder / "cat.png", progress=stop, state=folder / "magi.run", **request))
@@ -247,8 +238,8 @@ def test_the_run_json_is_for_people(kept):
     assert str(kept.parent) not in (kept / "run.json").read_text(encoding="utf-8"), "folders are nobody's business"
 
 
-def test_python_goes_on_with_what_the_command_line_began_and_back(magi, kept, tmp_path, home):
-    pipe = MagiPipeline.embedded(home, "repeating", device="cpu")
+def test_python_goes_on_with_what_the_command_line_began_and_back(magi, kept, tmp_path, cache):
+    pipe = MagiPipeline.embedded(cache, "repeating", device="cpu")
     request = {"prompt": "A cat", "seconds": 3.0, "height": 32, "width": 48, "num_steps": 4, "image": "cat.png"}
     with pytest.raises(MagiError, match=r"unfinished run in .*magi\.run.*resume=True"):
         pipe.generate(**request, state=kept)
@@ -336,7 +327,7 @@ def test_minutes_that_are_none(magi, minutes, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_demo_goes_on_too(home, tmp_path, monkeypatch, interrupt, capsys):
+def test_the_demo_goes_on_too(cache, tmp_path, monkeypatch, interrupt, capsys):
     monkeypatch.chdir(tmp_path)
     demo = [
         "demo",
@@ -350,7 +341,7 @@ def test_the_demo_goes_on_too(home, tmp_path, monkeypatch, interrupt, capsys):
         "--device",
         "cpu",
         "--cache",
-        str(home),
+        str(cache),
     ]
     interrupt(3)
     assert main(demo) == 130

@@ -3,14 +3,18 @@
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
+
+from magi import __version__
 
 from .graph import NOTE, PROMPT, Blueprint, Group, Node, Workflow
 from .kinds import NATIVE, SIZES, Kind
 
 _PAD, _GAP, _TITLE, _HEAD = 16, 24, 30, 44  # around nodes in a group; between them; a node's and a group's own bar
 _OFF = 4  # the mode of a bypassed node
-_VERSIONS = {"comfy-core": "0.3.64", "magi1-local": "0.1.0"}
+_INPUT, _OUTPUT = -10, -20  # what stands for a subgraph's own sockets among its nodes
+_VERSIONS = {"comfy-core": "0.3.64", "magi1-local": __version__}
 Kinds = Mapping[str, Kind]
 Box = tuple[int, int, int, int]  # x, y, width, height
 
@@ -158,27 +162,25 @@ def ui_file(workflow: Workflow, ours: Kinds) -> dict[str, Any]:
     links = _Links(workflow.nodes, kinds)
     boxes, frames = layout(workflow)
     return {
-        "id": identity(workflow.name),
-        "revision": 0,
-        "last_node_id": len(workflow.nodes),
-        "last_link_id": len(links.all),
+        **_envelope(workflow.name, len(workflow.nodes), len(links.all)),
         "nodes": ui_nodes(workflow, kinds, links, boxes),
         "links": [[n, links.ids[a], output, links.ids[b], slot, kind] for n, a, output, b, slot, kind in links.all],
-        "groups": [
-            {
-                "id": number,
-                "title": group.title,
-                "bounding": list(box),
-                "color": group.color,
-                "font_size": 24,
-                "flags": {},
-            }
-            for number, (group, box) in enumerate(frames, 1)
-        ],
+        "groups": _groups(frames),
         "config": {},
         "extra": {"ds": {"scale": 0.8, "offset": [80, 80]}, "frontendVersion": "1.27.10"},
         "version": 0.4,
     }
+
+
+def _envelope(name: str, nodes: int, links: int) -> dict[str, Any]:
+    return {"id": identity(name), "revision": 0, "last_node_id": nodes, "last_link_id": links}
+
+
+def _groups(frames: list[tuple[Group, Box]]) -> list[dict[str, Any]]:
+    return [
+        {"id": n, "title": group.title, "bounding": list(box), "color": group.color, "font_size": 24, "flags": {}}
+        for n, (group, box) in enumerate(frames, 1)
+    ]
 
 
 def api_file(workflow: Workflow, ours: Kinds, titles: Mapping[str, str]) -> dict[str, Any]:
@@ -211,86 +213,55 @@ def _through_bypassed(nodes: Mapping[str, Node], kinds: Kinds, name: str, output
 def blueprint_file(blueprint: Blueprint, ours: Kinds) -> dict[str, Any]:
     """Returns a subgraph in a workflow of its own, as the front end publishes one."""
     kinds = {**NATIVE, **ours}
-    whole = blueprint.workflow
-    kept = set(whole.nodes) - set(blueprint.without)
-    nodes = {name: _linked_to(kept, node) for name, node in whole.nodes.items() if name in kept}
-    inner = _without(whole, nodes)
-    links, (boxes, frames) = _Links(nodes, kinds), layout(inner)
-    number, own = len(links.all), identity(f"blueprint/{blueprint.title}")
+    inner = _inside(blueprint)
+    links, (boxes, frames) = _Links(inner.nodes, kinds), layout(inner)
+    own = identity(f"blueprint/{blueprint.title}")
+    ports = _Ports(blueprint, inner.nodes, kinds, links)
     width = max(x + w for x, _, w, _ in boxes.values())
-    rows_of_links = [(n, links.ids[a], out, links.ids[b], slot, kind) for n, a, out, b, slot, kind in links.all]
-    ports: list[dict[str, Any]] = []
-    shown: list[dict[str, Any]] = []
-    promoted: list[list[str]] = []
-    for i, targets in enumerate(blueprint.inputs):
-        numbers = []
-        for target in reversed(targets.split("+")):  # the first one, which comes last, gives the port its name
-            name, _, slot = target.partition(".")
-            kind = kinds[nodes[name].kind]
-            is_widget = slot in kind.widgets
-            io_type = kind.widgets[slot][0] if is_widget else kind.sockets[slot][0]
-            number += 1
-            numbers.append(number)
-            links.taken[name, slot] = number
-            at = [*kind.sockets, *kind.widgets].index(slot)
-            rows_of_links.append((number, -10, i, links.ids[name], at, io_type))
-        port = {"name": slot, "type": io_type.partition(",")[0]}
-        ports.append({"id": identity(f"{own}/in/{targets}"), **port, "linkIds": numbers, "pos": [-120, 20 + 20 * i]})
-        shown.append({**port, **({"widget": {"name": slot}} if is_widget else {}), "link": None})
-        promoted += [[str(links.ids[name]), slot]] if is_widget else []
-    ends: list[dict[str, Any]] = []
-    for i, source in enumerate(blueprint.outputs):
-        name, output = source_of(nodes, kinds, source)
-        label, io_type = kinds[nodes[name].kind].outputs[output]
-        number += 1
-        links.made.setdefault((name, output), []).append(number)
-        rows_of_links.append((number, links.ids[name], output, -20, i, io_type))
-        end = {"name": label, "type": io_type}
-        ends.append(
-            {"id": identity(f"{own}/out/{source}"), **end, "linkIds": [number], "pos": [width + 160, 20 + 20 * i]}
-        )
+    count, wires = len(inner.nodes), len(links.all) + len(ports.links)
+    within = [(n, links.ids[a], out, links.ids[b], slot, kind) for n, a, out, b, slot, kind in links.all]
     names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
     definition = {
         "id": own,
         "version": 1,
-        "state": {"lastGroupId": len(frames), "lastNodeId": len(nodes), "lastLinkId": number, "lastRerouteId": 0},
+        "state": {"lastGroupId": len(frames), "lastNodeId": count, "lastLinkId": wires, "lastRerouteId": 0},
         "revision": 0,
         "config": {},
         "name": blueprint.title,
-        "inputNode": {"id": -10, "bounding": [-240, 0, 140, 40 + 20 * len(ports)]},
-        "outputNode": {"id": -20, "bounding": [width + 140, 0, 120, 40 + 20 * len(ends)]},
-        "inputs": ports,
-        "outputs": ends,
+        "inputNode": {"id": _INPUT, "bounding": [-240, 0, 140, 40 + 20 * len(ports.inputs)]},
+        "outputNode": {"id": _OUTPUT, "bounding": [width + 140, 0, 120, 40 + 20 * len(ports.outputs)]},
+        "inputs": [
+            {"id": identity(f"{own}/in/{key}"), **port, "linkIds": numbers, "pos": [-120, 20 + 20 * i]}
+            for i, (key, port, numbers) in enumerate(ports.inputs)
+        ],
+        "outputs": [
+            {"id": identity(f"{own}/out/{key}"), **port, "linkIds": numbers, "pos": [width + 160, 20 + 20 * i]}
+            for i, (key, port, numbers) in enumerate(ports.outputs)
+        ],
         "widgets": [],
         "nodes": ui_nodes(inner, kinds, links, boxes),
-        "groups": [
-            {"id": n, "title": group.title, "bounding": list(box), "color": group.color, "font_size": 24, "flags": {}}
-            for n, (group, box) in enumerate(frames, 1)
-        ],
-        "links": [dict(zip(names, row, strict=True)) for row in rows_of_links],
+        "groups": _groups(frames),
+        "links": [dict(zip(names, row, strict=True)) for row in (*within, *ports.links)],
         "extra": {},
         "category": "MAGI-1",
         "description": blueprint.description,
     }
     instance = {
-        "id": len(nodes) + 1,
+        "id": count + 1,
         "type": own,
         "pos": [0, 0],
-        "size": [400, 60 + 30 * len(shown)],
+        "size": [400, 60 + 30 * len(ports.inputs)],
         "flags": {},
         "order": 0,
         "mode": 0,
-        "inputs": shown,
-        "outputs": [{"name": end["name"], "type": end["type"], "links": None} for end in ends],
+        "inputs": ports.shown,
+        "outputs": [{**port, "links": None} for _, port, _ in ports.outputs],
         "title": blueprint.title,
-        "properties": {"proxyWidgets": promoted, "cnr_id": "magi1-local", "ver": _VERSIONS["magi1-local"]},
+        "properties": {"proxyWidgets": ports.promoted, "cnr_id": "magi1-local", "ver": _VERSIONS["magi1-local"]},
         "widgets_values": [],
     }
     return {
-        "id": identity(f"blueprint file/{blueprint.title}"),
-        "revision": 0,
-        "last_node_id": len(nodes) + 1,
-        "last_link_id": number,
+        **_envelope(f"blueprint file/{blueprint.title}", count + 1, wires),
         "nodes": [instance],
         "links": [],
         "groups": [],
@@ -301,23 +272,68 @@ def blueprint_file(blueprint: Blueprint, ours: Kinds) -> dict[str, Any]:
     }
 
 
+class _Ports:
+    """What a subgraph shows of itself, and the links from and to that, which continue those inside.
+
+    Attributes:
+        inputs: (what is fed, {name, type}, links).
+        outputs: (what is given, {name, type}, links).
+        shown: the inputs as its node on the canvas has them.
+        promoted: [node, widget] of those that are widgets.
+        links: (link, from, output, to, input, type).
+    """
+
+    def __init__(self, blueprint: Blueprint, nodes: Mapping[str, Node], kinds: Kinds, links: _Links) -> None:
+        """Notes the new links in `links.taken` and `links.made`, too."""
+        self.inputs: list[tuple[str, dict[str, str], list[int]]] = []
+        self.outputs: list[tuple[str, dict[str, str], list[int]]] = []
+        self.shown: list[dict[str, Any]] = []
+        self.promoted: list[list[str]] = []
+        self.links: list[tuple[int, int, int, int, int, str]] = []
+        number = len(links.all)
+        for i, targets in enumerate(blueprint.inputs):
+            numbers = []
+            for target in reversed(targets.split("+")):  # the first one, which comes last, gives the port its name
+                name, _, slot = target.partition(".")
+                kind = kinds[nodes[name].kind]
+                is_widget = slot in kind.widgets
+                io_type = kind.widgets[slot][0] if is_widget else kind.sockets[slot][0]
+                number += 1
+                numbers.append(number)
+                links.taken[name, slot] = number
+                at = [*kind.sockets, *kind.widgets].index(slot)
+                self.links.append((number, _INPUT, i, links.ids[name], at, io_type))
+            port = {"name": slot, "type": io_type.partition(",")[0]}
+            self.inputs.append((targets, port, numbers))
+            self.shown.append({**port, **({"widget": {"name": slot}} if is_widget else {}), "link": None})
+            self.promoted += [[str(links.ids[name]), slot]] if is_widget else []
+        for i, source in enumerate(blueprint.outputs):
+            name, output = source_of(nodes, kinds, source)
+            label, io_type = kinds[nodes[name].kind].outputs[output]
+            number += 1
+            links.made.setdefault((name, output), []).append(number)
+            self.links.append((number, links.ids[name], output, _OUTPUT, i, io_type))
+            self.outputs.append((source, {"name": label, "type": io_type}, [number]))
+
+
+def _inside(blueprint: Blueprint) -> Workflow:
+    """Returns the workflow of the nodes that a blueprint takes, without links from others and without empty groups."""
+    whole = blueprint.workflow
+    kept = set(whole.nodes) - set(blueprint.without)
+    nodes = {name: _linked_to(kept, node) for name, node in whole.nodes.items() if name in kept}
+    rows = []
+    for row in whole.rows:
+        stacks = [[group for group in map(partial(_of, kept), stack) if group.columns] for stack in row]
+        rows += [[stack for stack in stacks if stack]] if any(stacks) else []
+    return Workflow(whole.name, nodes, rows)
+
+
+def _of(kept: set[str], group: Group) -> Group:
+    columns = [[name for name in column if name in kept] for column in group.columns]
+    return replace(group, columns=[column for column in columns if column])
+
+
 def _linked_to(kept: set[str], node: Node) -> Node:
     """Returns a node without the links that come from others than `kept`."""
     links = {slot: source for slot, source in node.links.items() if source.partition(".")[0] in kept}
     return replace(node, links=links)
-
-
-def _without(workflow: Workflow, nodes: Mapping[str, Node]) -> Workflow:
-    """Returns a workflow of some of its nodes, without groups that become empty."""
-    rows = []
-    for row in workflow.rows:
-        stacks = []
-        for stack in row:
-            groups = []
-            for group in stack:
-                columns = [[name for name in column if name in nodes] for column in group.columns]
-                if any(columns):
-                    groups.append(Group(group.title, [column for column in columns if column], group.color))
-            stacks += [groups] if groups else []
-        rows += [stacks] if stacks else []
-    return Workflow(workflow.name, nodes, rows)

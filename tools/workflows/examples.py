@@ -89,6 +89,16 @@ def _columns(*stacks: list[Group]) -> list[list[list[Group]]]:
     return [_TOP, list(stacks)]
 
 
+def _standard(*start: str, models: list[Group] = _MODELS) -> list[list[list[Group]]]:
+    """Returns the arrangement of most: what a video starts from, by the names of the nodes, lies below the prompt."""
+    return _columns(
+        models,
+        [Group("2. What to show", [["text"]]), Group("3. Start from", [start])],
+        [Group("4. Sample", [["sampler", "info"]])],
+        [Group("5. Video", [["decode", "save"]])],
+    )
+
+
 # -- the workflows -----------------------------------------------------------------------------------------------------
 
 
@@ -138,16 +148,7 @@ def _text_to_video() -> Workflow:
         "sampler": _sampler("start", seconds=4, seed=1, steps=16, control="randomize"),
         **_video("magi1_text_to_video"),
     }
-    return Workflow("magi1_text_to_video", nodes, _from_text())
-
-
-def _from_text() -> list[list[list[Group]]]:
-    return _columns(
-        _MODELS,
-        [Group("2. What to show", [["text"]]), Group("3. Start from", [["start"]])],
-        [Group("4. Sample", [["sampler", "info"]])],
-        [Group("5. Video", [["decode", "save"]])],
-    )
+    return Workflow("magi1_text_to_video", nodes, _standard("start"))
 
 
 def _image_to_video() -> Workflow:
@@ -169,13 +170,7 @@ def _image_to_video() -> Workflow:
         "sampler": _sampler("start", seconds=4, seed=1, steps=16, control="randomize"),
         **_video("magi1_image_to_video"),
     }
-    rows = _columns(
-        _MODELS,
-        [Group("2. What to show", [["text"]]), Group("3. Start from", [["image", "start"]])],
-        [Group("4. Sample", [["sampler", "info"]])],
-        [Group("5. Video", [["decode", "save"]])],
-    )
-    return Workflow("magi1_image_to_video", nodes, rows)
+    return Workflow("magi1_image_to_video", nodes, _standard("image", "start"))
 
 
 def _continue_video() -> Workflow:
@@ -250,13 +245,8 @@ def _low_memory() -> Workflow:
         **_video("magi1_low_memory_24B"),
     }
     nodes["model"] = Node("Magi1ModelLoader", links={"memory": "memory"})
-    rows = _columns(
-        [Group("Memory", [["memory"]]), *_MODELS],
-        [Group("2. What to show", [["text"]]), Group("3. Start from", [["start"]])],
-        [Group("4. Sample", [["sampler", "info"]])],
-        [Group("5. Video", [["decode", "save"]])],
-    )
-    return Workflow("magi1_low_memory_24B", nodes, rows)
+    models = [Group("Memory", [["memory"]]), *_MODELS]
+    return Workflow("magi1_low_memory_24B", nodes, _standard("start", models=models))
 
 
 def _base_guidance() -> Workflow:
@@ -288,7 +278,7 @@ def _base_guidance() -> Workflow:
         ),
         **_video("magi1_base_guidance"),
     }
-    return Workflow("magi1_base_guidance", nodes, _from_text())
+    return Workflow("magi1_base_guidance", nodes, _standard("start"))
 
 
 def _native_clip() -> Workflow:
@@ -314,7 +304,7 @@ def _native_clip() -> Workflow:
         "sampler": _sampler("start", seconds=4, seed=1, steps=16, control="randomize"),
         **_video("magi1_native_clip"),
     }
-    return Workflow("magi1_native_clip", nodes, _from_text())
+    return Workflow("magi1_native_clip", nodes, _standard("start"))
 
 
 def _upscale() -> Workflow:

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.support.comfy_host import STAND_IN, load_pack
+from tests.support.magi_graphs import WIDGETS
 
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 # Width and height, with room for what is shown under a node, for all widgets, and in the larger nodes of the newer front end.
 SIZES = {
     "Magi1ModelLoader": (300, 214),
