@@ -8,6 +8,7 @@ import torch
 
 from ..config import ModelConfig
 from ..errors import MagiError
+from ..system.finite import check_finite
 from .special_tokens import SpecialTokens, check_styles
 
 NULL_TOKENS = 50  # unmasked tokens of the null caption, prepended ones included
@@ -18,7 +19,7 @@ class Caption:
     """A prompt's text-encoder output, (tokens, caption_channels), without padding. With 0 tokens it is unconditional.
 
     Raises:
-        MagiError: `embeds` does not have two axes.
+        MagiError: `embeds` does not have two axes, or holds NaN or infinity.
     """
 
     embeds: torch.Tensor
@@ -26,6 +27,11 @@ class Caption:
     def __post_init__(self) -> None:
         if self.embeds.ndim != 2:
             raise MagiError(f"A caption is (tokens, channels); this one has the shape {tuple(self.embeds.shape)}.")
+        check_finite(
+            self.embeds,
+            "the prompt's embeddings",
+            "The text encoder's file is damaged or another model's, or its precision too low: download it again, or choose fp32.",
+        )
 
 
 def need_special_tokens(

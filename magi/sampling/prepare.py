@@ -10,6 +10,7 @@ import torch
 from ..config import LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, MagiConfig
 from ..errors import MagiError
 from ..media.frames import check_size
+from ..system.finite import check_finite
 from ..transformer.model import Transformer
 from .captions import Caption, caption_per_chunk, null_caption
 from .sampler import Sampler
@@ -206,13 +207,14 @@ def with_size_of(tensors: Mapping[str, torch.Tensor], config: MagiConfig, explic
         explicit: of height and width, whether it counts as it is.
 
     Raises:
-        MagiError: a tensor is no latents, (1, 16, frames, h, w), or of another size.
+        MagiError: a tensor is no latents, (1, 16, frames, h, w), holds NaN or infinity, or is of another size.
     """
     for name, x in tensors.items():
         if x.ndim != 5 or x.shape[:2] != (1, LATENT_CHANNELS) or x.shape[2] < 1:
             raise MagiError(
                 f"The {name} has the shape {tuple(x.shape)}; it must be (1, {LATENT_CHANNELS}, frames, height / 8, width / 8)."
             )
+        check_finite(x, f"the {name}", "Mend what it comes from: there is no picture in it.")
     height, width = config.runtime.video_size_h, config.runtime.video_size_w
     sizes = {name: tuple(SPATIAL_DOWNSAMPLE * side for side in x.shape[3:]) for name, x in tensors.items()}
     if sizes:

@@ -17,6 +17,8 @@ from ..config import SPATIAL_DOWNSAMPLE, MagiConfig
 from ..errors import MagiError
 from ..offload.kv_cache import KVCache
 from ..system.device import empty_cache, retry_with_less
+from ..system.finite import is_finite
+from ..transformer.diagnosis import explain
 from ..transformer.inputs import ChunkInput, EncodedCaption, Pass
 from ..transformer.model import Transformer
 from .guidance import NEARLY_CLEAN_MIX, PassName, combine, guidance_weights, is_nearly_clean, members
@@ -144,6 +146,7 @@ class Sampler:
             state.window[chunk] = self._with_prefix(chunk, latents)
         distilled = self._config.engine.distill
         velocities = (self._one_pass if distilled else self._three_passes)(it, state)  # (1, 16, W, h, w) per chunk
+        self._check_velocities(it, velocities)
         if self._on_iteration:
             self._on_iteration(self._event(it, state, velocities))
         for chunk, velocity, g in zip(it.chunks, velocities, it.grid, strict=True):
@@ -158,6 +161,16 @@ class Sampler:
         state.iteration += 1
         self.state = state
         return finished
+
+    def _check_velocities(self, it: Iteration, velocities: list[torch.Tensor]) -> None:
+        """Raises MagiError where a chunk's velocity is none. The state is then still that of before, and sound."""
+        if is_finite(torch.cat(velocities, dim=2)):
+            return
+        chunk, g = next((c, g) for c, g, v in zip(it.chunks, it.grid, velocities, strict=True) if not is_finite(v))
+        raise MagiError(
+            f"Step {g + 1} of {self._schedule.num_steps} of chunk {chunk - self._full_schedule.prefix_chunks + 1} gave numbers "
+            f"that are none (NaN or infinity). {explain(self._model, self._on_progress)}"
+        )
 
     def _three_passes(self, it: Iteration, state: SamplerState) -> list[torch.Tensor]:
         """Computes the guided velocities of base models. Passes and chunks whose result has weight 0 are skipped."""

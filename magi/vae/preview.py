@@ -8,6 +8,7 @@ from ..config import LATENT_CHANNELS
 from .video_vae import VideoVAE
 
 _PROBE = 2.0  # about two standard deviations of latents
+_LARGEST = 1e3  # of a latent; a hundred times what is usual
 _SIDE = 2  # latent pixels of a probe: few, but more than one, as the VAE is unreliable on a single token
 
 
@@ -26,7 +27,8 @@ class RoughDecoder:
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         """Decodes the last frame: latents (1, 16, T, h, w) -> uint8 (h, w, 3)."""
-        frame = latents[0, :, -1].detach().to("cpu", torch.float32)  # (16, h, w)
+        # Clamped, as the square of a number that is far out would be infinite.
+        frame = latents[0, :, -1].detach().to("cpu", torch.float32).clamp(-_LARGEST, _LARGEST)  # (16, h, w)
         pixels = frame.flatten(1).T  # (h * w, 16)
         colours = self._colour(pixels).add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)  # (h * w, 3)
         return colours.reshape(*frame.shape[1:], 3)  # (h, w, 3)

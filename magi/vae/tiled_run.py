@@ -7,6 +7,7 @@ import torch
 
 from ..errors import MagiError
 from ..system.device import empty_cache, retry_with_less
+from ..system.finite import check_finite
 from ..system.progress import OnProgress
 from .footprint import next_smaller
 from .tiling import PATCH_FRAMES, PATCH_SIZE, TileProgress, Tiling
@@ -117,7 +118,7 @@ def check_video(video: torch.Tensor) -> None:
 
 
 def check_tensor(tensor: torch.Tensor, name: str, layout: str, channels: int) -> None:
-    """Raises MagiError unless the tensor is floating point, not empty, and (B, channels, T, H, W)."""
+    """Raises MagiError unless the tensor is floating point, finite, not empty, and (B, channels, T, H, W)."""
     shape = tuple(tensor.shape)
     if len(shape) != 5 or shape[1] != channels:
         raise MagiError(f"Shape {shape} is not that of {name} for the VAE. Give {layout}.")
@@ -127,6 +128,7 @@ def check_tensor(tensor: torch.Tensor, name: str, layout: str, channels: int) ->
         raise MagiError(
             f"Values of type {tensor.dtype} are not {name} for the VAE. Give floating point; pixels as uint8 / 127.5 - 1."
         )
+    check_finite(tensor, f"the {name} for the VAE", "Mend what it comes from: there is no picture in it.")
 
 
 def _fewer(tiling: Tiling) -> str:

@@ -16,6 +16,7 @@ from ..checkpoint.reader import Checkpoint
 from ..config import LATENT_SCALE as SCALE
 from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, pick_device
+from ..system.finite import is_finite
 from ..system.progress import OnProgress
 from .footprint import fitting, makes_scores
 from .model import Decoder, Encoder, VAEConfig
@@ -219,7 +220,7 @@ class VideoVAE(nn.Module):
             map_tiles(encode, frames, latents, tiling, scale_in=PATCH_SIZE, scale_out=1, chained=True)
             return latents.mul_(SCALE)
 
-        return run.attempt(work)
+        return self._checked(run.attempt(work))
 
     @torch.no_grad()
     def _decode_latents(self, latents: torch.Tensor, run: TileRun, output_device: torch.device | str) -> torch.Tensor:
@@ -238,7 +239,20 @@ class VideoVAE(nn.Module):
             map_tiles(decode, latents, video, tiling, scale_in=1, scale_out=PATCH_SIZE, chained=False)
             return video
 
-        return run.attempt(work)
+        return self._checked(run.attempt(work))
+
+    def _checked(self, made: torch.Tensor) -> torch.Tensor:
+        """Returns what was made of finite input. Raises MagiError where that is not finite."""
+        if is_finite(made):
+            return made
+        damaged = next((name for name, weight in self.named_parameters() if not is_finite(weight)), None)
+        if damaged is not None:
+            why = f"Its weights hold such numbers ({damaged}): the file is damaged. Download it again."
+        elif self.dtype == torch.float16:
+            why = "float16 was exceeded, which ends at 65504. Choose bf16 or fp32 for the VAE."
+        else:
+            why = "Its file may be damaged or another model's: download it again, or choose another one."
+        raise MagiError(f"The VAE gave numbers that are none (NaN or infinity). {why}")
 
     def _check_latents(self, latents: torch.Tensor) -> None:
         check_tensor(

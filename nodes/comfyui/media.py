@@ -17,6 +17,7 @@ from ...magi.media.sound import LAYOUTS, Sound, lasting
 from ...magi.media.sound_reader import read_sound
 from ...magi.media.video_decoder import TimedFrame
 from ...magi.media.video_reader import MediaInfo, probe, read_video, resample
+from ...magi.system.finite import check_finite
 from ...magi.system.host_memory import free_host_memory
 from .families import family_of_latent, latent_of
 
@@ -109,6 +110,7 @@ def _sound_of(audio: dict[str, Any] | None) -> Sound | None:
     if not audio or 0 in audio["waveform"].shape:
         return None
     waveform = audio["waveform"][0].float().cpu()
+    check_finite(waveform, "the clip's sound", "Mend the node that it comes from.")
     if len(waveform) not in LAYOUTS:  # ComfyUI could not save it
         waveform = waveform.mean(0, keepdim=True)
     return Sound(waveform, int(audio["sample_rate"]))
@@ -129,6 +131,7 @@ def frames_of(images: torch.Tensor) -> torch.Tensor:
     """Converts an IMAGE batch, (T, H, W, C) in 0..1, to frames, uint8 (T, H, W, 3); transparency is laid over white."""
     frames = torch.empty(images.shape, dtype=torch.uint8)
     for image, frame in zip(images, frames, strict=True):  # one by one: no second float copy of a whole clip
+        check_finite(image, "an image", "Mend the node that it comes from.")
         frame.copy_(image.mul(255).round().clamp(0, 255))
     return over_white(frames) if frames.shape[3] == 4 else frames[..., :3].expand(-1, -1, -1, 3)
 
@@ -159,7 +162,7 @@ def latent_tail(latent: dict[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def check_latent(latent: dict[str, Any]) -> torch.Tensor:
-    """Returns a LATENT's samples, float32 (1, 16, T, h, w). Raises MagiError for those of other models."""
+    """Returns a LATENT's samples, float32 (1, 16, T, h, w). Raises MagiError for those of other models, or without numbers."""
     samples = latent["samples"]
     if samples.ndim == 5 and len(samples) > 1:
         raise MagiError(
@@ -170,4 +173,5 @@ def check_latent(latent: dict[str, Any]) -> torch.Tensor:
             f"These latents have the shape {tuple(samples.shape)}; MAGI-1's are (1, {LATENT_CHANNELS}, frames, height / {SPATIAL_DOWNSAMPLE}, width / {SPATIAL_DOWNSAMPLE}). "
             f"Connect a MAGI-1 node, or an empty latent video with {LATENT_CHANNELS} channels."
         )
+    check_finite(samples, "these latents", "Make them anew: there is no picture in them.")
     return samples.float()

@@ -766,3 +766,24 @@ def test_the_bars_leave_a_tidy_screen(monkeypatch, cache, tmp_path):
     titles = ["text encoder", "encoding the input", "loading the model", "sampling", "wrote"]
     assert [next((t for t in titles if line.startswith(t)), line) for line in shown] == titles
     assert all("100%" in line for line in shown[:-1])
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_damaged_weights_make_no_video(part, magi, files, tmp_path):
+    """Weights with NaN run like sound ones. What comes out is none, and must not be called a video."""
+    for name in ("transformer", "vae"):
+        shutil.copytree(getattr(files, name), tmp_path / name)
+    (path,) = (tmp_path / part).glob("*.safetensors")
+    weights = load_file(path)
+    last = [name for name in weights if name.endswith(("linear_fc2.weight", "fc2.weight"))][-1]
+    weights[last][0, 1] = float("nan")
+    save_file(weights, path)
+    own = ["--model", tmp_path / "transformer", *model_arguments(files), "--vae", tmp_path / "vae"]
+    status, stderr = magi("generate", "--prompt", "A cat", "--image", PHOTO, "--seconds", 1, *SMALL, *own)
+    assert status == 1
+    assert "NaN or infinity" in stderr
+    assert "the file is damaged" in stderr or "its file is damaged" in stderr
+    assert not list(tmp_path.glob("*.mp4"))

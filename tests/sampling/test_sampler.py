@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
+from magi.errors import MagiError
 from magi.sampling.captions import Caption
 from magi.sampling.prepare import generate_latents, make_sampler
 from magi.sampling.schedule import time_grid
@@ -338,3 +339,64 @@ def test_captions_of_finished_chunks_are_forgotten(tiny_config, tiny_model, tiny
     assert len(list(chunks)) == 20
     assert len(made) == 21, "each once, and the null caption"
     assert max(alive) <= 6
+
+
+# -- numbers that are none -------------------------------------------------------------------------------------------
+
+NONE = [float("nan"), float("inf")]
+
+
+@BOTH
+@pytest.mark.parametrize("bad", NONE)
+def test_damaged_weights_are_told_from_a_result(bad, distill, run, tiny_config, tiny_model):
+    config = tiny_config(distill)
+    model = tiny_model(config)
+    weights = list(model.blocks)[1]
+    weights.fc2.weight[3, 5] = bad
+    with pytest.raises(MagiError, match=r"Step 1 of 8 of chunk 1 .*NaN or infinity.*layer 1, fc2\.weight.*damaged"):
+        run(config, model)
+
+
+def test_weights_outside_the_layers_are_named_too(run, tiny_config, tiny_model):
+    config = tiny_config()
+    model = tiny_model(config)
+    model.outer.final.weight[0, 0] = float("nan")
+    with pytest.raises(MagiError, match=r"hold such numbers \(final\.weight\)"):
+        run(config, model)
+
+
+@BOTH
+def test_a_fault_in_the_middle_leaves_the_state_before_it(distill, tiny_config, tiny_model, tiny_caption, tiny_tokens):
+    """Sound weights, numbers that leave their range: nothing of the faulty step is kept or shown."""
+    config = tiny_config(distill)
+    model, seen = tiny_model(config), []
+    sampler = make_sampler(
+        model, config, caption=tiny_caption(), special_tokens=tiny_tokens, progress=lambda e: seen.append(e.iteration)
+    )
+    chunks = iter(sampler)
+    first = next(chunks)
+    assert first.latents.isfinite().all()
+    done = sampler.state.iteration
+    forward = model.forward
+
+    def overflow(*args):
+        return [[None if v is None else v / 0 for v in velocities] for velocities in forward(*args)]
+
+    model.forward = overflow
+    with pytest.raises(MagiError, match=r"Step 7 of 8 of chunk 2 .*may not be what they are taken for"):
+        next(chunks)
+    assert sampler.state.iteration == done == seen[-1]
+    assert all(x.isfinite().all() for x in (*sampler.state.window.values(), *sampler.state.clean.values()))
+
+
+@pytest.mark.parametrize("bad", NONE)
+def test_inputs_that_are_none_are_refused_before_any_step(bad, run, tiny_config, randn, tiny_caption):
+    config, shape = tiny_config(), (1, 16, 6, 4, 4)
+    prefix, embeds = randn(*shape), tiny_caption().embeds.clone()
+    prefix[0, 3, 1, 2, 2] = embeds[1, 1] = bad
+    with pytest.raises(MagiError, match="in the prefix"):
+        run(config, prefix=prefix)
+    with pytest.raises(MagiError, match="in the noise"):
+        run(config, num_frames=24, noise=prefix)
+    with pytest.raises(MagiError, match="in the prompt's embeddings"):
+        Caption(embeds)

@@ -495,3 +495,32 @@ def test_results_are_plain_tensors(vae):
     for result in (frames, latents):
         assert not result.requires_grad
         result.clamp_(-1, 1)  # forbidden for tensors made in inference mode
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_input_that_is_none_is_refused(bad, vae):
+    video, latents = noise(1, 3, 8, 32, 32), noise(1, 16, 3, 4, 4)
+    video[0, 1, 4, 8, 8] = latents[0, 3, 1, 2, 2] = bad
+    with pytest.raises(MagiError, match=r"none \(NaN or infinity\) in the video"):
+        vae.encode(video)
+    with pytest.raises(MagiError, match=r"none \(NaN or infinity\) in the latents"):
+        list(vae.decode_chunks((noise(1, 16, 3, 4, 4), latents)))
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_damaged_weight_is_named(part, tmp_path):
+    state = weights()
+    name = f"{part}.blocks.1.mlp.fc1.weight"
+    state[name][3, 7] = float("nan")
+    damaged = load_vae(write(tmp_path / "vae", state, {"ddconfig": DDCONFIG}), dtype=torch.float32)
+    with pytest.raises(MagiError, match=f"The VAE gave numbers that are none .*{name}.*Download it again"):
+        damaged.encode(noise(1, 3, 8, 32, 32)) if part == "encoder" else damaged.decode(noise(1, 16, 3, 4, 4))
+
+
+def test_float16_that_is_exceeded_is_named(folder):
+    vae = load_vae(folder, dtype=torch.float16)
+    with pytest.raises(MagiError, match=r"float16 was exceeded.*Choose bf16 or fp32"):
+        vae.decode(3e4 * noise(1, 16, 3, 4, 4))
