@@ -211,14 +211,16 @@ class Magi1Sampler(io.ComfyNode):
                     finished.append(chunk.latents.to("cpu", torch.float32))
                     if chunk.index >= view.resumed_chunks:
                         view.show_chunk(chunk.index, finished[-1])
+            if store:
+                store.finish(__version__)
         except host.Interrupted:
             if store is None or store.exists:
                 view.show_stopped(kept=store is not None)
             raise
         finally:
             models.unpin()
-        if store:
-            store.finish(__version__)
+            if store:
+                store.close()
         info = view.show_done()
         samples = latent_of(torch.cat(finished, dim=2), model.family)
         return io.NodeOutput(samples, plan.frames, info, ui={"text": [info]})

@@ -9,8 +9,9 @@ from ..errors import MagiError
 from ..media.video_writer import check_name
 from ..model_files.embedded import DEMO_IMAGE, DEMO_SHAPE
 from .embedded import EMBEDDED, embedded_pipeline
-from .generate import add_content_arguments, add_device_arguments, default_cache, request_from, write_video
+from .generate import add_content_arguments, add_device_arguments, default_cache, request_from
 from .join import check_join
+from .write_video import made_by, write_video
 
 _OUT = "demo.mp4"
 _SCALE = 4  # 64x64 pixels look like a stamp in a player
@@ -51,7 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs `demo`."""
     check_join(args)
-    args.overwrite = args.overwrite or args.out == _OUT  # the last demo, not a file somebody named
     given = args.image or args.video
     args.model = args.model or (_PHOTO if given else "embedded")
     if given or args.prompt or args.model == _PHOTO:
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser()
     picture, continued = (str(out.with_name(f"{out.stem}_{name}{out.suffix}")) for name in ("picture", "continued"))
     for path in (picture, continued):  # the first one is checked before it is made, as every video is
-        check_name(Path(path), args.overwrite)
+        check_name(Path(path), args.overwrite or _replaces(args, path))
     pipeline = embedded_pipeline(args, device=args.device)
 
     def make(prompts: tuple[str, ...], seconds: float, **changes: Any) -> None:
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
             own.seconds = seconds
         chunks = -(-(own.frames or round((own.seconds or 0) * FPS)) // FPS)
         own.prompt = list(prompts[: max(1, chunks)])
-        write_video(pipeline, request_from(own), own, _SCALE)
+        write_video(pipeline, request_from(own), own, _SCALE, replace=_replaces(args, own.out))
 
     make(TEXT, 4)
     make(PICTURE, 3, image=str(DEMO_SHAPE), out=picture)
@@ -85,4 +85,9 @@ def _one(args: argparse.Namespace) -> int:
     if photo and not args.video:
         args.image = args.image or str(DEMO_IMAGE)
     pipeline = embedded_pipeline(args, device=args.device)
-    return write_video(pipeline, request_from(args), args, 1 if photo else _SCALE)
+    return write_video(pipeline, request_from(args), args, 1 if photo else _SCALE, replace=_replaces(args, args.out))
+
+
+def _replaces(args: argparse.Namespace, path: str) -> bool:
+    """Returns whether a file is the last demo, of a name that nobody chose: it makes room for this one."""
+    return args.out == _OUT and made_by(Path(path), args.command)

@@ -1,10 +1,6 @@
 """`python -m magi generate`: a video file from a prompt, a picture or a video."""
 
 import argparse
-import json
-import sys
-import time
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,19 +8,16 @@ import torch
 from ..config import PRESETS, MagiConfig
 from ..errors import MagiError
 from ..media.frames import AREAS
-from ..media.video_reader import probe
-from ..media.video_writer import VideoWriter
 from ..model_files.locate import find_files
-from ..pipeline.pipeline import MagiPipeline, Plan, Request
+from ..pipeline.pipeline import MagiPipeline, Request
 from ..planning.placement import MemoryOptions
 from ..runs.autosave import SAVE_SECONDS
-from ..runs.store import RunStore
 from ..sampling.special_tokens import STYLES
 from ..text.embedding_cache import EmbeddingCache
 from .arguments import parse_bytes, parse_size
-from .bars import Bars
 from .embedded import EMBEDDED, embedded_pipeline
-from .join import check_join, joined_clip
+from .join import check_join
+from .write_video import write_video
 
 DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -171,106 +164,6 @@ def main(args: argparse.Namespace) -> int:
     return write_video(pipeline, request_from(args), args)
 
 
-def write_video(pipeline: MagiPipeline, request: Request, args: argparse.Namespace, scale: int = 1) -> int:
-    """Makes the video and writes it chunk by chunk, so that finished chunks survive an error; returns 0.
-
-    Args:
-        pipeline: makes it.
-        request: says what.
-        args: say where to, and how.
-        scale: each pixel becomes a square of so many, side by side, in the file.
-    """
-    store = _store(args)
-    if args.join:
-        probe(args.video)  # a run that is resumed does not need the clip, but its video does
-    plan = pipeline.plan(request, store if args.resume else None)
-    runtime = plan.config.runtime
-    if store and args.resume:
-        store.open(pipeline.settings(plan))
-    writer = VideoWriter(
-        args.out,
-        scale * runtime.video_size_h,
-        scale * runtime.video_size_w,
-        runtime.fps,
-        args.crf,
-        _metadata(plan, pipeline),
-        args.overwrite,
-    )
-    if store and not args.resume:
-        store.discard()
-        store.open(pipeline.settings(plan))
-    print(
-        f"{args.out}: {_summary(plan)}, {runtime.num_steps} steps, seed {request.seed}, on {pipeline.device}",
-        file=sys.stderr,
-    )
-    if args.resume:
-        print(_resume_message(store, plan), file=sys.stderr)
-    elif args.video and not args.join and probe(args.video).sound:
-        print(
-            f"note: {args.video} has sound, which is not continued. --join puts the clip in front, with its sound.",
-            file=sys.stderr,
-        )
-    if plan.placement is not None and pipeline.device.type != "cpu":
-        print(f"memory: {plan.placement.describe()}", file=sys.stderr)
-    started = time.monotonic()
-    try:
-        with writer, Bars() as bars:
-            for clip in pipeline.run(plan, bars, store, 60 * args.state_minutes):
-                made = clip.frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-                # Not before there is something to follow it: a file of the clip alone is no result to keep.
-                join = args.join and clip.first_frame == 0
-                before = joined_clip(args.video, args.fit, writer, plan.frames, bars) if join else ()
-                for frames in chain(before, (made,)):
-                    first = writer.frames_written == 0
-                    writer.write(frames)
-                    if store and first:
-                        store.note_partial(writer.partial_path)
-    except BaseException:
-        if writer.frames_written:
-            print(f"The {writer.frames_written} frames finished so far are in {writer.partial_path}", file=sys.stderr)
-        if store and store.exists:
-            print(f"The run is kept in {store.folder}: the same command with --resume continues it.", file=sys.stderr)
-        elif store:
-            store.discard()  # files that were written before saving the first state failed
-        raise
-    print(f"wrote {writer.path} ({writer.frames_written} frames, {time.monotonic() - started:.0f} s)", file=sys.stderr)
-    if store:
-        for partial in store.partials():  # of the runs before this one; this one's is gone
-            partial.unlink(missing_ok=True)
-            partial.with_suffix(".tmp").unlink(missing_ok=True)
-        store.discard()
-    return 0
-
-
-def _store(args: argparse.Namespace) -> RunStore | None:
-    """Returns the store of the run, None where it is not kept.
-
-    Raises:
-        MagiError: an unfinished run is kept there, and neither --resume nor --overwrite is given.
-    """
-    if not 0 <= args.state_minutes < float("inf"):
-        raise MagiError(f"--state-minutes is {args.state_minutes:g}; it must be 0 (after every step) or more.")
-    out = Path(args.out)
-    if args.no_state or out.suffix.lower() != ".mp4":  # another name is refused before anything runs
-        return None
-    store = RunStore(out.with_suffix(".run"))
-    if store.exists and not (args.resume or args.overwrite):
-        raise MagiError(
-            f"There is an unfinished run in {str(store.folder)!r}. Resume it (--resume), or start over (--overwrite)."
-        )
-    return store
-
-
-def _resume_message(store: RunStore | None, plan: Plan) -> str:
-    if store is None or store.saved is None:
-        return "note: No state of this run is saved, so it starts with the first chunk."
-    finished = store.saved.finished
-    return (
-        f"resuming {store.folder}: {finished} of {plan.chunks} chunks are finished"
-        f"{f', chunk {finished + 1} is in progress' if finished < plan.chunks else ''}"
-    )
-
-
 def request_from(args: argparse.Namespace) -> Request:
     """Returns the request that the content arguments describe."""
     size = parse_size(args.size) if args.size else (None, None)
@@ -315,28 +208,3 @@ def _pipeline(args: argparse.Namespace) -> MagiPipeline:
     config = MagiConfig.from_json(args.config) if args.config else PRESETS.get(args.model)
     distilled = {"auto": None, "base": False, "distilled": True}[args.variant]
     return MagiPipeline.from_files(**vars(files), config=config, distilled=distilled, **options)
-
-
-def _summary(plan: Plan) -> str:
-    runtime = plan.config.runtime
-    return f"{runtime.video_size_w}x{runtime.video_size_h}, {plan.frames} frames ({plan.seconds:g} s) in {plan.chunks} chunks"
-
-
-def _metadata(plan: Plan, pipeline: MagiPipeline) -> dict[str, str]:
-    """Returns the video's metadata, title and settings; files by their names only, as their folders may be private."""
-    request, runtime = plan.request, plan.config.runtime
-    settings = {
-        "model": Path(pipeline.files.transformer).name,
-        "prompt": request.prompt,
-        "image": Path(str(request.image)).name if request.image is not None else None,
-        "video": Path(str(request.video)).name if request.video is not None else None,
-        "seed": request.seed,
-        "size": f"{runtime.video_size_w}x{runtime.video_size_h}",
-        "steps": runtime.num_steps,
-        "window": runtime.window_size,
-        "style": list(request.style_tokens),
-        "negative": request.negative_tokens,
-        "passes": runtime.cfg_number,
-    }
-    title = request.prompt if isinstance(request.prompt, str) else request.prompt[0]
-    return {"title": title, "comment": json.dumps({"magi": settings}, ensure_ascii=False)}

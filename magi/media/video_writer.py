@@ -6,8 +6,9 @@ any, and only then gives it the final name.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from heapq import merge
 from io import BytesIO, FileIO
@@ -41,6 +42,7 @@ class VideoWriter:
 
     Attributes:
         sound: made by `encode_sound`; it is in the finished video only. None: there is no sound.
+        on_whole: called with the finished file just before it gets its final name; None: nothing is called.
     """
 
     def __init__(
@@ -62,7 +64,8 @@ class VideoWriter:
             fps: frames per second.
             crf: quality of libx264, 1 (best) to 51.
             metadata: tags to store, such as title and comment; any key. `read_metadata` returns them.
-            overwrite: whether a file of that name may be replaced; until the end it stays as it is.
+            overwrite: whether a file of that name may be replaced; until the end it stays as it is. Without it, one that
+                appears meanwhile is not replaced either.
 
         Raises:
             MagiError: a bad argument, a name that is taken or cannot be written, or no encoder.
@@ -77,6 +80,7 @@ class VideoWriter:
         self.overwrite = overwrite
         self.frames_written = 0
         self.sound: bytes | None = None
+        self.on_whole: Callable[[Path], None] | None = None
         self._metadata = {str(key): str(value) for key, value in (metadata or {}).items()}
         self._check_path()
         self._encoder = find_encoder(height, width, self.fps, crf, self._metadata)
@@ -85,7 +89,7 @@ class VideoWriter:
         self._fragments = 0
         self.partial_path, trial = self._create_partial()
         trial.close()
-        self.partial_path.unlink()
+        _remove(self.partial_path)
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -96,7 +100,7 @@ class VideoWriter:
         if self._file is not None:
             self._file.close()
             if self.frames_written == 0:
-                self.partial_path.unlink(missing_ok=True)
+                _remove(self.partial_path)
         if error is not None:
             return
         if self.frames_written == 0:
@@ -170,12 +174,19 @@ class VideoWriter:
             frames = self._remux(final)
             if frames != self.frames_written or not _is_whole(final):
                 raise MagiError(f"{str(self.path)!r} could not be finished. {self._kept()}")
-            put_in_place(final, self.path)
+            if self.on_whole:
+                self.on_whole(final)
+            put_in_place(final, self.path, overwrite=self.overwrite)
+        except FileExistsError as error:
+            raise MagiError(
+                f"{str(self.path)!r} was made by something else while this video was, and is not replaced. {self._kept()} "
+                "That is all of it: give it a name of your own."
+            ) from error
         except (OSError, av.error.FFmpegError) as error:
             raise self._failed("be finished", error) from error
         finally:
-            final.unlink(missing_ok=True)
-        self.partial_path.unlink(missing_ok=True)
+            _remove(final)
+        _remove(self.partial_path)
 
     def _remux(self, final: Path) -> int:
         """Copies the packets into an ordinary MP4 with its index first. Returns the number of those of the picture."""
@@ -239,6 +250,16 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             return {key: value for key, value in container.metadata.items() if key not in _CONTAINER_TAGS}
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise MagiError(f"{str(path)!r} is not a video that can be read ({error}). Give an MP4 file.") from error
+
+
+def is_partial_of(partial: Path, video: Path) -> bool:
+    """Returns whether a name is one that a writer of `video` gives to what it has not finished."""
+    return re.fullmatch(rf"{re.escape(video.stem)}\.partial(-\d+)?\.mp4", partial.name) is not None
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # Windows: a player has it open. The video is finished all the same
+        path.unlink(missing_ok=True)
 
 
 def _append_whole(file: FileIO, header: bytes, fragments: bytes) -> None:

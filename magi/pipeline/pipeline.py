@@ -9,7 +9,6 @@ from warnings import warn
 
 import torch
 
-from ..checkpoint.reader import Checkpoint
 from ..config import MagiConfig
 from ..errors import MagiError
 from ..media.frames import from_model, to_model
@@ -20,26 +19,23 @@ from ..model_files.locate import ModelFiles, load_special_tokens
 from ..model_files.repeating import repeating_files
 from ..planning.placement import MemoryOptions, Placement
 from ..runs.autosave import SAVE_SECONDS, Autosave
-from ..runs.identity import UNKNOWN
 from ..runs.store import RunStore
 from ..sampling.captions import Caption
 from ..sampling.prepare import start_sampler
 from ..sampling.special_tokens import SpecialTokens
 from ..sampling.state import Chunk, ProgressEvent
 from ..system.device import is_out_of_memory, pick_device
-from ..system.whole_files import tensor_digest
 from ..text.embedding_cache import EmbeddingCache
 from ..text.encode import check_encoder, encode_prompts
-from ..text.encoder import encoder_fingerprint
 from ..transformer.weights import Precision
 from ..vae.video_vae import load_vae
 from .models import Models
 from .phases import OnPhase, Phase, phase_callback
 from .request import Media, Plan, Request, captions_of, make_plan, prompt_settings, request_settings
 from .resident_models import ResidentModels
+from .saved_run import embeds_in, file_settings, pack_inputs, prefix_in
 
 __all__ = ["Clip", "MagiPipeline", "Media", "OnPhase", "Phase", "Plan", "Request"]
-_CAPTION, _PREFIX = "caption", "prefix"  # names of tensors in a store's inputs
 
 
 @dataclass(frozen=True)
@@ -196,7 +192,7 @@ class MagiPipeline:
         saved = store.inputs() if store else None
         if saved is None and request.captions is None:
             check_encoder(**self._text_arguments(request))
-        plan = make_plan(request, self.config, self._special_tokens, (saved or {}).get(_PREFIX), notify)
+        plan = make_plan(request, self.config, self._special_tokens, prefix_in(saved or {}), notify)
         placement, wanted = self._placement(plan), plan.config.runtime.window_size
         if placement.window != wanted:
             notify(
@@ -221,23 +217,9 @@ class MagiPipeline:
 
     def settings(self, plan: Plan) -> dict[str, Any]:
         """Returns all that shapes a plan's video, JSON values by name, for `RunStore.open`; loads no weights."""
-        files, special = self.files, self._special_tokens
-        fingerprints = {}
-        for name, path in (("model", files.transformer), ("vae", files.vae)):
-            if path is not None:
-                with Checkpoint(path) as checkpoint:
-                    fingerprints[name] = checkpoint.fingerprint()
-        encoder = None
-        if files.text_encoder is not None:
-            try:
-                encoder = encoder_fingerprint(files.text_encoder, files.tokenizer, self._text_dtype, self._cache)
-            except MagiError:  # the files are missing, which is no harm where the captions are saved
-                encoder = UNKNOWN
         return {
             **request_settings(plan),
-            **fingerprints,
-            "text_encoder": encoder,
-            "special_tokens": None if special is None else tensor_digest(special.caption, special.logo, special.other),
+            **file_settings(self.files, self._special_tokens, self._text_dtype, self._cache),
             "dtype": str(self._dtype or "auto"),
             "precision": self._precision,
             "attention": self._attention,
@@ -278,8 +260,11 @@ class MagiPipeline:
         return self._run_and_discard(plan, progress, store)
 
     def _run_and_discard(self, plan: Plan, progress: OnPhase | None, store: RunStore) -> Iterator[Clip]:
-        yield from self.run(plan, progress, store)
-        store.discard()
+        try:
+            yield from self.run(plan, progress, store)
+            store.discard()
+        finally:
+            store.close()
 
     def run(
         self,
@@ -336,7 +321,7 @@ class MagiPipeline:
         request = plan.request
         saved = store.inputs() if store is not None and store.saved is not None else None
         if saved is not None:
-            embeds = [saved[f"{_CAPTION}.{i}"] for i in range(sum(name != _PREFIX for name in saved))]
+            embeds = embeds_in(saved)
         elif request.captions is not None:
             embeds = [caption.embeds for caption in request.captions]
         else:
@@ -348,8 +333,7 @@ class MagiPipeline:
         if plan.prefix is not None:
             prefix = self._models.vae.encode(to_model(plan.prefix), progress=phase_callback(progress, "prefix"))
         if store is not None:
-            inputs = {f"{_CAPTION}.{i}": e.clone() for i, e in enumerate(embeds)}
-            store.keep_inputs(inputs if prefix is None else {**inputs, _PREFIX: prefix})
+            store.keep_inputs(pack_inputs(embeds, prefix))
         return replace(plan, captions=captions, latents=prefix, prefix=None)
 
     def sample(

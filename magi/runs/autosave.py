@@ -39,7 +39,8 @@ class Autosave:
         self._sampler: Sampler | None = None
         self._latest: tuple[SamplerState, int] | None = None  # the state to save, and the chunks finished by then
         if saved := store.saved:
-            model.token_block = int(saved.environment.get("token_block", model.token_block))
+            block = saved.environment.get("token_block")
+            model.token_block = block if type(block) is int and block > 0 else model.token_block
             environments = (saved.environment, self._environment)
             before, now = ([values.get(name) for name in ("device", "torch")] for values in environments)
             if before != now:

@@ -5,6 +5,9 @@ resuming needs neither text encoder nor picture), chunk-00000.safetensors and so
 state.safetensors (the sampler's state). Every file is written whole or not at all, the state last: whatever it refers
 to is there. A finished run may stay, with finished.json and without its inputs: the same run then takes its latents
 from here.
+
+A run has one owner at a time, who holds a lock beside the folder. What is read is not trusted: each file must say that it is
+this one of this run.
 """
 
 import json
@@ -20,16 +23,23 @@ import torch
 from ..config import LATENT_CHANNELS
 from ..errors import MagiError
 from ..sampling.state import Chunk, SamplerState
-from ..system.whole_files import DamagedFileError, pack, unpack, write_whole
+from ..system.owner_lock import OwnerLock
+from ..system.whole_files import DamagedFileError, file_fingerprint, pack, unpack, write_whole
 from .identity import differences, run_key
 
-_FORMAT = 1
+_FORMAT = 2
 _SETTINGS, _INPUTS, _STATE, _PARTIALS = "run.json", "inputs.safetensors", "state.safetensors", "partials.json"
-_FINISHED = "finished.json"
+_FINISHED, _RESULT = "finished.json", "result.json"
 _CHUNKS = "chunk-?????.safetensors"
 _ENVIRONMENT = "how"  # its name in a state's header
 _MOST_UNWRITTEN = 64  # files that are kept in memory for another try: memory must not grow with the video
+# What reading a JSON file of somebody else's making may raise; RecursionError: it is nested too deeply.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _START_OVER = "To start over, give --overwrite instead of --resume, or remove that folder."
+
+
+class RunInUseError(MagiError):
+    """Another process, or another run of this one, is at work on the same run."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class RunStore:
         self.on_notice = on_notice or (lambda text: warn(text, stacklevel=4))
         self._noticed = False  # that the folder cannot be written
         self._behind = False  # whether the last state could not be saved
+        self._lock = OwnerLock(self.folder.with_name(f"{self.folder.name}.lock"))
         self._key = ""
         self._unwritten: dict[str, bytes] = {}  # files by name, in the order in which they are to be written
         self._written: set[str] = set()
@@ -84,18 +95,41 @@ class RunStore:
         """Returns the version that `finish` was given; None for an unfinished run."""
         try:
             return str(json.loads(self._path(_FINISHED).read_text(encoding="utf-8"))["version"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except _UNREADABLE:
             return None
 
-    def open(self, settings: Mapping[str, Any]) -> None:
+    def lock(self) -> None:
+        """Makes this the run's only owner, until `close` or `discard`; `open` does so if it was not done.
+
+        Raises:
+            RunInUseError: somebody else is.
+        """
+        if not self._lock.acquire():
+            raise RunInUseError(
+                f"The run in {str(self.folder)!r} is being made at this moment, by another process or window. "
+                "Wait until it has ended, or choose another output."
+            )
+
+    def close(self) -> None:
+        """Lets others own the run. What is saved stays."""
+        self._lock.release()
+
+    def open(self, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         """Starts a run of these settings, or reads the one that is saved here to be resumed; `saved` tells which.
 
         Args:
             settings: JSON values by readable names; `identity.UNKNOWN` agrees with every value.
+            overwrite: removes a run that is saved here.
 
         Raises:
+            RunInUseError: somebody else is at work on it.
             MagiError: the saved run has other settings, each named with both values; or its files are damaged.
         """
+        with suppress(OSError):  # what cannot be written is told when the first state is to be saved
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        if overwrite:
+            self._clear()
         self.saved, self._unwritten, self._written, self._saved_at = None, {}, set(), _position(SamplerState())
         if self.exists:
             found = self._settings()
@@ -109,7 +143,7 @@ class RunStore:
             self._saved_at = _position(self.saved.state)
             self._written = {_SETTINGS, *map(_chunk_name, range(self.saved.finished))}
         else:
-            self.discard()  # files of a run that ended before its first state was saved
+            self._clear()  # files of a run that ended before its first state was saved
             self._key = run_key(settings)
             text = json.dumps({"format": _FORMAT, "settings": settings}, indent=1, ensure_ascii=False)
             self._unwritten[_SETTINGS] = text.encode(errors="backslashreplace")  # lone surrogates, as JSON escapes
@@ -119,12 +153,13 @@ class RunStore:
     def keep_inputs(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keeps the run's input tensors, captions and prefix; they are written with the first state."""
         if self.saved is None:
-            self._unwritten[_INPUTS] = self._pack(tensors)
+            self._unwritten[_INPUTS] = self._pack(_INPUTS, tensors)
 
     def add(self, chunk: Chunk) -> None:
         """Keeps a finished chunk; it is written with the next state."""
         if self._key:
-            self._unwritten[_chunk_name(chunk.index)] = self._pack({"latents": chunk.latents.float()})
+            name = _chunk_name(chunk.index)
+            self._unwritten[name] = self._pack(name, {"latents": chunk.latents.float()})
         if len(self._unwritten) > _MOST_UNWRITTEN:  # later states would refer to lost chunks: nothing more is saved
             self._key, self._unwritten = "", {}
 
@@ -149,7 +184,7 @@ class RunStore:
             tensors = {f"window.{c}": x for c, x in state.window.items()}
             tensors |= {f"clean.{c}": x for c, x in state.clean.items()}
             content = {**_position(state), "finished": finished, _ENVIRONMENT: dict(environment)}
-            write_whole(self._path(_STATE), self._pack(tensors, content))
+            write_whole(self._path(_STATE), self._pack(_STATE, tensors, content))
             self._behind = False
         except (OSError, RuntimeError) as error:  # RuntimeError: the device failed, and with it the copy from there
             self._behind = True
@@ -183,14 +218,36 @@ class RunStore:
             write_whole(self._path(_PARTIALS), json.dumps(names).encode())
 
     def partials(self) -> list[Path]:
-        """Returns the paths of the unfinished videos that were noted."""
+        """Returns the paths of the unfinished videos that were noted. They are names from a file: check them before use."""
         return [self.folder.with_name(name) for name in self._partial_names()]
 
+    def note_result(self, written: Path) -> None:
+        """Notes the whole video that is about to get its final name, for `made` to know it by."""
+        with suppress(OSError):  # without the note it is made again
+            write_whole(self._path(_RESULT), json.dumps({"fingerprint": file_fingerprint(written)}).encode())
+
+    def made(self, video: Path) -> bool:
+        """Returns whether a file is the video that this run noted as its result: only the tidying up is left."""
+        try:
+            note = json.loads(self._path(_RESULT).read_text(encoding="utf-8"))
+            return bool(note["fingerprint"] == file_fingerprint(video))
+        except _UNREADABLE:
+            return False
+
     def discard(self) -> None:
-        """Removes what is saved, the state first; other files in the folder stay."""
+        """Removes what is saved, the state first; other files in the folder stay.
+
+        Raises:
+            RunInUseError: somebody else is at work on it.
+        """
+        self.lock()
+        self._clear()
+        self.close()
+
+    def _clear(self) -> None:
         self.saved = None
         try:
-            for name in (_STATE, _SETTINGS, _INPUTS, _PARTIALS, _FINISHED, _CHUNKS):
+            for name in (_STATE, _SETTINGS, _INPUTS, _PARTIALS, _FINISHED, _RESULT, _CHUNKS):
                 for file in [*self.folder.glob(name), *self.folder.glob(f"{name}.{'?' * 32}.tmp")]:
                     file.unlink(missing_ok=True)
             if self.folder.is_dir() and not any(self.folder.iterdir()):
@@ -227,13 +284,12 @@ class RunStore:
             for name, x in sorted(tensors.items()):
                 kind, _, chunk = name.partition(".")
                 latents[kind][int(chunk)] = x
-            state = SamplerState(
-                window=latents["window"],
-                clean=latents["clean"],
-                **{k: content[k] for k in _position(SamplerState())},
-            )
+            position = {k: content[k] for k in _position(SamplerState())}
+            if any(type(n) is not int for k, n in position.items() if (k, n) != ("window_size", None)):
+                raise ValueError(f"whole numbers: {position}")
+            state = SamplerState(window=latents["window"], clean=latents["clean"], **position)
             saved = Saved(state, int(content["finished"]), dict(content[_ENVIRONMENT]))
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise self._damaged(_STATE, f"it lacks {error}") from error
         sizes = {tuple(x.shape[3:]) for x in tensors.values()}
         for index in range(saved.finished):  # every file is checked now, before anything expensive
@@ -255,7 +311,7 @@ class RunStore:
             version, settings = found["format"], dict(found["settings"])
         except FileNotFoundError as error:
             raise self._damaged(_SETTINGS, "it is missing") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             raise self._damaged(_SETTINGS, str(error)) from error
         if version != _FORMAT:
             raise self._damaged(_SETTINGS, f"its format is {version!r}, this version reads {_FORMAT}")
@@ -270,16 +326,18 @@ class RunStore:
             raise self._damaged(name, str(error)) from error
         if content.get("run") != self._key:
             raise self._damaged(name, "it belongs to another run")
+        if content.get("file") != name:
+            raise self._damaged(name, "it is another one of the run's files")
         return tensors, content
 
-    def _pack(self, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any] | None = None) -> bytes:
-        return pack(tensors, {"run": self._key, **(content or {})})
+    def _pack(self, name: str, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any] | None = None) -> bytes:
+        return pack(tensors, {"run": self._key, "file": name, **(content or {})})
 
     def _partial_names(self) -> list[str]:
         try:
             names = json.loads(self._path(_PARTIALS).read_text(encoding="utf-8"))
-            return [name for name in names if name == Path(name).name]
-        except (OSError, ValueError, TypeError):
+            return [name for name in names if name and name == Path(name).name]
+        except _UNREADABLE:
             return []
 
     def _damaged(self, name: str, why: str) -> MagiError:

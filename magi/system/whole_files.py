@@ -1,5 +1,6 @@
 """Files that are whole or not there: written under another name, synced and renamed; read with a checksum."""
 
+import errno
 import hashlib
 import json
 import os
@@ -43,15 +44,42 @@ def write_whole(path: Path, data: bytes, *, private: bool = False) -> None:
         raise
 
 
-def put_in_place(written: Path, path: Path) -> None:
-    """Gives a finished file its final name in the same folder, once its bytes are on the disk; replaces what was there.
+def put_in_place(written: Path, path: Path, *, overwrite: bool = True) -> None:
+    """Gives a finished file its final name in the same folder, once its bytes are on the disk.
+
+    Args:
+        written: the file.
+        path: its final name.
+        overwrite: whether it replaces what is there at that moment.
 
     Raises:
-        OSError: it could not be synced or renamed; both files are as before.
+        FileExistsError: there is a file, and it is not to be replaced; both are as before.
+        OSError: it could not be synced or renamed; likewise.
     """
     sync_file(written)
-    written.replace(path)
+    if overwrite:
+        written.replace(path)
+    else:
+        _rename_to_free(written, path)
     _sync_folder(path.parent)
+
+
+def _rename_to_free(written: Path, path: Path) -> None:
+    """Renames a file unless the name is taken, in one step where the system has one."""
+    if os.name == "nt":
+        written.rename(path)
+        return
+    try:
+        os.link(written, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a drive without hard links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        written.replace(path)
+    else:
+        with suppress(OSError):  # it has its name
+            written.unlink()
 
 
 def sync_file(path: Path) -> None:

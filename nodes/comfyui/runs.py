@@ -14,17 +14,17 @@ from typing import Any
 from ...magi import __version__
 from ...magi.errors import MagiError
 from ...magi.runs.identity import run_key
-from ...magi.runs.store import RunStore
+from ...magi.runs.store import RunInUseError, RunStore
 from . import host
 
 _MAX_RUNS = 5  # of each kind, unfinished and finished, that are kept
 _MAX_FINISHED_BYTES = 2 << 30  # of the finished ones, but for the newest
 
 
-def open_run(settings: Mapping[str, Any], on_notice: Callable[[str], None]) -> RunStore:
+def open_run(settings: Mapping[str, Any], on_notice: Callable[[str], None]) -> RunStore | None:
     """Returns the store of the run with these settings: new, to be resumed, or finished; removes the oldest others.
 
-    A finished run of another version of this pack is made again.
+    A finished run of another version of this pack is made again. None: another ComfyUI is making this very run.
 
     Args:
         settings: `MagiPipeline.settings` of the run's plan.
@@ -33,15 +33,15 @@ def open_run(settings: Mapping[str, Any], on_notice: Callable[[str], None]) -> R
     folder = host.cache_folder() / "runs" / run_key(settings)[:32]
     _make_room(folder)
     store = RunStore(folder, on_notice)
-    if store.finished_by not in (None, __version__):
-        store.discard()
     try:
-        store.open(settings)
+        store.open(settings, overwrite=store.finished_by not in (None, __version__))
+    except RunInUseError:
+        on_notice("Another ComfyUI is making this very run now, so this one is not kept on disk.")
+        return None
     except MagiError as error:
         logging.warning(f"MAGI-1: {error}")
         on_notice("What was saved of this run is damaged, so it starts over.")
-        store.discard()
-        store.open(settings)
+        store.open(settings, overwrite=True)
     return store
 
 
@@ -60,4 +60,5 @@ def _make_room(folder: Path) -> None:
     totals = accumulate(sizes[run] for run in finished)
     within = sum(total <= _MAX_FINISHED_BYTES for total in totals)
     for old in (*unfinished[_MAX_RUNS - 1 :], *finished[min(_MAX_RUNS - 1, within) :]):
-        RunStore(old, logging.warning).discard()
+        with suppress(RunInUseError):  # another ComfyUI is making it
+            RunStore(old, logging.warning).discard()

@@ -493,6 +493,20 @@ def test_the_three_videos_replace_no_file_that_somebody_named(name, magi, tmp_pa
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
 
 
+@pytest.mark.parametrize("name", ["demo.mp4", "demo_picture.mp4", "demo_continued.mp4"])
+def test_the_demo_replaces_demos_only(name, magi, tmp_path):
+    """A file of one's own may be called demo.mp4, too: a video that `generate` wrote, or a holiday."""
+    assert magi("generate", "--prompt", "A cat", "--image", PHOTO, "--seconds", 1, *SMALL, "--out", name)[0] == 0
+    for data in ((tmp_path / name).read_bytes(), b"holiday", b""):
+        (tmp_path / name).write_bytes(data)
+        status, stderr = magi("demo", "--seconds", 1, "--steps", 8, "--device", "cpu")
+        assert status == 1
+        assert f"{name}' exists" in stderr
+        assert (tmp_path / name).read_bytes() == data
+    assert magi("demo", "--seconds", 1, "--steps", 8, "--device", "cpu", "--overwrite")[0] == 0
+    assert probe(name).width == 256
+
+
 def test_the_demo_replaces_no_file_that_somebody_named(magi, tmp_path, nothing_is_loaded):
     mine = tmp_path / "holiday.mp4"
     mine.write_bytes(b"mine")

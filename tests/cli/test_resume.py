@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from magi.cli import generate
+from magi.cli import write_video
 from magi.cli.main import main
 from magi.errors import MagiError
+from magi.media import video_writer
+from magi.media.video_reader import read_video
 from magi.pipeline import pipeline, resident_models
 from magi.pipeline.pipeline import MagiPipeline
 from magi.runs.store import RunStore
@@ -109,16 +111,16 @@ def whole(cache, tmp_path_factory) -> bytes:
 @pytest.fixture
 def interrupt(monkeypatch):
     """(iteration) -> the next run is interrupted in that one, as by Ctrl-C."""
-    show = generate.Bars.__call__
+    show = write_video.Bars.__call__
 
     def at(iteration: int) -> None:
         def called(bars, phase):
             if phase.sampled and phase.sampled.iteration == iteration:
-                monkeypatch.setattr(generate.Bars, "__call__", show)
+                monkeypatch.setattr(write_video.Bars, "__call__", show)
                 raise KeyboardInterrupt
             show(bars, phase)
 
-        monkeypatch.setattr(generate.Bars, "__call__", called)
+        monkeypatch.setattr(write_video.Bars, "__call__", called)
 
     return at
 
@@ -290,16 +292,142 @@ def test_a_damaged_run_is_refused_with_the_remedy(magi, kept, tmp_path):
 
 
 def test_all_chunks_are_there_and_no_transformer_is_needed(magi, whole, tmp_path, monkeypatch):
-    """Killed while the last frames were written."""
-    discard = RunStore.discard
-    monkeypatch.setattr(RunStore, "discard", lambda self: None)
-    assert magi()[0] == 0
-    monkeypatch.setattr(RunStore, "discard", discard)
+    """Ended just before the video got its name."""
+    with monkeypatch.context() as patch:
+        patch.setattr(video_writer, "put_in_place", ended)
+        assert magi()[0] == 130
     monkeypatch.setattr(resident_models, "load_transformer", lambda *_, **__: pytest.fail("a model is loaded"))
-    status, stderr = magi("--resume", "--overwrite")
+    status, stderr = magi("--resume")
     assert status == 0
     assert "3 of 3 chunks are finished\n" in stderr
     assert (tmp_path / "magi.mp4").read_bytes() == whole
+    assert names(tmp_path) == ["magi.mp4"]
+
+
+def ended(*_, **__):
+    raise KeyboardInterrupt
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def not_tidied(magi, whole, tmp_path, monkeypatch) -> bytes:
+    """Ended just after the video got its name: the run and the partial video are still there."""
+    put = video_writer.put_in_place
+    with monkeypatch.context() as patch:
+        patch.setattr(video_writer, "put_in_place", lambda *args, **options: ended(put(*args, **options)))
+        assert magi()[0] == 130
+    assert names(tmp_path) == ["magi.mp4", "magi.partial.mp4", "magi.run"]
+    assert (tmp_path / "magi.mp4").read_bytes() == whole
+    return whole
+
+
+def test_a_finished_video_whose_run_is_left_is_told_to_be_finished(magi, not_tidied, tmp_path, monkeypatch):
+    monkeypatch.setattr(resident_models, "load_transformer", lambda *_, **__: pytest.fail("a model is loaded"))
+    status, stderr = magi("--resume")
+    assert status == 0
+    assert "magi.mp4 was finished by this run before: nothing is left to do." in stderr
+    assert names(tmp_path) == ["magi.mp4"]
+    assert (tmp_path / "magi.mp4").read_bytes() == not_tidied
+
+
+def test_without_resume_a_finished_video_is_in_the_way_as_always(magi, not_tidied, tmp_path):
+    status, stderr = magi()
+    assert status == 1
+    assert "magi.mp4' exists" in error_of(stderr)
+    assert names(tmp_path) == ["magi.mp4"]
+
+
+def test_another_video_of_that_name_is_not_taken_for_the_runs(magi, not_tidied, tmp_path):
+    (tmp_path / "magi.mp4").write_bytes(b"mine")
+    status, stderr = magi("--resume")
+    assert status == 1
+    assert "exists" in error_of(stderr)
+    assert (tmp_path / "magi.mp4").read_bytes() == b"mine"
+    assert (tmp_path / "magi.run").is_dir()
+
+
+# -- one owner --------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from magi.runs.store import RunStore
+store = RunStore(sys.argv[1])
+store.lock()
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("extra", [[], ["--no-state"], ["--overwrite"], ["--resume"]], ids=str)
+def test_two_runs_with_one_output(magi, whole, extra, tmp_path):
+    """The second one is refused before anything is loaded; the system takes the lock back when the first is killed."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "magi.run")]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        status, stderr = magi(*extra)
+        other.kill()
+    assert status == 1
+    assert re.search(r"magi\.run.* is being made at this moment.*another output", error_of(stderr))
+    assert names(tmp_path) == ["magi.run.lock"]
+    assert magi(*extra)[0] == 0
+    assert names(tmp_path) == ["magi.mp4"]
+    assert (tmp_path / "magi.mp4").read_bytes() == whole
+
+
+@pytest.mark.parametrize("extra", [[], ["--no-state"]], ids=str)
+def test_a_file_that_appears_meanwhile_is_not_replaced(magi, interrupt, whole, extra, tmp_path, monkeypatch):
+    show = write_video.Bars.__call__
+
+    def called(bars, phase):
+        (tmp_path / "magi.mp4").write_bytes(b"mine")
+        show(bars, phase)
+
+    monkeypatch.setattr(write_video.Bars, "__call__", called)
+    status, stderr = magi(*extra)
+    assert status == 1
+    assert "made by something else" in error_of(stderr)
+    assert "magi.partial.mp4" in error_of(stderr)
+    assert (tmp_path / "magi.mp4").read_bytes() == b"mine"
+    assert len(read_video(tmp_path / "magi.partial.mp4")) == 72, "nothing is lost"
+    monkeypatch.setattr(write_video.Bars, "__call__", show)
+    if not extra:
+        assert magi("--resume", "--overwrite")[0] == 0
+        assert (tmp_path / "magi.mp4").read_bytes() == whole
+        assert names(tmp_path) == ["magi.mp4"]
+
+
+def test_a_partial_video_that_cannot_be_removed_is_no_error(magi, whole, tmp_path, monkeypatch):
+    """On Windows a player may have it open. The video is finished all the same."""
+    unlink = Path.unlink
+
+    def refused(path, **options):
+        if ".partial" in path.name:
+            raise PermissionError(13, "in use")
+        unlink(path, **options)
+
+    (tmp_path / "magi.run").mkdir()
+    monkeypatch.setattr(Path, "unlink", refused)
+    status, stderr = magi()
+    monkeypatch.undo()
+    assert status == 0, stderr
+    assert (tmp_path / "magi.mp4").read_bytes() == whole
+    assert not (tmp_path / "magi.run").exists()
+
+
+@pytest.mark.parametrize(
+    "noted", [["magi.mp4", "magi.run"], ["../magi.partial.mp4", "", ".", "a" * 5000], [5, None, []]]
+)
+def test_a_note_of_partial_videos_cannot_remove_other_files(magi, kept, noted, tmp_path):
+    """partials.json is a file like any other: somebody may have written anything into it."""
+    mine = ["other.mp4", "magi.partial.mp4.txt", "magi.png", "xmagi.partial.mp4", "magi.partial-a.mp4"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    (kept / "partials.json").write_text(json.dumps([*mine, *noted]))
+    assert magi("--image", "cat.png", "--resume")[0] == 0
+    assert {*mine, "magi.mp4"} < set(names(tmp_path))
 
 
 def test_a_state_that_cannot_be_saved_is_a_note(magi, whole, tmp_path):
@@ -347,13 +475,13 @@ def test_the_demo_goes_on_too(cache, tmp_path, monkeypatch, interrupt, capsys):
     assert main(demo) == 130
     assert main([*demo, "--resume"]) == 0
     assert "0 of 2 chunks are finished, chunk 1 is in progress" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["demo.mp4"]
+    assert names(tmp_path) == ["demo.mp4"]
 
 
 def test_of_the_three_demos_the_one_that_was_interrupted_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     demo = ["demo", "--seconds", "1", "--steps", "8", "--device", "cpu"]
-    show, names = generate.Bars.__call__, []
+    show, names = write_video.Bars.__call__, []
 
     def interrupted(bars, phase):
         names.append(phase.name)
@@ -362,7 +490,7 @@ def test_of_the_three_demos_the_one_that_was_interrupted_goes_on(tmp_path, monke
         show(bars, phase)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate.Bars, "__call__", interrupted)
+        patch.setattr(write_video.Bars, "__call__", interrupted)
         assert main(demo) == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.mp4", "demo_picture.run"]
     assert main([*demo, "--resume"]) == 0

@@ -300,3 +300,23 @@ def test_the_sampler_and_its_keys_go_when_it_is_done(comfy, monkeypatch):
         assert [made() for made in alive] == [None], "what it holds on the device is free at once"
     finally:
         gc.enable()
+
+
+def test_a_run_that_another_comfyui_is_making(comfy, steps, whole):
+    """Two of them share a user folder: each makes its video, and neither takes the other's files away."""
+    graph = text_to_video(comfy, **SECONDS)
+    cancelled(comfy, steps, graph, 7)
+    (run,) = runs(comfy)
+    before = {file.name: file.read_bytes() for file in run.iterdir()}
+    other = comfy.module("magi.runs.store").RunStore(run)
+    other.lock()
+    made = comfy.run(graph)["sampler"]
+    assert torch.equal(made[0]["samples"], whole)
+    assert "Another ComfyUI is making this very run now, so this one is not kept on disk." in made[2]
+    for seed in range(10, 17):  # so many that the oldest make room
+        cancelled(comfy, steps, text_to_video(comfy, **SECONDS, seed=seed), 5)
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
+    other.close()
+    cancelled(comfy, steps, text_to_video(comfy, **SECONDS, seed=20), 5)
+    assert not run.exists()
+    assert [path for path in run.parent.iterdir() if path.name.endswith(".lock")] == []

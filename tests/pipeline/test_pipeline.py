@@ -299,6 +299,7 @@ def test_a_kept_run_goes_on_without_any_text_encoder(files, tmp_path):
     store.open(begun.settings(plan))
     with pytest.raises(KeyboardInterrupt):
         list(begun.run(plan, interrupt, store, save_seconds=0))
+    store.close()
     shutil.rmtree(folder)
     again = load(own).generate(**request, state=tmp_path / "run", resume=True)
     assert torch.equal(torch.cat([clip.frames for clip in again]), whole)

@@ -12,10 +12,10 @@ import torch
 from magi.errors import MagiError
 from magi.runs.autosave import Autosave
 from magi.runs.identity import UNKNOWN, config_settings
-from magi.runs.store import RunStore
+from magi.runs.store import RunInUseError, RunStore
 from magi.sampling.prepare import make_sampler
 from magi.sampling.state import Chunk, SamplerState
-from magi.system.whole_files import pack, tensor_digest
+from magi.system.whole_files import pack, tensor_digest, unpack
 
 SETTINGS = {"seed": 1, "num_steps": 8, "text_scales": (7.5, 0.0), "prompt": ["Kätzchen"], "model": "ab" * 32}
 
@@ -110,6 +110,7 @@ def test_what_was_saved_is_there_again(folder):
         *("chunk-00000.safetensors", "chunk-00001.safetensors"),
         *("inputs.safetensors", "run.json", "state.safetensors"),
     ]
+    store.close()
     again = opened(folder)
     assert again.saved.state.iteration == 9
     assert torch.equal(again.saved.state.window[3], saved.window[3])
@@ -288,8 +289,9 @@ def test_a_run_json_that_is_none(stopped, text):
 
 @pytest.mark.parametrize("shape", [(1, 16, 6, 4), (1, 8, 6, 4, 4), (1, 16, 6, 8, 8)])
 def test_chunks_of_another_shape(stopped, shape):
-    key = json.loads(pack_content(stopped / "state.safetensors"))["run"]
-    (stopped / "chunk-00000.safetensors").write_bytes(pack({"latents": torch.zeros(shape)}, {"run": key}))
+    name = "chunk-00000.safetensors"
+    content = json.loads(pack_content(stopped / name))
+    (stopped / name).write_bytes(pack({"latents": torch.zeros(shape)}, content))
     with pytest.raises(MagiError, match="latents"):
         opened(stopped)
 
@@ -371,6 +373,7 @@ def test_a_full_disk_lets_the_run_go_on_and_the_last_state_stays(go, folder, who
     with pytest.raises(Stop):
         go(store, stop=stop_at(5))
     good = (folder / "state.safetensors").read_bytes()
+    store.close()
     again = opened(folder, on_notice=notices.append)
     with file_size_limit(3_000):
         assert go(again) == whole
@@ -379,6 +382,7 @@ def test_a_full_disk_lets_the_run_go_on_and_the_last_state_stays(go, folder, who
     assert str(folder) in notices[0]
     assert (folder / "state.safetensors").read_bytes() == good
     assert not [name for name in names(folder) if name.endswith(".tmp")]
+    again.close()
     assert go(opened(folder)) == whole
 
 
@@ -403,6 +407,7 @@ def test_when_there_is_room_again_nothing_is_missing(go, folder, whole, monkeypa
         go(store, stop=stop)
     assert len(notices) == 1
     assert "No space left" in notices[0]
+    store.close()
     again = opened(folder)
     assert (again.saved.state.iteration, again.saved.finished) == (5, 2)
     assert go(again) == whole
@@ -436,3 +441,94 @@ def test_what_waits_to_be_written_does_not_grow_without_end(folder):
     folder.unlink()
     store.save(state(300), 200, {})
     assert not store.exists, "a state that speaks of chunks that are lost would be worse than none"
+
+
+# -- one owner, and files that are not trusted ------------------------------------------------------------------------------
+
+
+def test_a_run_has_one_owner(stopped, go, whole):
+    owner = opened(stopped)
+    before = {file.name: file.read_bytes() for file in stopped.iterdir()}
+    for attempt in (lambda: opened(stopped), RunStore(stopped).lock, RunStore(stopped).discard):
+        with pytest.raises(RunInUseError, match=r"clip\.run' is being made at this moment.*Wait until"):
+            attempt()
+    assert {file.name: file.read_bytes() for file in stopped.iterdir()} == before
+    owner.close()
+    store = opened(stopped)
+    assert go(store) == whole
+    store.discard()
+    assert list(stopped.parent.glob("clip*")) == []
+
+
+@pytest.mark.parametrize("pair", [("chunk-00000", "chunk-00001"), ("state", "inputs"), ("inputs", "chunk-00000")])
+def test_files_of_the_run_that_were_swapped(go, folder, pair):
+    store = opened(folder)
+    store.keep_inputs({"caption.0": torch.ones(1, 12)})
+    with pytest.raises(Stop):
+        go(store, stop=stop_at(6))
+    store.close()
+    store.add(Chunk(1, torch.ones(1, 16, 6, 4, 4)))
+    store.save(state(99), 2, {})
+    one, other = (folder / f"{name}.safetensors" for name in pair)
+    held = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(held)
+    with pytest.raises(MagiError, match=r"it is another one of the run's files\. To start over"):
+        opened(folder).inputs()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"iteration": "5"},
+        {"iteration": 5.0},
+        {"iteration": True},
+        {"iteration": None},
+        {"window_size": "2"},
+        {"window_size": [2]},
+        {"done": {}},
+        {"finished": "many"},
+        {"finished": float("inf")},
+        {"finished": 10**12},
+        {"how": 7},
+        {"how": None},
+    ],
+    ids=str,
+)
+def test_a_state_of_other_types_is_damaged(stopped, change):
+    """Whoever can write a file can also give it the right checksum."""
+    file = stopped / "state.safetensors"
+    tensors, content = unpack(file.read_bytes())
+    file.write_bytes(pack(tensors, {**content, **change}))
+    with pytest.raises(MagiError, match="cannot be resumed"):
+        opened(stopped)
+
+
+@pytest.mark.parametrize("block", [0, -5, "64", None, 1e9, [1]])
+def test_a_token_block_that_is_none_is_not_taken(stopped, block, go, whole, model):
+    file = stopped / "state.safetensors"
+    tensors, content = unpack(file.read_bytes())
+    file.write_bytes(pack(tensors, {**content, "how": {**content["how"], "token_block": block}}))
+    before = model.token_block
+    assert go(opened(stopped)) == whole
+    assert model.token_block == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "finished.json", "partials.json", "result.json"])
+def test_json_that_is_nested_without_end(stopped, name):
+    (stopped / name).write_text("[" * 100_000)
+    store = RunStore(stopped)
+    assert (store.finished_by, store.partials(), store.made(stopped / "run.json")) == (None, [], False)
+    if name == "run.json":
+        with pytest.raises(MagiError, match=r"run\.json"):
+            store.open(SETTINGS)
+
+
+def test_the_result_is_known_by_its_bytes(stopped, tmp_path):
+    store, video = RunStore(stopped), tmp_path / "clip.mp4"
+    assert not store.made(video)
+    video.write_bytes(b"video")
+    store.note_result(video)
+    assert store.made(video)
+    video.write_bytes(b"other")
+    assert not store.made(video)

@@ -252,6 +252,7 @@ def test_its_saved_state_resumes_bit_for_bit(stop, narrow, tmp_path):
     autosave = Autosave(store, run._model)
     with pytest.raises(KeyboardInterrupt):
         list(autosave.chunks(run))
+    store.close()
     store = RunStore(tmp_path)
     store.open({"a": "setting"})
     assert (store.saved.state.window_size, store.saved.state.iteration) == (2, stop - 6)
