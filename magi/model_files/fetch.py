@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import MagiError
+from ..system.owner_lock import OwnerLock
 from ..system.threads import Worker
 from ..system.whole_files import put_in_place
 
@@ -63,11 +64,15 @@ def fetch(
         on_progress: see `OnPhase`.
 
     Raises:
-        MagiError: the server refuses or is out of reach, the disk is full or not writable, or size or sha256 differ.
+        MagiError: the server refuses or is out of reach, the disk is full or not writable, size or sha256 differ, or another
+            process is downloading the same file.
     """
     part = part_of(target)
+    owner = OwnerLock(part.with_name(part.name + ".lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if not owner.acquire():
+            raise MagiError(f"{str(target)!r} is being downloaded at this moment, by another process. Wait for that one.")
         _download(url, part, size, on_progress or _ignore)
         if sha256 and (found := file_sha256(part, on_progress)) != sha256:
             part.unlink()
@@ -80,6 +85,8 @@ def fetch(
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "The disk is full: free some space" if full else "Choose a folder that can be written"
         raise MagiError(f"{str(target)!r} cannot be written ({error}). {remedy}, then run this again.") from error
+    finally:
+        owner.release()
 
 
 @dataclass

@@ -403,3 +403,21 @@ def test_command_line(hub, tmp_path, capsys, monkeypatch):
         command(hub, "t5", "--folder", folder)
     monkeypatch.setattr("builtins.input", lambda question: "y")
     assert command(hub, "t5", "--folder", folder) == 0
+
+
+def test_a_file_that_another_process_is_downloading(hub, tmp_path):
+    """Two of them would write into the same partial file."""
+    plan = plan_download(["special_tokens"], tmp_path)
+    (file,) = plan.files
+    part = fetch.part_of(file.target)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(TOKENS[:100])
+    other = fetch.OwnerLock(part.with_name(f"{part.name}.lock"))
+    assert other.acquire()
+    with pytest.raises(MagiError, match="is being downloaded at this moment"):
+        run_download(plan)
+    assert part.read_bytes() == TOKENS[:100]
+    other.release()
+    run_download(plan)
+    assert file.target.read_bytes() == TOKENS
+    assert [path.name for path in file.target.parent.iterdir()] == [file.target.name]
