@@ -1,7 +1,8 @@
-"""Sizes as they are typed on the command line: of pictures and of memory."""
+"""Values as they are typed on the command line: sizes of pictures and of memory, and released models with fewer layers."""
 
 import re
 
+from ..config import PRESETS, MagiConfig
 from ..errors import MagiError
 from ..media.frames import AREAS
 
@@ -16,10 +17,10 @@ def parse_size(text: str) -> tuple[int, int] | str:
     """
     if text in AREAS:
         return text
-    match = re.fullmatch(r"(\d+)[x×*](\d+)", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,9})[x×*](\d{1,9})", text.strip().lower())
     if not match:
         raise MagiError(
-            f"The size {text!r} is not understood. Write it as WIDTHxHEIGHT, e.g. 1280x720, or one of {', '.join(AREAS)}."
+            f"The size {text[:40]!r} is not understood. Write it as WIDTHxHEIGHT, e.g. 1280x720, or one of {', '.join(AREAS)}."
         )
     return int(match[2]), int(match[1])
 
@@ -30,8 +31,23 @@ def parse_bytes(text: str) -> int:
     Raises:
         MagiError: the text is no such size, or 0.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG]B)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([MG]B)", text.strip().upper())
     nbytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if not nbytes:
-        raise MagiError(f"The size {text!r} is not understood. Write it as 5GB or 500MB.")
+        raise MagiError(f"The size {text[:40]!r} is not understood. Write it as 5GB or 500MB.")
     return nbytes
+
+
+def preset_config(preset: str, layers: int | None) -> MagiConfig:
+    """Returns a released model's config, with fewer layers where their number is given.
+
+    Raises:
+        MagiError: the model cannot have so few or so many.
+    """
+    config = PRESETS[preset]
+    if layers is None:
+        return config
+    least = 3 if config.engine.fp8_quant else 1  # the first and the last layer are never float8
+    if not least <= layers <= config.model.num_layers:
+        raise MagiError(f"{preset} cannot have {layers} layers. Choose {least} to {config.model.num_layers}.")
+    return config.with_layers(layers)

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ..config import PRESETS
 from ..media.frames import size_for
-from .arguments import parse_bytes, parse_size
+from .arguments import parse_bytes, parse_size, preset_config
 from .generate import DTYPES, add_device_arguments
 from .measure import BenchResult, BenchSettings, run_bench
 
@@ -47,13 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs `bench`."""
-    config = PRESETS[args.preset].with_runtime(num_steps=args.steps, window_size=args.window)
+    config = preset_config(args.preset, args.layers).with_runtime(num_steps=args.steps, window_size=args.window)
     if args.size:
         size = parse_size(args.size)
         height, width = size_for(size, 16 / 9) if isinstance(size, str) else size
         config = config.with_runtime(video_size_h=height, video_size_w=width)
-    if args.layers is not None:
-        config = config.with_layers(args.layers)
     settings = BenchSettings(
         config,
         args.device,

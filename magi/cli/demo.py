@@ -8,6 +8,7 @@ from ..config import FPS
 from ..errors import MagiError
 from ..media.video_writer import check_name
 from ..model_files.embedded import DEMO_IMAGE, DEMO_SHAPE
+from ..system.paths import user_path
 from .embedded import EMBEDDED, embedded_pipeline
 from .generate import add_content_arguments, add_device_arguments, default_cache, request_from
 from .join import check_join
@@ -56,7 +57,8 @@ def main(args: argparse.Namespace) -> int:
     args.model = args.model or (_PHOTO if given else "embedded")
     if given or args.prompt or args.model == _PHOTO:
         return _one(args)
-    out = Path(args.out).expanduser()
+    out = user_path(args.out)
+    check_name(out, overwrite=True)
     picture, continued = (str(out.with_name(f"{out.stem}_{name}{out.suffix}")) for name in ("picture", "continued"))
     for path in (picture, continued):  # the first one is checked before it is made, as every video is
         check_name(Path(path), args.overwrite or _replaces(args, path))
@@ -66,8 +68,8 @@ def main(args: argparse.Namespace) -> int:
         own = argparse.Namespace(**{**vars(args), **changes})
         if own.seconds is None and own.frames is None:
             own.seconds = seconds
-        chunks = -(-(own.frames or round((own.seconds or 0) * FPS)) // FPS)
-        own.prompt = list(prompts[: max(1, chunks)])
+        length = own.seconds if own.frames is None else own.frames / FPS
+        own.prompt = [prompt for second, prompt in enumerate(prompts) if second == 0 or second < length]
         write_video(pipeline, request_from(own), own, _SCALE, replace=_replaces(args, own.out))
 
     make(TEXT, 4)

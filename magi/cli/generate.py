@@ -1,6 +1,8 @@
 """`python -m magi generate`: a video file from a prompt, a picture or a video."""
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from ..pipeline.pipeline import MagiPipeline, Request
 from ..planning.placement import MemoryOptions
 from ..runs.autosave import SAVE_SECONDS
 from ..sampling.special_tokens import STYLES
+from ..system.paths import user_path
 from ..text.embedding_cache import EmbeddingCache
 from .arguments import parse_bytes, parse_size
 from .embedded import EMBEDDED, embedded_pipeline
@@ -112,7 +115,9 @@ def add_content_arguments(parser: argparse.ArgumentParser) -> None:
         default="crop",
         help="how an input of another shape is fitted (default: %(default)s)",
     )
-    content.add_argument("--seed", type=int, default=0, help="another number, another video (default: %(default)s)")
+    content.add_argument(
+        "--seed", type=int, default=0, help="another number, another video; -1: a random one (default: %(default)s)"
+    )
     content.add_argument("--steps", type=int, help="denoising steps per chunk (default: the model's)")
     content.add_argument("--window", type=int, help="chunks denoised at a time (default: the model's)")
     content.add_argument("--style", nargs="*", choices=STYLES, default=["hq"], help="style tokens (default: hq)")
@@ -151,8 +156,14 @@ def add_device_arguments(parser: argparse._ArgumentGroup | argparse.ArgumentPars
 
 
 def default_cache() -> Path:
-    """Returns the folder of text embeddings and the embedded photo model: below ~/.cache on every system, like those of torch."""
-    return Path.home() / ".cache" / "magi1"
+    """Returns the folder of text embeddings and the embedded photo model: below ~/.cache on every system, like those of torch.
+
+    Containers often run users without a home: then it is below the system's folder for temporary files.
+    """
+    home = user_path("~")
+    if home.is_absolute():
+        return home / ".cache" / "magi1"
+    return Path(tempfile.gettempdir()) / f"magi1-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -189,6 +200,18 @@ def request_from(args: argparse.Namespace) -> Request:
     )
 
 
+def _refuse_files(args: argparse.Namespace) -> None:
+    """Raises MagiError for options that name files of another model than the embedded one, which is complete."""
+    options = ("vae", "text_encoder", "tokenizer", "special_tokens", "config")
+    given = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name)]
+    given += ["--variant"] * (args.variant != "auto")
+    if given:
+        raise MagiError(
+            f"{given[0]} is for a model in files, and --model is {args.model!r}, which has its own. Name the transformer's file "
+            f"or folder (--model), or leave out {given[0]}."
+        )
+
+
 def _pipeline(args: argparse.Namespace) -> MagiPipeline:
     options = {
         "device": args.device,
@@ -203,6 +226,7 @@ def _pipeline(args: argparse.Namespace) -> MagiPipeline:
         "cache": EmbeddingCache(args.cache / "text"),
     }
     if args.model in EMBEDDED:
+        _refuse_files(args)
         return embedded_pipeline(args, **options)
     files = find_files(args.models, args.model, args.vae, args.text_encoder, args.special_tokens, args.tokenizer)
     config = MagiConfig.from_json(args.config) if args.config else PRESETS.get(args.model)

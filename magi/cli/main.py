@@ -10,7 +10,11 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+from tqdm import tqdm
+
 from ..errors import MagiError
+from ..system.device import is_out_of_memory
+from .streams import PIPE_CLOSED, drop_stdout, tolerant_streams
 
 # Command -> (module, one line of help). Modules are imported when their command is used.
 COMMANDS = {
@@ -26,7 +30,19 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0 done, 1 an error the user can mend, 130 interrupted, 143 terminated."""
+    """Runs a command and returns its exit status.
+
+    0: done; 1: an error the user can mend; 130: interrupted; 141: nobody reads the output any more; 143: terminated.
+    """
+    with tolerant_streams():
+        try:
+            return _run(argv)
+        except BrokenPipeError:
+            drop_stdout()
+            return PIPE_CLOSED
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m magi", description="MAGI-1 video generation on one's own machine.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -41,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(import_module(f".{COMMANDS[args.command][0]}", __package__).main(args))
     except MagiError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: The memory is too small for this ({error}). Take a smaller size or model.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -75,4 +96,4 @@ def _ended_by_sigterm() -> Iterator[None]:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Prints our own warnings, plain UserWarnings, as notes; those of libraries are for developers."""
     if category is UserWarning:
-        print(f"note: {message}", file=sys.stderr)
+        tqdm.write(f"note: {message}", file=sys.stderr)  # above the bars, not behind one

@@ -26,7 +26,7 @@ from ..sampling.captions import Caption
 from ..sampling.prepare import make_sampler
 from ..sampling.schedule import check_steps
 from ..sampling.state import ProgressEvent, SamplerState
-from ..system.device import free_memory, pick_device, synchronize
+from ..system.device import compute_device, free_memory, synchronize
 from ..system.host_memory import memory_beside
 from ..system.progress import OnProgress
 from ..transformer.inputs import Pass
@@ -123,7 +123,7 @@ def run_bench(
     Raises:
         MagiError: the model cannot take the sizes or steps, a setting is out of range, or it does not fit the memory.
     """
-    device = pick_device(settings.device)
+    device = compute_device(settings.device)
     on_cpu = device.type == "cpu"
     runtime = settings.config.runtime
     # What the sampler would refuse, but before gigabytes of weights are made.

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 from ..checkpoint.mapped_file import TensorInfo
@@ -87,8 +86,8 @@ def main(args: argparse.Namespace) -> int:
     ram = free_host_memory() if args.ram is None else parse_bytes(args.ram)
     streaming = {"auto": None, "on": True, "off": False}[args.offload]
     for option in ("tflops", "bus", "disk"):
-        if not 0 < (speed := getattr(args, option)) < math.inf:
-            raise MagiError(f"--{option} is {speed:g}: no speed to forecast with. Give one above 0.")
+        if not 1e-6 <= (speed := getattr(args, option)) <= 1e6:
+            raise MagiError(f"--{option} is {speed:g}: no speed to forecast with. Give one from 0.000001 to 1000000.")
     machine = Machine(args.tflops, args.bus * 1e9, args.disk * 1e9)
     sizes = weight_sizes(tensors, config.model, device, "fp8" if args.fp8_storage else "auto", kernels=kernels)
     found = place(

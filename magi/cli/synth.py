@@ -9,10 +9,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..checkpoint.writer import write_checkpoint
-from ..config import PRESETS, MagiConfig
+from ..config import PRESETS
 from ..errors import MagiError
 from ..transformer.random_weights import RandomTensors
-from .arguments import parse_bytes
+from .arguments import parse_bytes, preset_config
+
+_OTHER_FILES = {".bin", ".ckpt", ".gguf", ".json", ".npz", ".pt", ".pth", ".sft", ".zip"}  # no folder is called so
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs `synth`."""
-    config = _config(args.preset, args.layers)
+    config = preset_config(args.preset, args.layers)
+    if args.out == Path() or args.out.suffix.lower() in _OTHER_FILES:
+        raise MagiError(
+            f"The output {str(args.out)!r} is no place for a model. Give a name that ends in .safetensors, or a folder."
+        )
     if not -(2**63) <= args.seed < 2**64:
         raise MagiError(f"The seed {args.seed} does not fit into 64 bits. Choose a smaller number.")
     started = time.monotonic()
@@ -59,13 +65,3 @@ def main(args: argparse.Namespace) -> int:
     shards = f" in {len(files)} files" if len(files) > 1 else ""
     print(f"wrote {args.out}: {size / 1e9:.2f} GB{shards}, random weights ({seconds:.0f} s)", file=sys.stderr)
     return 0
-
-
-def _config(preset: str, layers: int | None) -> MagiConfig:
-    config = PRESETS[preset]
-    if layers is None:
-        return config
-    least = 3 if config.engine.fp8_quant else 1  # the first and the last layer are never float8
-    if not least <= layers <= config.model.num_layers:
-        raise MagiError(f"{preset} cannot have {layers} layers. Choose {least} to {config.model.num_layers}.")
-    return config.with_layers(layers)

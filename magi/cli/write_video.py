@@ -1,7 +1,9 @@
 """A request on the command line becomes a file: written chunk by chunk, kept while it is made, resumed, tidied up after."""
 
 import argparse
+import dataclasses
 import json
+import secrets
 import sys
 import time
 from contextlib import suppress
@@ -13,8 +15,11 @@ from ..media.video_reader import probe
 from ..media.video_writer import VideoWriter, check_name, is_partial_of, read_metadata
 from ..pipeline.pipeline import MagiPipeline, Plan, Request
 from ..runs.store import RunStore
+from ..system.paths import user_path
 from .bars import Bars
 from .join import joined_clip
+
+_RANDOM = -1  # as a seed
 
 
 def write_video(
@@ -35,7 +40,7 @@ def write_video(
     """
     if not 0 <= args.state_minutes < float("inf"):
         raise MagiError(f"--state-minutes is {args.state_minutes:g}; it must be 0 (after every step) or more.")
-    out = Path(args.out).expanduser()
+    out = user_path(args.out)
     check_name(out, overwrite=True)  # whether it is taken is said later, where it is not this run's own
     store = RunStore(out.with_suffix(".run"))
     store.lock()  # the output's owner, too, whether the run is kept or not
@@ -50,6 +55,8 @@ def write_video(
                 raise MagiError(
                     f"There is an unfinished run in {str(store.folder)!r}. Resume it (--resume), or start over (--overwrite)."
                 )
+        if request.seed == _RANDOM:
+            request = dataclasses.replace(request, seed=_drawn_seed(store if args.resume else None))
         return _write(pipeline, request, args, scale, args.overwrite or replace, store)
     finally:
         store.close()
@@ -118,6 +125,12 @@ def _write(
     if store:
         _tidy(store, writer.path)
     return 0
+
+
+def _drawn_seed(store: RunStore | None) -> int:
+    """Returns a random seed, or that of the run that is to be resumed."""
+    saved = store.saved_settings().get("seed") if store and store.exists else None
+    return saved if isinstance(saved, int) else secrets.randbelow(1 << 32)
 
 
 def _tidy(store: RunStore, video: Path) -> None:

@@ -19,6 +19,8 @@ AREAS = {"256p": 448 * 256, "360p": 640 * 368, "480p": 848 * 480, "540p": 960 * 
 # Bounds the temporaries of a resize; a frame at a time would waste little, a whole clip would double it.
 _BLOCK = 16
 
+_LONGEST_SIDE = 8192  # pixels: beyond what any card has room for, and what H.264 encoders take
+
 
 def fit(frames: torch.Tensor, height: int, width: int, mode: str = "crop") -> torch.Tensor:
     """Resizes frames, uint8 (T, H, W, 3), to (T, height, width, 3), antialiased bicubic.
@@ -99,13 +101,15 @@ def nearest_size(height: int, width: int, multiple: int = 16) -> tuple[int, int]
 
 
 def check_size(height: int, width: int, multiple: int = 16) -> None:
-    """Raises MagiError, naming the nearest valid values, unless both sides are multiples of `multiple`, two or more.
+    """Raises MagiError, naming the nearest valid values, unless both sides are multiples of `multiple`, two to 8192 pixels.
 
     The model needs the two: positions over a grid that is one patch high or wide are not defined.
     """
     for name, side in (("Height", height), ("Width", width)):
         if side < 2 * multiple:
             raise MagiError(f"{name} {side} is too small; the smallest is {2 * multiple}.")
+        if side > _LONGEST_SIDE:
+            raise MagiError(f"{name} {side} is too large; the largest is {_LONGEST_SIDE}.")
         if side % multiple:
             below = side // multiple * multiple
             raise MagiError(

@@ -21,6 +21,7 @@ import torch
 
 from ..config import FPS
 from ..errors import MagiError
+from ..system.paths import user_path
 from ..system.progress import OnProgress
 from ..system.whole_files import put_in_place
 from .frames import check_size
@@ -75,7 +76,7 @@ class VideoWriter:
             raise MagiError(f"fps is {fps}; it must be above 0 and at most 1000.")
         if not 1 <= crf <= 51:
             raise MagiError(f"crf is {crf}; it must be from 1 (best) to 51. 18 is hard to tell from the original.")
-        self.path = Path(path).expanduser().absolute()
+        self.path = user_path(path).absolute()
         self.height, self.width, self.fps = height, width, Fraction(fps).limit_denominator(100_000)
         self.overwrite = overwrite
         self.frames_written = 0
@@ -226,9 +227,16 @@ def check_name(path: Path, overwrite: bool) -> None:
     """Raises MagiError unless a video may be given the name `path`."""
     if path.suffix.lower() != ".mp4":
         raise MagiError(f"The output {str(path)!r} does not end in .mp4. Give a file name such as clip.mp4.")
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:  # too long, or with a character that no name has
+        reason = getattr(error, "strerror", None) or error
+        raise MagiError(
+            f"The output {str(path)[:200]!r} cannot be a file's name: {reason}. Give another one."
+        ) from error
+    if is_folder:
         raise MagiError(f"The output {str(path)!r} is a folder. Give a file name in it.")
-    if path.exists() and not overwrite:
+    if exists and not overwrite:
         raise MagiError(
             f"The output {str(path)!r} exists. Give another name, or allow it to be overwritten (--overwrite)."
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..config import PRESETS
 from ..errors import MagiError
 from ..sampling import special_tokens
+from ..system.paths import user_path
 from .fetch import OnPhase, fetch, file_sha256, part_of
 from .locate import MODELS, TEXT_ENCODER, VAE
 
@@ -125,7 +126,7 @@ def plan_download(
         named = ", ".join(map(repr, unknown)) or "without a name"
         raise MagiError(f"There is no official download {named}. Choose from: {', '.join(ITEMS)}.")
     wanted = {*items, *(COMPANIONS if not only and set(items) & set(PRESETS) else ())}
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     on_hub = [item for item in FOLDERS if item in wanted]
     files = _hub_files(on_hub, folder, endpoint) if on_hub else []
     if "special_tokens" in wanted:

@@ -72,7 +72,9 @@ def fetch(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not owner.acquire():
-            raise MagiError(f"{str(target)!r} is being downloaded at this moment, by another process. Wait for that one.")
+            raise MagiError(
+                f"{str(target)!r} is being downloaded at this moment, by another process. Wait for that one."
+            )
         _download(url, part, size, on_progress or _ignore)
         if sha256 and (found := file_sha256(part, on_progress)) != sha256:
             part.unlink()

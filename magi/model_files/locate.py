@@ -9,6 +9,7 @@ from ..config import PRESETS
 from ..errors import MagiError
 from ..sampling.special_tokens import FILE_NAME as SPECIAL_TOKENS
 from ..sampling.special_tokens import SpecialTokens, find_special_tokens
+from ..system.paths import user_path
 
 # The official tree, the same in the Hub's repository and on disk.
 MODELS = Path("ckpt/magi")
@@ -65,13 +66,13 @@ def find_files(
     Raises:
         MagiError: a part other than the text encoder is missing; it tells where it belongs and how to download it.
     """
-    models = Path(models).expanduser()
+    models = user_path(models)
     weights = find_transformer(models, transformer)
     return ModelFiles(
         transformer=weights,
         vae=_part(models, vae, VAE, "VAE", "vae"),
         # Not checked: prompts in the cache do not need it, and encoding another one raises where it is missing.
-        text_encoder=Path(text_encoder).expanduser() if text_encoder else models / TEXT_ENCODER,
+        text_encoder=user_path(text_encoder) if text_encoder else models / TEXT_ENCODER,
         special_tokens=_special_tokens(models, special_tokens, weights),
         tokenizer=Path(tokenizer) if tokenizer else None,
     )
@@ -80,7 +81,7 @@ def find_files(
 def _special_tokens(models: Path, given: str | Path | None, weights: Path) -> Path | None:
     """Returns the given file, else the one near the weights; None without one, since only some runs need it."""
     if given:
-        return _existing(Path(given).expanduser(), "special-token file", models, "special_tokens")
+        return _existing(user_path(given), "special-token file", models, "special_tokens")
     return special_tokens_near(weights, [models])
 
 
@@ -104,7 +105,7 @@ def find_transformer(models: Path, name: str) -> Path:
         MagiError: the weights are not there.
     """
     if name not in PRESETS:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not path.exists():
             raise MagiError(
                 f"There is no transformer at {name!r}, and no released model has that name. Give a path, or one of: {', '.join(PRESETS)}."
@@ -120,7 +121,7 @@ def released_weights(models: Path, name: str) -> Path | None:
 
 
 def _part(models: Path, given: str | Path | None, usual: Path, what: str, item: str) -> Path:
-    return _existing(Path(given).expanduser() if given else models / usual, what, models, item)
+    return _existing(user_path(given) if given else models / usual, what, models, item)
 
 
 def _existing(path: Path, what: str, models: Path, item: str) -> Path:

@@ -24,7 +24,7 @@ from ..sampling.captions import Caption
 from ..sampling.prepare import start_sampler
 from ..sampling.special_tokens import SpecialTokens
 from ..sampling.state import Chunk, ProgressEvent
-from ..system.device import is_out_of_memory, pick_device
+from ..system.device import compute_device, is_out_of_memory
 from ..text.embedding_cache import EmbeddingCache
 from ..text.encode import check_encoder, encode_prompts
 from ..transformer.weights import Precision
@@ -89,10 +89,10 @@ class MagiPipeline:
         """
         self.files = files
         self.config = config
-        self.device = pick_device(device)
+        self.device = compute_device(device)
         self._dtype = dtype
         self._vae_dtype = vae_dtype
-        self._text_device = pick_device(text_device)
+        self._text_device = compute_device(text_device)
         self._text_dtype = text_dtype
         self._cache = cache
         self._precision: Precision = precision

@@ -18,11 +18,13 @@ from ..sampling.captions import Caption, caption_per_chunk, null_caption
 from ..sampling.prepare import RunPlan, plan_run, with_size_of
 from ..sampling.schedule import check_steps
 from ..sampling.special_tokens import SpecialTokens
+from ..system.paths import user_path
 from ..system.whole_files import file_fingerprint, tensor_digest
 
 Media = str | Path | torch.Tensor  # a file, or frames uint8 (T, H, W, 3)
 
 _WIDE = 16 / 9
+_LONGEST = 86_400  # seconds; a saved run numbers its chunks, a second each, with five digits
 
 
 @dataclass(frozen=True)
@@ -224,12 +226,12 @@ def _wanted_frames(request: Request, default: int, fps: int) -> int:
     if request.seconds is not None and request.frames is not None:
         raise MagiError(f"Both seconds ({request.seconds}) and frames ({request.frames}) are given. Give one of them.")
     if request.seconds is not None:
-        if not 0 < request.seconds < float("inf"):
-            raise MagiError(f"seconds is {request.seconds}; it must be above 0.")
+        if not 0 < request.seconds <= _LONGEST:
+            raise MagiError(f"seconds is {request.seconds}; it must be above 0, and at most {_LONGEST} (a day).")
         return max(1, round(request.seconds * fps))
     frames = default if request.frames is None else request.frames
-    if frames <= 0:
-        raise MagiError(f"frames is {frames}; it must be above 0.")
+    if not 0 < frames <= _LONGEST * fps:
+        raise MagiError(f"frames is {frames}; it must be above 0, and at most {_LONGEST * fps} (a day).")
     return frames
 
 
@@ -242,8 +244,8 @@ def _read_prefix(request: Request, config: MagiConfig) -> torch.Tensor | None:
     if request.video is None:
         return None
     runtime, tail = config.runtime, request.continue_seconds
-    if not 0 < tail < float("inf"):
-        raise MagiError(f"continue_seconds is {tail}; it must be above 0.")
+    if not 0 < tail <= _LONGEST:
+        raise MagiError(f"continue_seconds is {tail}; it must be above 0, and at most {_LONGEST} (a day).")
     if isinstance(request.video, torch.Tensor):
         _check_frames(request.video, "video")
         size = _size(request, config, request.video.shape[2] / request.video.shape[1])
@@ -314,6 +316,6 @@ def _media_digest(media: Media | None) -> str | None:
     if media is None or isinstance(media, torch.Tensor):
         return None if media is None else tensor_digest(media)
     try:
-        return file_fingerprint(Path(media).expanduser())
+        return file_fingerprint(user_path(media))
     except OSError:
         return UNKNOWN

@@ -24,6 +24,7 @@ from ..config import LATENT_CHANNELS
 from ..errors import MagiError
 from ..sampling.state import Chunk, SamplerState
 from ..system.owner_lock import OwnerLock
+from ..system.paths import user_path
 from ..system.whole_files import DamagedFileError, file_fingerprint, pack, unpack, write_whole
 from .identity import differences, run_key
 
@@ -71,7 +72,7 @@ class RunStore:
 
     def __init__(self, folder: str | Path, on_notice: Callable[[str], None] | None = None) -> None:
         """Touches no file; without `on_notice` a notice is a UserWarning."""
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = user_path(folder).absolute()
         self.saved: Saved | None = None
         self.on_notice = on_notice or (lambda text: warn(text, stacklevel=4))
         self._noticed = False  # that the folder cannot be written
@@ -132,7 +133,7 @@ class RunStore:
             self._clear()
         self.saved, self._unwritten, self._written, self._saved_at = None, {}, set(), _position(SamplerState())
         if self.exists:
-            found = self._settings()
+            found = self.saved_settings()
             if different := differences(json.loads(json.dumps(settings)), found):
                 raise MagiError(
                     f"The run saved in {str(self.folder)!r} has other settings: {'; '.join(different)}. "
@@ -265,7 +266,7 @@ class RunStore:
         """
         if not self.exists:
             return None
-        self._key = run_key(self._settings())
+        self._key = run_key(self.saved_settings())
         return self._read(_INPUTS)[0]
 
     def chunks(self) -> Iterator[Chunk]:
@@ -305,7 +306,8 @@ class RunStore:
             raise self._damaged(name, "it holds no latents")
         return latents
 
-    def _settings(self) -> dict[str, Any]:
+    def saved_settings(self) -> dict[str, Any]:
+        """Returns the saved run's settings. Raises MagiError where they cannot be read."""
         try:
             found = json.loads(self._path(_SETTINGS).read_text(encoding="utf-8"))
             version, settings = found["format"], dict(found["settings"])

@@ -15,6 +15,7 @@ from ..config import RuntimeConfig
 from ..errors import MagiError
 
 _UNLIMITED_CLEAN_RANGE = 8  # chunks that a prefix chunk sees where no range is set
+_MOST_STEPS = 1000  # four times what any model was published with
 SHORTCUT_STEPS = 12  # with this many steps, distilled models use uneven ones
 # Mode -> (entries of the quarter grid that start a step, step lengths as multiples of the shortest)
 _SHORTCUTS = {"8,16,16": ((0, 2, 3), (2, 1, 1)), "16,16,8": ((0, 1, 2), (1, 1, 2))}
@@ -198,10 +199,10 @@ def smaller_windows(num_steps: int, window: int) -> list[int]:
 
 def check_steps(num_steps: int, window: int, kv_ranges: Sequence[int]) -> None:
     """Raises MagiError, with the nearest valid counts, unless the window and the K/V ranges divide the steps evenly."""
-    if window < 1:
-        raise MagiError(f"The window is {window} chunks; it must be at least 1.")
-    if num_steps < 1:
-        raise MagiError(f"The number of steps is {num_steps}; it must be at least 1.")
+    if not 1 <= window <= _MOST_STEPS:
+        raise MagiError(f"The window is {window} chunks; it must be from 1 to {_MOST_STEPS}.")
+    if not 1 <= num_steps <= _MOST_STEPS:
+        raise MagiError(f"The number of steps is {num_steps}; it must be from 1 to {_MOST_STEPS}.")
     parts = len(kv_ranges) or 1
     if num_steps % window or num_steps % parts:
         good = [n for n in range(1, num_steps + window * parts + 1) if not (n % window or n % parts)]

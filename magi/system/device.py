@@ -9,6 +9,8 @@ from ..errors import MagiError
 
 T = TypeVar("T")
 
+_DEVICES = "cuda, cuda:1, xpu, mps or cpu"
+
 # In messages of backends that raise a plain RuntimeError: Metal; the CPU on Windows; the CPU elsewhere
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
@@ -24,7 +26,7 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
-        raise MagiError(f"There is no device {device!r}. Use cuda, cuda:1, xpu, mps or cpu.") from error
+        raise MagiError(f"There is no device {str(device)[:100]!r}. Use {_DEVICES}.") from error
     if chosen.type in ("cuda", "xpu", "mps") and not _is_available(chosen.type):
         raise MagiError(
             f"The device {str(device)!r} is not available to torch {torch.__version__}. Use cpu, or install the torch build "
@@ -34,6 +36,24 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
         count = getattr(torch, chosen.type).device_count()
         if chosen.index >= count:
             raise MagiError(f"There is no device {str(device)!r}: torch sees {count} of its kind, numbered from 0.")
+    return chosen
+
+
+def compute_device(device: torch.device | str | None = None) -> torch.device:
+    """Returns the named device, or the best there is, where tensors can be computed on it.
+
+    Raises:
+        MagiError: the device is not there, or holds no numbers ("meta").
+    """
+    chosen = pick_device(device)
+    try:
+        torch.empty(1, device=chosen).item()
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise MagiError(
+            f"torch {torch.__version__} cannot compute on the device {str(device)!r}. Use {_DEVICES}."
+        ) from error
     return chosen
 
 

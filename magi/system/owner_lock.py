@@ -28,15 +28,17 @@ class OwnerLock:
             lock = FileLock(self._path, thread_local=False)
             try:
                 lock.acquire(timeout=0)
-            except Timeout:
-                return False
+            except Timeout:  # also where the file cannot be made, so it is there only if somebody else owns it
+                if self._path.exists():
+                    return False
+                continue
             except (OSError, NotImplementedError):
                 return True
             if self._path.exists():  # else the one before has just removed it, and the next would make another one
                 self._lock = lock
                 return True
             lock.release()
-        return False
+        return True
 
     def release(self) -> None:
         """Gives it back and removes the file; does nothing for one that is not owned."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from magi.cli import generate
+from magi.cli import generate, write_video
 from magi.cli.main import main
 from magi.media import sound_encoder
 from magi.media.sound_reader import read_sound
@@ -33,16 +33,16 @@ def magi(cache, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def interrupt(monkeypatch):
     """(phase, done) -> the next run is interrupted when a phase is so far, as by Ctrl-C."""
-    show = generate.Bars.__call__
+    show = write_video.Bars.__call__
 
     def at(name: str, done: int) -> None:
         def called(bars, phase):
             show(bars, phase)
             if phase.name == name and phase.done >= done:
-                monkeypatch.setattr(generate.Bars, "__call__", show)
+                monkeypatch.setattr(write_video.Bars, "__call__", show)
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(generate.Bars, "__call__", called)
+        monkeypatch.setattr(write_video.Bars, "__call__", called)
 
     return at
 
@@ -194,7 +194,7 @@ def test_the_clip_must_still_be_there(magi, interrupt, monkeypatch):
         clip(waveform=torch.zeros(2, 96000))
         status, stderr = magi(*given, "--resume")
         assert status == 1
-        assert "video content is" in stderr
+        assert "the content of the clip is not the same" in stderr
     assert {path: path.read_bytes() for path in Path("magi.run").iterdir()} == kept
     Path("elsewhere.mov").rename("clip.mov")
     assert magi(*given, "--resume")[0] == 0

@@ -232,11 +232,11 @@ def test_every_setting_that_differs_is_named_with_both_values(stopped):
     with pytest.raises(MagiError) as caught:
         opened(stopped, other)
     message = str(caught.value)
-    assert "seed is 2, the saved run's is 1" in message
-    assert "text scales is [7.5, 1.0], the saved run's is [7.5, 0.0]" in message
-    assert 'prompt is ["A dog"], the saved run\'s is ["Kätzchen"]' in message
-    assert "model is cdcdcd" in message
-    assert "num steps" not in message
+    assert "the seed is 2, the saved run's 1" in message
+    assert "the config's text_scales is 7.5, 1.0, the saved run's 7.5, 0.0" in message
+    assert 'the prompt is "A dog", the saved run\'s "Kätzchen"' in message
+    assert "the transformer's file is not the same" in message
+    assert "steps" not in message
     assert "--overwrite" in message
     assert str(stopped) in message
 

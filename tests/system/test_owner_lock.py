@@ -75,6 +75,11 @@ def test_without_a_folder_or_locks_everybody_gets_it(tmp_path, path, monkeypatch
     def refuses(*_, **__):
         raise NotImplementedError
 
+    def times_out(self, **_):
+        raise owner_lock.Timeout(str(path))
+
+    monkeypatch.setattr(owner_lock.FileLock, "acquire", times_out)  # as where the file cannot be made
+    assert OwnerLock(path).acquire()
     monkeypatch.setattr(owner_lock.FileLock, "acquire", refuses)
     one, other = OwnerLock(path), OwnerLock(path)
     assert one.acquire()
