@@ -9,7 +9,7 @@ from ..config import MagiConfig
 from ..errors import MagiError
 from ..offload.streamed_blocks import ring_bytes
 from ..sampling.schedule import smaller_windows
-from ..transformer.inputs import TOKEN_BLOCK, CacheDevice
+from ..transformer.inputs import CPU_TOKEN_BLOCK, TOKEN_BLOCK, CacheDevice
 from .cost import Machine, iteration_flops, iteration_seconds
 from .footprint import WeightSizes, kv_bytes, working_bytes
 
@@ -165,7 +165,7 @@ def place(
         config: the model, and the size, steps, window and frames of the run.
         weights: sizes of the model's weights, see `weight_sizes`.
         free: bytes free on the device before anything is loaded; None where the device works in host memory: a budget
-            means nothing there, only what `options` asks for is streamed, and only the token block depends on what is free.
+            means nothing there, and only what `options` asks for is streamed.
         options: settings fixed by hand.
         prefix_frames: latent frames of the image or clip that the video starts from.
         free_host: bytes free in host memory; None: unknown, then streamed layers come from the file.
@@ -180,12 +180,9 @@ def place(
     """
     options, machine = options or MemoryOptions(), machine or Machine()
     if free is None:
-        choices = _choices(
-            PlannedRun(config, prefix_frames, free_host), weights, options, None, other_model_bytes, machine, limit
-        )
-        first = [c for c in choices if c.cache == choices[0].cache and c.slots == choices[0].slots]
-        room = math.inf if free_host is None else (1 - _HOST_RESERVE) * free_host
-        choice = next((c for c in first if c.working_bytes <= room), first[-1])
+        run = PlannedRun(config, prefix_frames, free_host)
+        options = replace(options, token_block=options.token_block or CPU_TOKEN_BLOCK)
+        choice = _choices(run, weights, options, None, other_model_bytes, machine, limit)[0]
         return choice.place(choice.counts[0])
     room = free - reserved if options.budget is None else options.budget
     runtime = config.runtime

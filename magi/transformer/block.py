@@ -36,13 +36,23 @@ class ChunkState:
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """Settings that all layers share. `forward` is `layer_forward`, or its compiled form."""
+    """Settings that all layers share.
+
+    Attributes:
+        shape: sizes of the model.
+        dtype: compute dtype.
+        attention: one of `attention.attention_choices`.
+        token_block: tokens per call of `forward`.
+        forward: `layer_forward`, or its compiled form.
+        check: called between the parts of a token block; what it raises ends the call. None where one takes no time.
+    """
 
     shape: ModelConfig
     dtype: torch.dtype
     attention: str
     token_block: int
     forward: Callable[..., list[torch.Tensor]]
+    check: Callable[[], None] | None = None
 
 
 # Chunks whose self-attention is one computation: the same hidden states, position and K/V. In the first layer the text
@@ -197,7 +207,7 @@ def layer_forward(
     eps, gated = settings.shape.layernorm_epsilon, settings.shape.gated_linear_unit
     # One name for the queries and their result, so that the queries are freed before the MLP.
     self_attn, cross_q = _queries(settings, weights, hidden[0], cos, sin)  # (H, T, d) each
-    self_attn = attend(self_attn, kv[0], kv[1], settings.attention)  # (T, D)
+    self_attn = _attend(settings, self_attn, kv)  # (T, D)
     result = []
     for x, text, (attn_gate, mlp_gate) in zip(hidden, text_kv, gates, strict=True):
         # Nested calls: a name would keep a result in memory while the next one is computed.
@@ -211,6 +221,8 @@ def layer_forward(
             weights.attn_post_norm,
             eps,
         )  # (T, D)
+        if settings.check:
+            settings.check()
         result.append(
             gated_residual(
                 x,
@@ -221,6 +233,18 @@ def layer_forward(
             )  # (T, D)
         )
     return result
+
+
+def _attend(settings: LayerSettings, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    """Computes self-attention, (H, T, d) and (2, G, tokens, d) -> (T, H * d); group by group where it takes long."""
+    if not settings.check:
+        return attend(q, kv[0], kv[1], settings.attention)
+    groups = kv.shape[1]
+    parts = []
+    for queries, k, v in zip(q.chunk(groups), kv[0].split(1), kv[1].split(1), strict=True):
+        parts.append(attend(queries, k, v, settings.attention))  # (T, H / G * d)
+        settings.check()
+    return torch.cat(parts, dim=1)
 
 
 def _queries(
@@ -247,6 +271,8 @@ def _write_kv(settings: LayerSettings, weights: BlockWeights, s: ChunkState, out
         cos, sin = (angle[block] for angle in s.angles)  # (T, n)
         out[0, :, block] = _norm_and_rotate(settings, linear(normed, weights.k), weights.k_norm, cos, sin)  # (G, T, d)
         out[1, :, block] = rearrange(linear(normed, weights.v), "t (g d) -> g t d", d=shape.kv_channels)  # (G, T, d)
+        if settings.check:
+            settings.check()
 
 
 def _norm_and_rotate(

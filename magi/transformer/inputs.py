@@ -8,6 +8,7 @@ import torch
 
 CacheDevice = Literal["device", "host"]  # where the K/V cache lies
 TOKEN_BLOCK = 4096  # tokens per layer call; fewer if memory is short
+CPU_TOKEN_BLOCK = 256  # as fast there, and short enough to be cancelled between two
 
 
 @dataclass(frozen=True)

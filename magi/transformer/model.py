@@ -7,8 +7,10 @@ first, and the K/V of a chunk are written before a later chunk reads them.
 Shapes: S tokens of a chunk, T tokens of a block, D hidden size, G K/V groups, d head size, n rotary angles.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -35,6 +37,7 @@ from .weights import BlockSource, OuterWeights, tensors_in
 _TIME_FREQUENCIES = 256
 _EFFICIENT_BLOCK = 1024  # tokens; smaller blocks cost more time than streaming a layer
 _SMALLEST_BLOCK = 64  # tokens
+_CHECK_SECONDS = 0.2  # between two calls of a progress callback within a token block
 _Angles = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -138,12 +141,16 @@ class Transformer:
         first, later = shared_groups(states), separate_groups(states)
         scratch = self._kv_scratch([*first, *later])  # (2, G, chunks * S, d)
         settings = LayerSettings(self.shape, self.dtype, self.attention, self.token_block, self._layer_forward)
+        # A token block takes a CPU seconds, and nothing in it may hold up a cancel; compiled code cannot ask.
+        asks = self.device.type == "cpu" and on_progress is not None and self._layer_forward is layer_forward
         with closing(iter(self.blocks)) as blocks, closing(cache.stream(_cached_chunks(states))) as cached_kv:
             for layer, (weights, cached) in enumerate(zip(blocks, cached_kv, strict=True)):
                 passes_here = later if layer else first
                 layer_progress = _LayerProgress(
                     on_progress, layer, self.shape.num_layers, passes_here, self.token_block
                 )
+                if asks:
+                    settings = replace(settings, check=layer_progress.check)
                 caption_kv: dict[int, torch.Tensor] = {}  # by identity, as most chunks share their caption
                 for groups in passes_here:
                     store = partial(cache.store, layer)
@@ -237,8 +244,18 @@ class _LayerProgress:
     ) -> None:
         self._on_progress, self._layer, self._layers = on_progress, layer, layers
         self._calls, self._done = sum(progress_calls(groups, token_block) for groups in passes), 0
+        self._called = time.monotonic()
 
     def __call__(self) -> None:
         self._done += 1
+        self._call()
+
+    def check(self) -> None:
+        """Calls the callback between two parts, if its last call is a moment ago."""
+        if time.monotonic() - self._called >= _CHECK_SECONDS:
+            self._call()
+
+    def _call(self) -> None:
         if self._on_progress:
             self._on_progress((self._layer + self._done / self._calls) / self._layers)
+        self._called = time.monotonic()
