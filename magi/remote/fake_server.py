@@ -18,9 +18,10 @@ from typing import Any
 
 from .fake_video import make_video
 from .request import ASPECTS, FPS, FRAMES, MODEL, RESOLUTIONS
+from .transport import content_length
 
 _V3_FIELDS = {"prompt", "image", "seed"}
-_MOST_UPLOAD = 20 << 20
+_MOST_UPLOAD = 20 << 20  # bytes
 # Percent-encodings in lower case, and of characters that need none: a client that normalises them is refused.
 _SIGNATURE = "sig=a%2fb~c%2d%c3%a9&e=1"
 
@@ -157,7 +158,7 @@ class FakeServer:
     def _submit(self, request: Request) -> Answer:
         try:
             body = json.loads(request.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return Answer(400, result(None, 400, "the body is no JSON"))
         if "/api/v3/" in request.target:
             if (extra := sorted(set(body) - _V3_FIELDS)) and self.v3 == "rejects":
@@ -271,7 +272,7 @@ def _kind(method: str, target: str) -> str:
 def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def _do(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
+            length = min(content_length(self.headers), _MOST_UPLOAD + 1)
             headers = {name.lower(): value for name, value in self.headers.items()}
             answer = server.answer(Request(self.command, self.path, headers, self.rfile.read(length)))
             with suppress(OSError):  # the client is gone
