@@ -47,7 +47,8 @@ class Answer:
         headers: more of them; those here replace the usual ones.
         wait: seconds before it is sent.
         keep: bytes after which the connection is dropped; 0: no answer at all.
-        pause: seconds between the blocks of the content.
+        block: bytes of the content that are sent at a time.
+        pause: seconds after each block.
     """
 
     status: int = 200
@@ -55,6 +56,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     wait: float = 0.0
     keep: int | None = None
+    block: int = 1 << 14
     pause: float = 0.0
 
 
@@ -292,8 +294,8 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.end_headers()
             content = content[: answer.keep]
-            for start in range(0, len(content), 1 << 14):
-                self.wfile.write(content[start : start + (1 << 14)])
+            for start in range(0, len(content), answer.block):
+                self.wfile.write(content[start : start + answer.block])
                 self.wfile.flush()
                 time.sleep(answer.pause)
 

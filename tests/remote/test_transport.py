@@ -9,6 +9,7 @@ import pytest
 from magi.errors import MagiError
 from magi.remote.address import DEFAULT, BaseUrl
 from magi.remote.api import Api, NotSentError
+from magi.remote.deadline import Deadline
 from magi.remote.errors import TemporaryError
 from magi.remote.exact import exact_session
 from magi.remote.key import ApiKey
