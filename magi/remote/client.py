@@ -136,6 +136,7 @@ class _Run:
     def __init__(self, client: Client, entry: Entry, request: RemoteRequest, watch: Watch) -> None:
         self._api, self._limits, self._log = client.api, client.limits, client.log
         self._entry, self._request, self._watch = entry, request, watch
+        self._followed: str | None = None  # the task that is asked about or downloaded
         self._unfinished: str | None = None  # the task that a cancel deletes: never a completed one, which is paid for
 
     def video(self, folder: Path, resume_id: str, take: Callable[[Path, Facts], None]) -> RemoteVideo:
@@ -145,6 +146,7 @@ class _Run:
             task_id = self._unfinished = self._new_task()
         record = self._entry.record
         own = record is not None and record.task_id == task_id
+        self._followed = task_id
         self._watch.phase("wait", f"asking for task {task_id}")
         try:
             task = polling.follow(self._api, task_id, self._limits, self._watch, self._still_running)
@@ -284,6 +286,10 @@ class _Run:
         """Deletes the task that is being polled, if it is unfinished."""
         if task_id := self._unfinished:
             self._detach(lambda: task_id, delete=True)
+        elif self._followed:
+            self._log(
+                f"Task {self._followed} is left as it is, as it may be completed: the same run continues with it."
+            )
 
     def _detach(self, task: Callable[[], str], delete: bool) -> None:
         """Waits for the task's id in a thread and has the task deleted if `delete`; the record stays locked meanwhile.

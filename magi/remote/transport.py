@@ -28,8 +28,11 @@ SLOWEST = 4000.0  # bytes per second of the slowest line that large contents hav
 
 _MOST_ANSWER = 1 << 20  # bytes of JSON
 _BLOCK = 1 << 14  # bytes before they are unpacked, which may make a thousand times more of them
+_EASILY_UNPACKED = {"gzip", "x-gzip", "deflate"}
+_PACKED = {*_EASILY_UNPACKED, "br", "zstd"}  # the other names that there are, such as aws-chunked, change nothing
 _MOST_HOPS = 5
 _MOST_URL = 200  # characters
+_CONNECTION = re.compile(r"^(?:<.*?>|\w+\(host=.*?\)): ")  # which urllib3 names first
 _QUERY = re.compile(r"\?[^\s?'\"]*=[^\s'\"]*")  # of a URL, which may be a signature
 _PASSWORD = re.compile(r"//[^/\s]*@")  # of a proxy, in its address
 _MOST_DIGITS = 18  # of a length; Python refuses to parse thousands, and nothing is that long
@@ -193,15 +196,16 @@ class Transport:
         ):
             inner = deeper
         message = _QUERY.sub("?...", _PASSWORD.sub("//", str(inner)))
-        text = self.redact(message.rpartition(">: ")[2] or message) or type(inner).__name__
+        text = self.redact(_CONNECTION.sub("", message)) or type(inner).__name__
         return "the proxy: " + text if isinstance(error, requests.exceptions.ProxyError) else text
 
 
 def _check_encoding(response: "requests.Response") -> None:
-    """Raises OSError for a compression that was not asked for and is none of the usual ones, or one within another."""
-    encoding = response.headers.get("Content-Encoding", "").strip().lower()
-    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        raise OSError(f"it is compressed in an unknown way, {encoding}")
+    """Raises OSError for content packed in ways that were not asked for, by which a few bytes become gigabytes."""
+    encoding = response.headers.get("Content-Encoding", "").lower()
+    packed = [name for name in map(str.strip, encoding.split(",")) if name in _PACKED]
+    if len(packed) > 1 or not _EASILY_UNPACKED.issuperset(packed):
+        raise OSError(f"it is compressed in a way that was not asked for, {', '.join(packed[:3])}")
 
 
 def _joined(url: str, target: str) -> str:

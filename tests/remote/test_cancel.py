@@ -135,6 +135,7 @@ def test_a_cancel_does_not_give_up_what_was_completed_before(service):
     service.make()
     service.server.script["poll"].append(Answer(wait=SLOW))
     assert service.cancels(phase("asking for task", 0.3)) < 2
+    assert f"Task {service.task} is left as it is" in service.log[-1]
     service.server.script["poll"].append(Answer(wait=SLOW))
     assert service.cancels(phase("asking for task", 0.3), resume_id=service.task) < 2
     assert service.server.count("delete") == 0
