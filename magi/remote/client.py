@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
@@ -22,9 +22,7 @@ from .request import RemoteRequest, encode_image
 
 _CONNECTS = 3  # attempts to reach the service with a request
 _CANCEL_SECONDS = 1.5  # that a cancel waits for the service's answer
-_CHECK_SECONDS = (
-    0.8  # of these, for the question whether the task is completed; the rest is for the deletion to be sent
-)
+_CHECK_SECONDS = 0.8  # of these, for asking whether the task is completed; the rest is for sending the deletion
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ class _Run:
         """
         self._watch.phase("check", f"asking how task {task_id} stands")
         try:
-            return not polling.poll(self._api, task_id, replace(self._limits, unknown=0), self._watch).ended
+            return not polling.poll(self._api, task_id, self._limits, self._watch).ended
         except GoneError:
             return False
         except RemoteError as error:

@@ -160,7 +160,7 @@ def _read(path: Path) -> Record | None:
         return _checked(Record(**json.loads(path.read_bytes())))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise MagiError(
             f"The note of an earlier try of this request, {str(path)!r}, cannot be read. Look at {TASKS_PAGE} whether there is a task; "
             "then remove the file."

@@ -171,6 +171,17 @@ def test_an_old_task_that_the_service_has_forgotten_is_made_anew(service, monkey
     assert service.make().task_id == service.task
 
 
+def test_a_task_that_the_service_does_not_know_yet(service, monkeypatch):
+    """It was made just now, and a wrong clock calls it old: that it is unknown for a moment does not count."""
+    service.server.script["poll"].extend([Answer(500, b"")] * 4)
+    service.fails("is not lost")
+    then = time.time() + 864_000
+    monkeypatch.setattr("time.time", lambda: then)
+    service.server.script["poll"].extend([Answer(404, result(None, 404, "not yet"))] * 2)
+    assert service.make().task_id == service.task
+    assert service.submits == 1
+
+
 def test_a_service_that_refuses_to_speak_of_a_task(service):
     service.server.script["poll"].extend([Answer(400, result(None, 400, "deleted"))] * 3)
     service.fails("is not lost")
@@ -228,7 +239,7 @@ def test_a_full_disk_damages_no_note(tmp_path, file_size_limit):
 
 
 WRONG = {
-    "sent_at": [None, "today", math.nan, math.inf, []],
+    "sent_at": [None, "today", math.nan, math.inf, 10**400, []],
     "task_id": [5, "../../etc", "", ["x"], {}],
     "cancelled": ["no", None, 0],
     "delivered": ["yes", {}],
