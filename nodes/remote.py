@@ -1,7 +1,7 @@
 """The node that has a paid service make the video, for those without a graphics card."""
 
 import logging
-import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ class Magi1Remote(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, seed: int | None = None, **_: Any) -> Any:
         """Returns a new value at every run without a seed: each makes another video."""
-        return time.time_ns() if seed == -1 else None
+        return uuid.uuid4().hex if seed == -1 else None
 
     @classmethod
     @schema.checked

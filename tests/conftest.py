@@ -217,6 +217,7 @@ def node_server(remote_videos, monkeypatch) -> Iterator[FakeServer]:
     monkeypatch.setenv("WAVESPEED_API_KEY", KEY)
     found = FakeServer(key=KEY, statuses=("created", "processing"))
     found.videos = remote_videos
+    monkeypatch.setenv("WAVESPEED_BASE_URL", found.url)  # else the node keeps the key from it
     with found:
         yield found
     assert found.count("submit") <= 1

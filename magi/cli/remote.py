@@ -22,6 +22,7 @@ from ..system.whole_files import put_in_place
 from .generate import default_cache
 
 _WIDTH = 100  # covers what the bar has left on the line
+_MOST_PORT = 65535
 _FORMAT = "{percentage:3.0f}%|{bar:20}| {desc}"
 
 
@@ -148,17 +149,20 @@ def _image(given: str | None) -> torch.Tensor | str | None:
 def _serve(port: int) -> int:
     from ..remote.fake_server import FakeServer
 
+    if not 0 <= port <= _MOST_PORT:
+        raise MagiError(f"There is no port {port}. Choose one from 0 (any that is free) to {_MOST_PORT}: --port 8190.")
     try:
         server = FakeServer(port)
     except OSError as error:
+        another = port + 1 if port < _MOST_PORT else 8190
         raise MagiError(
-            f"Port {port} cannot be used ({error.strerror}). Choose another one: --port {port + 1}."
+            f"Port {port} cannot be used ({error.strerror}). Choose another one: --port {another}."
         ) from error
     with server:
         print(
             f"The fake server listens at {server.url}, on this machine only. Set the node's base_url to that, or use\n"
             f"    python -m magi remote --base-url {server.url} --prompt ...\n"
-            f"It makes test pictures, not MAGI-1's. A real key that is set in {VARIABLE} is sent to it too. Stop it with Ctrl-C.",
+            f"It makes test pictures, not MAGI-1's. The command sends it your key too, if you have one; the node does not. Stop it with Ctrl-C.",
             file=sys.stderr,
         )
         while True:

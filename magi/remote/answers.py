@@ -1,11 +1,13 @@
 """Interprets the service's answers and words the errors that follow from them."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .address import is_allowed
 from .errors import EndedError
-from .key import PAGE
+from .key import PAGE, how_to_allow
+from .shown import MOST_TEXT
 
 TASKS_PAGE = "https://wavespeed.ai/predictions"
 
@@ -30,12 +32,16 @@ _FAILURES = {
     5003: "The service is in trouble. Run it again later for a new task.",
     5004: "The service took too long. Run it again later for a new task.",
 }
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{3,127}")
+_MOST_STATUS = 40  # characters
+_MOST_OUTPUTS = 16
+_MOST_NESTED = 8  # an error text within an error within ...
 _REFUND = "Failed tasks are refunded by the service, usually within hours."
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task's state as the service reports it.
+    """A task's state as the service reports it. Its texts may be shown.
 
     Attributes:
         id: of the task.
@@ -44,7 +50,7 @@ class Task:
         refused_outputs: whether there are others.
         flagged: whether the safety checker found something.
         code: of its failure, None where it has none.
-        error: the service's error text, not redacted yet.
+        error: the service's error text.
     """
 
     id: str
@@ -56,19 +62,29 @@ class Task:
     error: str
 
     @classmethod
-    def of(cls, id: str, data: dict[str, Any]) -> "Task":
-        """Reads an answer's `data`; a value of a wrong type counts as missing."""
+    def of(
+        cls, id: str, data: dict[str, Any], may_fetch: Callable[[str], bool], redact: Callable[[str, int], str]
+    ) -> "Task":
+        """Reads an answer's `data`; a value of a wrong type counts as missing.
+
+        Args:
+            id: of the task.
+            data: of the answer.
+            may_fetch: tells which URLs may be requested.
+            redact: makes a text fit to be shown, so many characters at most.
+        """
         status, outputs, flags = data.get("status"), data.get("outputs"), data.get("has_nsfw_contents")
         given = outputs if isinstance(outputs, list) else [outputs] if isinstance(outputs, str) else []
-        fit = tuple(url for url in given if isinstance(url, str) and is_allowed(url))
+        given = given[:_MOST_OUTPUTS]
+        fit = tuple(url for url in given if isinstance(url, str) and may_fetch(url))
         return cls(
             id=id,
-            status=status.strip().lower() if isinstance(status, str) else "",
+            status=redact(status, _MOST_STATUS).lower() if isinstance(status, str) else "",
             outputs=fit,
             refused_outputs=len(fit) < len(given),
             flagged=flags is True or (isinstance(flags, list) and True in flags),
             code=_number(data.get("code")),
-            error=text_of(data.get("error")),
+            error=redact(text_of(data.get("error")), MOST_TEXT),
         )
 
     @property
@@ -87,8 +103,13 @@ class Task:
         return self.status in _ENDED or (self.completed and self.flagged and not self.outputs)
 
 
-def failure(task: Task, detail: str) -> EndedError:
-    """Makes the error of a task that ended without a video; `detail` is the service's redacted error text."""
+def is_id(value: object) -> bool:
+    """Returns whether a value has the form of a task's id."""
+    return isinstance(value, str) and _ID.fullmatch(value) is not None
+
+
+def failure(task: Task) -> EndedError:
+    """Makes the error of a task that ended without a video."""
     if task.completed or (task.flagged and task.status == "failed"):
         reason = "The service's safety checker withheld the video. Change the prompt or the picture; the checker can be switched off in the node."
     elif task.status in ("cancelled", "canceled", "deleted"):
@@ -97,24 +118,40 @@ def failure(task: Task, detail: str) -> EndedError:
         reason = f"{_FAILURES[5004]} {_REFUND}"
     else:
         reason = f"{_FAILURES.get(task.code or 0, _FAILURES[1403])} {_REFUND}"
-    return EndedError(f"{reason} (Task {task.id}, {task.status}{_details(task.code, detail)})")
+    return EndedError(f"{reason} (Task {task.id}, {task.status}{_details(task.code, task.error)})")
 
 
-def refusal(status: int, detail: str, wait: float | None = None, code: int | None = None) -> str:
-    """Makes the message of a request refused with an HTTP status; `detail` is the service's redacted error text."""
+def refusal(
+    status: int, detail: str, wait: float | None = None, code: int | None = None, without_key: str | None = None
+) -> str:
+    """Makes the message of a request refused with an HTTP status.
+
+    Args:
+        status: HTTP's.
+        detail: the service's redacted error text.
+        wait: seconds that the service asks to wait.
+        code: the detailed one of its answer.
+        without_key: the base URL, where no key was sent to it.
+    """
     later = f" in {wait:.0f} s" if wait else " in a minute"
     default = (
         "The service does not accept the request. Change what it names; API version v3 takes fewer settings than v2."
     )
     reason = _FAILURES.get(code or 0) or _REFUSALS.get(status, default).format(wait=later)
+    if status in (401, 403) and without_key:
+        reason = f"{without_key} wants an API key, and none was sent. {how_to_allow(without_key)}"
     return f"{reason} (HTTP {status}{_details(code, detail)})"
 
 
 def text_of(value: object) -> str:
-    """Extracts the text of an answer's field, whatever its type."""
-    while isinstance(value, dict):
-        value = value.get("message") or value.get("detail") or next(iter(value.values()), "")
-    return "" if value is None else str(value)
+    """Extracts the text of an answer's field, whatever its type and however deep; "" where there is none. It is not redacted."""
+    for _ in range(_MOST_NESTED):
+        if isinstance(value, dict):
+            named = (value.get(name) for name in ("message", "detail", "msg"))
+            value = next(filter(None, named), None) or next(iter(value.values()), "")
+        elif isinstance(value, list):
+            value = next(iter(value), "")
+    return value if isinstance(value, str) else str(value) if isinstance(value, int | float) else ""
 
 
 def error_of(answer: dict[str, Any] | None) -> tuple[str, int | None]:
@@ -134,4 +171,4 @@ def _details(code: int | None, text: str) -> str:
 def _number(value: object) -> int | None:
     if isinstance(value, str) and value.isdecimal() and len(value) < 10:
         value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9 else None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 
@@ -11,8 +11,8 @@ import torch
 from ..errors import MagiError
 from ..system.threads import Worker, pause
 from . import polling
-from .answers import TASKS_PAGE, Task
-from .api import Api, NotSentError, is_id
+from .answers import TASKS_PAGE, Task, is_id
+from .api import Api, NotSentError
 from .download import Facts, check_folder, fetch
 from .errors import Cancelled, EndedError, GoneError, RefusedError, RemoteError, TemporaryError, UnclearError
 from .polling import Limits
@@ -22,6 +22,7 @@ from .request import RemoteRequest, encode_image
 
 _CONNECTS = 3  # attempts to reach the service with a request
 _CANCEL_SECONDS = 1.5  # that a cancel waits for the service's answer
+_CHECK_SECONDS = 0.8  # of these, for asking whether the task is completed; the rest is for sending the deletion
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class _Run:
     def __init__(self, client: Client, entry: Entry, request: RemoteRequest, watch: Watch) -> None:
         self._api, self._limits, self._log = client.api, client.limits, client.log
         self._entry, self._request, self._watch = entry, request, watch
+        self._followed: str | None = None  # the task that is asked about or downloaded
         self._unfinished: str | None = None  # the task that a cancel deletes: never a completed one, which is paid for
 
     def video(self, folder: Path, resume_id: str, take: Callable[[Path, Facts], None]) -> RemoteVideo:
@@ -142,6 +144,7 @@ class _Run:
             task_id = self._unfinished = self._new_task()
         record = self._entry.record
         own = record is not None and record.task_id == task_id
+        self._followed = task_id
         self._watch.phase("wait", f"asking for task {task_id}")
         try:
             task = polling.follow(self._api, task_id, self._limits, self._watch, self._still_running)
@@ -174,7 +177,7 @@ class _Run:
         record = self._entry.record
         if record is None:
             return None
-        if record.delivered and (record.expired or self._request.seed is None):  # gone, or another video is wanted
+        if record.delivered and self._request.seed is None:  # another video is wanted
             return None
         if record.task_id is None:
             if confirm_code != record.confirm_code:
@@ -196,7 +199,7 @@ class _Run:
         """
         self._watch.phase("check", f"asking how task {task_id} stands")
         try:
-            return not polling.poll(self._api, task_id, replace(self._limits, unknown=0), self._watch).ended
+            return not polling.poll(self._api, task_id, self._limits, self._watch).ended
         except GoneError:
             return False
         except RemoteError as error:
@@ -235,7 +238,7 @@ class _Run:
         failures = 0
         while True:
             try:
-                return Worker(lambda: self._api.upload(data, kind)).result(self._watch.update)
+                return Worker(lambda: self._api.upload(data, kind, self._limits.answer)).result(self._watch.update)
             except TemporaryError as error:
                 failures += 1
                 if failures > self._limits.retries or isinstance(error, GoneError):
@@ -252,7 +255,7 @@ class _Run:
         failures = 0
         while True:
             try:
-                task_id = self._api.submit(body, stop.is_set)
+                task_id = self._api.submit(body, stop.is_set, self._limits.answer)
                 break
             except NotSentError:
                 failures += 1
@@ -281,6 +284,10 @@ class _Run:
         """Deletes the task that is being polled, if it is unfinished."""
         if task_id := self._unfinished:
             self._detach(lambda: task_id, delete=True)
+        elif self._followed:
+            self._log(
+                f"Task {self._followed} is left as it is, as it may be completed: the same run continues with it."
+            )
 
     def _detach(self, task: Callable[[], str], delete: bool) -> None:
         """Waits for the task's id in a thread and has the task deleted if `delete`; the record stays locked meanwhile.
@@ -300,7 +307,7 @@ class _Run:
                     self._log(
                         f"Task {task_id} is cancelled. The service may finish and bill it all the same: the same request checks for it first."
                     )
-                    Worker(lambda: self._api.delete(task_id)).result(_ignore_tick, self._limits.answer)
+                    self._api.delete(task_id, self._limits.answer)
             except (RefusedError, NotSentError):
                 entry.clear()
             finally:
@@ -314,11 +321,13 @@ class _Run:
         thread = Thread(target=quiet, name="magi-remote-cancel", daemon=True)
         thread.start()
         thread.join(_CANCEL_SECONDS)
+        if thread.is_alive():  # this process may end before the answer comes
+            self._log(f"The service has not answered yet. Look at {TASKS_PAGE} whether it still has a task.")
 
     def _is_completed(self, task_id: str) -> bool:
-        """Returns whether a task was completed since the last poll: then it is paid for."""
+        """Returns whether a task was completed since the last poll: then it is paid for. A silent service is not waited for."""
         with suppress(RemoteError, TimeoutError):
-            return Worker(lambda: self._api.result(task_id)).result(_ignore_tick, self._limits.answer).completed
+            return Worker(lambda: self._api.result(task_id)).result(_ignore_tick, _CHECK_SECONDS).completed
         return False
 
 

@@ -4,6 +4,7 @@ import tempfile
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,13 @@ from ..errors import MagiError
 from ..media.video_decoder import VideoFile, open_clip
 from ..system.threads import Worker, pause
 from ..system.whole_files import put_in_place
-from .address import redact_url
 from .api import Api
+from .deadline import Deadline
 from .errors import GoneError, RemoteError, TemporaryError
 from .polling import Limits, poll
 from .progress import Watch
 from .request import RemoteRequest
-from .transport import Lost, retry_after
+from .transport import SLOWEST, Lost, content_length, retry_after
 
 if TYPE_CHECKING:
     import requests
@@ -95,7 +96,8 @@ def fetch(
                 return path, url, inspect(path, watch)
             except MagiError as error:
                 _remove(path)
-                raise RemoteError(f"What lies at {redact_url(url)} is no whole video ({error}) {kept}") from None
+                reason = f"What lies at {api.transport.shown_url(url)} is no whole video ({api.transport.redact(str(error))})"
+                raise RemoteError(f"{reason} {kept}") from None
             except BaseException:
                 _remove(path)
                 raise
@@ -121,12 +123,12 @@ def _download(api: Api, task_id: str, url: str, folder: Path, limits: Limits, wa
     """Downloads once. Raises GoneError for an expired URL, TemporaryError for what may be retried."""
     whole = folder / f"magi1_{task_id}_{uuid.uuid4().hex[:8]}.mp4"
     part = whole.with_suffix(".mp4.part")
-    done, stop = [0.0], Event()
+    done, stop, deadline = [0.0], Event(), Deadline(limits.answer)
 
     def work() -> None:
         try:
             with part.open("xb") as file:
-                _receive(api, url, file, limits, stop, done)
+                _receive(api, url, file, limits, deadline, done)
         except OSError as error:
             raise _unwritable(folder, error) from error
         finally:
@@ -140,17 +142,24 @@ def _download(api: Api, task_id: str, url: str, folder: Path, limits: Limits, wa
         raise TemporaryError(str(lost)) from None
     finally:
         stop.set()
+        deadline.expire()
         _remove(part)
     return whole
 
 
-def _receive(api: Api, url: str, file: BinaryIO, limits: Limits, stop: Event, done: list[float]) -> None:
+def _receive(api: Api, url: str, file: BinaryIO, limits: Limits, deadline: Deadline, done: list[float]) -> None:
     """Streams `url` into `file`. An OSError from here is the disk's."""
-    with api.transport.opened(url) as response:
-        length = _check_answer(response, url, limits)
+    place = api.transport.shown_url(url)
+    too_large = RemoteError(
+        f"What lies at {place} is larger than {limits.video:,} bytes, which no video of this model is."
+    )
+    with api.transport.opened(url, deadline) as response:
+        _check_answer(response, place, api.transport.redact)
+        length = content_length(response.headers)
+        if length > limits.video:
+            raise too_large
         for block in response.iter_content(_BLOCK):
-            if stop.is_set():
-                return
+            deadline.extend(len(block) / SLOWEST)
             try:
                 file.write(block)
                 file.flush()  # so that a full disk is noticed here
@@ -158,32 +167,21 @@ def _receive(api: Api, url: str, file: BinaryIO, limits: Limits, stop: Event, do
                 raise _unwritable(Path(file.name).parent, error) from error
             done[0] = file.tell() / length if length else 0.0
             if file.tell() > limits.video:
-                raise _too_large(url, limits)
+                raise too_large
     if length and file.tell() != length:
         raise TemporaryError(f"{file.tell():,} of {length:,} bytes came")
 
 
-def _check_answer(response: "requests.Response", url: str, limits: Limits) -> int:
-    """Checks status, type and length of the answer; returns the length in bytes, 0 where it is unknown."""
+def _check_answer(response: "requests.Response", place: str, redact: Callable[[str], str]) -> None:
+    """Checks status and type of the answer."""
     status, headers = response.status_code, response.headers
     kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if status in (401, 403, 404, 410):
-        raise GoneError(f"{redact_url(url)} answers {status}")
+        raise GoneError(f"{place} answers {status}")
     if status != 200:
-        raise TemporaryError(f"{redact_url(url)} answers {status}", retry_after(headers.get("Retry-After")))
+        raise TemporaryError(f"{place} answers {status}", retry_after(headers.get("Retry-After")))
     if kind.startswith("text/") or kind == "application/json":
-        raise GoneError(f"{redact_url(url)} gives {kind} instead of a video")
-    announced = headers.get("Content-Length", "")
-    length = int(announced) if announced.isdecimal() and "Content-Encoding" not in headers else 0
-    if length > limits.video:
-        raise _too_large(url, limits)
-    return length
-
-
-def _too_large(url: str, limits: Limits) -> RemoteError:
-    return RemoteError(
-        f"What lies at {redact_url(url)} is larger than {limits.video:,} bytes, which no video of this model is."
-    )
+        raise GoneError(f"{place} gives {redact(kind)} instead of a video")
 
 
 def inspect(path: Path, watch: Watch) -> Facts:

@@ -18,9 +18,10 @@ from typing import Any
 
 from .fake_video import make_video
 from .request import ASPECTS, FPS, FRAMES, MODEL, RESOLUTIONS
+from .transport import content_length
 
 _V3_FIELDS = {"prompt", "image", "seed"}
-_MOST_UPLOAD = 20 << 20
+_MOST_UPLOAD = 20 << 20  # bytes
 # Percent-encodings in lower case, and of characters that need none: a client that normalises them is refused.
 _SIGNATURE = "sig=a%2fb~c%2d%c3%a9&e=1"
 
@@ -46,7 +47,8 @@ class Answer:
         headers: more of them; those here replace the usual ones.
         wait: seconds before it is sent.
         keep: bytes after which the connection is dropped; 0: no answer at all.
-        pause: seconds between the blocks of the content.
+        block: bytes of the content that are sent at a time.
+        pause: seconds after each block.
     """
 
     status: int = 200
@@ -54,6 +56,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     wait: float = 0.0
     keep: int | None = None
+    block: int = 1 << 14
     pause: float = 0.0
 
 
@@ -157,7 +160,7 @@ class FakeServer:
     def _submit(self, request: Request) -> Answer:
         try:
             body = json.loads(request.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return Answer(400, result(None, 400, "the body is no JSON"))
         if "/api/v3/" in request.target:
             if (extra := sorted(set(body) - _V3_FIELDS)) and self.v3 == "rejects":
@@ -271,7 +274,7 @@ def _kind(method: str, target: str) -> str:
 def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def _do(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
+            length = min(content_length(self.headers), _MOST_UPLOAD + 1)
             headers = {name.lower(): value for name, value in self.headers.items()}
             answer = server.answer(Request(self.command, self.path, headers, self.rfile.read(length)))
             with suppress(OSError):  # the client is gone
@@ -291,8 +294,8 @@ def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.end_headers()
             content = content[: answer.keep]
-            for start in range(0, len(content), 1 << 14):
-                self.wfile.write(content[start : start + (1 << 14)])
+            for start in range(0, len(content), answer.block):
+                self.wfile.write(content[start : start + answer.block])
                 self.wfile.flush()
                 time.sleep(answer.pause)
 

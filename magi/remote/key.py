@@ -2,8 +2,10 @@
 
 import codecs
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 from ..errors import MagiError
 from ..system.whole_files import write_whole
@@ -18,7 +20,7 @@ _SHORTEST = 8  # less is no key, and redacting it would spoil ordinary texts
 class ApiKey:
     """A key that shows in no repr, cannot be pickled, and redacts itself from texts."""
 
-    __slots__ = ("_value",)
+    __slots__ = ("_echo", "_value")
 
     def __init__(self, value: str) -> None:
         """Checks `value`. Raises MagiError where it cannot be a key; the message does not show it."""
@@ -29,6 +31,9 @@ class ApiKey:
                 f"Copy it again from {PAGE}."
             )
         self._value = value
+        # As a server may repeat it: in other letters, wrapped over lines, or as a part of an address.
+        forms = ([re.escape(c) for c in value], [re.escape(quote(c, safe="")) for c in value])
+        self._echo = re.compile("|".join(r"\s?".join(form) for form in forms), re.IGNORECASE)
 
     def __repr__(self) -> str:
         return "ApiKey(hidden)"
@@ -41,9 +46,13 @@ class ApiKey:
         """Returns the value of the Authorization header."""
         return f"Bearer {self._value}"
 
+    def stands_in(self, text: str) -> bool:
+        """Returns whether a text holds the key."""
+        return self._echo.search(text) is not None
+
     def refuse_in(self, *texts: str) -> None:
         """Raises MagiError where one of the texts, which will be saved and shown, holds the key."""
-        if any(self._value in text for text in texts):
+        if any(map(self.stands_in, texts)):
             raise MagiError(
                 "Your API key stands in a field that is saved with workflows and videos, and shown. Remove it there: it belongs into "
                 f"{VARIABLE} or its file alone."
@@ -51,14 +60,14 @@ class ApiKey:
 
     def redact(self, text: str) -> str:
         """Returns the text with the key replaced by ***."""
-        return text.replace(self._value, "***")
+        return self._echo.sub("***", text)
 
 
 def find_key(file: Path, base: BaseUrl, chosen_here: bool = False) -> ApiKey | None:
-    """Finds the key in the environment, else in `file`; returns None where it is not needed.
+    """Finds the key in the environment, else in `file`; returns None where none is to be sent.
 
     A base URL comes with a workflow, and a workflow from anybody. So the key goes to another address than WaveSpeed's only where its owner has
-    allowed that one: by WAVESPEED_BASE_URL, or in the file's second line. A server on this machine gets it too, and needs none.
+    allowed that one: by WAVESPEED_BASE_URL, or in the file's second line. A server on this machine may be asked without it.
 
     Args:
         file: the key in its first line; it need not exist.
@@ -77,7 +86,9 @@ def find_key(file: Path, base: BaseUrl, chosen_here: bool = False) -> ApiKey | N
             f"the first line of the file {str(file)!r} (by hand, or with `python -m magi remote --save-key --key-file FILE`). It does not belong "
             "into a node or a workflow."
         )
-    trusted = chosen_here or base.is_local or str(base) == DEFAULT or _is(allowed, base)
+    trusted = chosen_here or str(base) == DEFAULT or _is(allowed, base)
+    if not trusted and base.is_local:
+        return None
     if not trusted:
         remedy = f"set {ADDRESS_VARIABLE}={base}"
         if not _in_environment():
@@ -111,6 +122,14 @@ def save_key(file: Path, text: str) -> None:
         raise MagiError(
             f"The key cannot be written to {str(file)!r} ({error.strerror}). Choose another file."
         ) from error
+
+
+def how_to_allow(base: str) -> str:
+    """Returns how a user has the key sent to another address than WaveSpeed's, in a sentence."""
+    return (
+        f"If it is to get yours, set {ADDRESS_VARIABLE}={base} (where the key is in {VARIABLE}), or write {base} into the second line of "
+        "the file with the key."
+    )
 
 
 def _in_environment() -> bool:

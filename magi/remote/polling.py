@@ -18,7 +18,7 @@ class Limits:
     Attributes:
         poll_first: seconds between the first two polls of a task.
         poll_most: seconds between any two.
-        answer: seconds that a whole answer may take, however slowly it arrives.
+        answer: seconds that a whole answer may take, however slowly it arrives; pictures and videos have more, by their size.
         retries: of what may be retried.
         unknown: retries where the service does not know a task, which may have been created just now.
         retry_first: seconds before the first retry; each later one waits twice as long.
@@ -59,7 +59,7 @@ def poll(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
     failures = 0
     while True:
         try:
-            task = Worker(lambda: api.result(task_id)).result(watch.update, limits.answer)
+            task = Worker(lambda: api.result(task_id, limits.answer)).result(watch.update)
             # A completed task without a video: the service may not list it yet.
             if not task.completed or task.outputs or task.ended:
                 return task
@@ -67,8 +67,6 @@ def poll(api: Api, task_id: str, limits: Limits, watch: Watch) -> Task:
             error = TemporaryError(f"it says that the task is completed, and gives {what}")
         except TemporaryError as temporary:
             error = temporary
-        except TimeoutError:
-            error = TemporaryError(f"no whole answer within {limits.answer:g} s")
         failures += 1
         if failures > (limits.unknown if isinstance(error, GoneError) else limits.retries):
             raise error
@@ -100,7 +98,7 @@ def follow(api: Api, task_id: str, limits: Limits, watch: Watch, on_running: Cal
         except RemoteError as error:
             raise RemoteError(f"{error} {kept}") from None
         if task.ended:
-            raise failure(task, api.transport.redact(task.error))
+            raise failure(task)
         if task.completed:
             return task
         on_running(task_id)

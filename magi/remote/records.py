@@ -1,11 +1,13 @@
 """Records of submitted requests on disk, so that no task is paid for twice, whatever ends this process.
 
 One small JSON file per request, named by the request's digest. It is written before the request is sent, and gets the
-task's id as soon as that is known. It is removed only when the service has answered that there will be no video. It never
-holds a key.
+task's id as soon as that is known. It is removed only when the service has answered that there will be no video, never for
+its age: clocks are wrong now and then. It never holds a key.
 """
 
 import json
+import math
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import MagiError
 from ..system.whole_files import write_whole
+from .answers import TASKS_PAGE, is_id
 
 CONFIRM_PREFIX = "new-"  # of the code by which a user confirms that a request is to be submitted again
 KEPT_SECONDS = 7 * 24 * 3600.0  # as long as the service keeps videos
@@ -35,6 +38,7 @@ class Record:
         task_id: None where no answer has come.
         cancelled: the user has cancelled it.
         delivered: the caller has the video.
+        code: five random digits, for this attempt to be named by; "" in records of earlier versions.
     """
 
     sent_at: float
@@ -44,15 +48,22 @@ class Record:
     task_id: str | None = None
     cancelled: bool = False
     delivered: bool = False
+    code: str = ""
 
     @property
     def when(self) -> str:
         """Returns the local time of sending, for messages."""
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.sent_at))
+        try:
+            return time.strftime("%Y-%m-%d %H:%M", time.localtime(self.sent_at))
+        except (OverflowError, OSError, ValueError):  # a clock that was far from right
+            return "an unknown day"
 
     @property
     def expired(self) -> bool:
-        """Returns whether the service no longer keeps its video, by this machine's clock."""
+        """Returns whether the service may no longer keep its video, by this machine's clock.
+
+        A clock can be wrong: this is a reason to ask the service, never one to submit again.
+        """
         return not 0 <= time.time() - self.sent_at <= KEPT_SECONDS
 
     @property
@@ -61,7 +72,7 @@ class Record:
 
         It is valid for this attempt only: left in the node, it submits no later one.
         """
-        return f"{CONFIRM_PREFIX}{int(self.sent_at * 1000) % 100_000:05d}"
+        return CONFIRM_PREFIX + (self.code or f"{int(self.sent_at * 1000) % 100_000:05d}")
 
 
 class Records:
@@ -81,7 +92,6 @@ class Records:
         path = self.folder / f"{digest}.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._tidy_up()
             lock = _locked(path.with_suffix(".lock"), on_wait)
         except OSError as error:
             raise _unwritable(self.folder, error) from error
@@ -91,12 +101,6 @@ class Records:
             if lock is not None:
                 lock.release()
             raise
-
-    def _tidy_up(self) -> None:
-        for path in self.folder.iterdir():
-            with suppress(OSError):  # another run does the same
-                if time.time() - path.stat().st_mtime > 2 * KEPT_SECONDS:
-                    path.unlink()
 
 
 class Entry:
@@ -126,7 +130,8 @@ class Entry:
             MagiError: it cannot be recorded, so it must not be sent.
         """
         try:
-            self._write(Record(time.time(), base_url, api_version, settings))
+            code = f"{secrets.randbelow(100_000):05d}"  # not of the time: two attempts may have the same, by a clock that stands
+            self._write(Record(time.time(), base_url, api_version, settings, code=code))
         except OSError as error:
             raise _unwritable(self.path.parent, error) from error
 
@@ -152,14 +157,23 @@ class Entry:
 def _read(path: Path) -> Record | None:
     """Reads a record, None without a file. Raises MagiError where it is damaged: its task may have been paid for."""
     try:
-        return Record(**json.loads(path.read_bytes()))
+        return _checked(Record(**json.loads(path.read_bytes())))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise MagiError(
-            f"The note of an earlier try of this request, {str(path)!r}, cannot be read. Look at https://wavespeed.ai/predictions whether there is a task; "
+            f"The note of an earlier try of this request, {str(path)!r}, cannot be read. Look at {TASKS_PAGE} whether there is a task; "
             "then remove the file."
         ) from error
+
+
+def _checked(record: Record) -> Record:
+    """Returns the record. Raises ValueError where a value is none that was written."""
+    numbers = isinstance(record.sent_at, int | float) and math.isfinite(record.sent_at)
+    flags = isinstance(record.cancelled, bool) and isinstance(record.delivered, bool)
+    if not (numbers and flags and isinstance(record.code, str) and (record.task_id is None or is_id(record.task_id))):
+        raise ValueError("a value is of another kind")
+    return record
 
 
 def _locked(path: Path, on_wait: Callable[[], None]) -> FileLock | None:

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import MagiError
 from ..system.whole_files import tensor_digest
-from .address import is_allowed, redact_url
+from .address import can_be_opened, redact_url
 
 MODEL = "wavespeed-ai/magi-1-24b"
 FRAMES = (96, 192)
@@ -68,7 +68,7 @@ class RemoteRequest:
             if choice not in known:
                 raise MagiError(f"The {name} {choice!r} is unknown. Use one of: {', '.join(known)}.")
         if isinstance(self.image, str):
-            if not is_allowed(self.image):
+            if not can_be_opened(self.image):
                 raise MagiError(
                     f"The picture's address {redact_url(self.image)!r} is not one that the service can open. It begins with https://."
                 )

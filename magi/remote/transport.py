@@ -3,24 +3,39 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
-from .address import BaseUrl, is_allowed, redact_url
+from ..errors import MagiError
+from .address import BaseUrl, is_loopback, redact_url
+from .deadline import Deadline
 from .errors import TemporaryError
 from .key import ApiKey
+from .shown import MOST_TEXT, shown
 
 if TYPE_CHECKING:
+    from email.message import Message
+
     import requests
 
+ANSWER_SECONDS = 120.0  # that a whole answer may take
+SLOWEST = 4000.0  # bytes per second of the slowest line that large contents have time for
+
 _MOST_ANSWER = 1 << 20  # bytes of JSON
+_BLOCK = 1 << 14  # bytes before they are unpacked, which may make a thousand times more of them
+_EASILY_UNPACKED = {"gzip", "x-gzip", "deflate"}
+_PACKED = {*_EASILY_UNPACKED, "br", "zstd"}  # the other names that there are, such as aws-chunked, change nothing
 _MOST_HOPS = 5
+_MOST_URL = 200  # characters
+_CONNECTION = re.compile(r"^(?:<.*?>|\w+\(host=.*?\)): ")  # which urllib3 names first
+_QUERY = re.compile(r"\?[^\s?'\"]*=[^\s'\"]*")  # of a URL, which may be a signature
 _PASSWORD = re.compile(r"//[^/\s]*@")  # of a proxy, in its address
+_MOST_DIGITS = 18  # of a length; Python refuses to parse thousands, and nothing is that long
 _LONGEST_WAIT = 120.0  # seconds that a server may ask to wait
 
 
@@ -57,7 +72,7 @@ class Reply:
         """Parses the content as a JSON object; returns None where it is none."""
         try:
             found = json.loads(self.content)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # numbers of thousands of digits, or lists in lists in lists, too
             return None
         return found if isinstance(found, dict) else None
 
@@ -69,79 +84,103 @@ class Transport:
         """Takes `timeouts`: seconds to connect, and of silence."""
         self._base, self._key, self._timeouts = base, key, timeouts
 
-    def send(self, method: str, url: str, **content: Any) -> Reply:
-        """Sends one request to the service, once; follows no redirect.
+    def send(self, method: str, url: str, most: float = ANSWER_SECONDS, **content: Any) -> Reply:
+        """Sends one request to the service, once; follows no redirect. The whole answer has `most` seconds.
 
         Raises:
             Lost
         """
-        from .exact import PlainSession
+        with Deadline(most) as deadline, self._exchange(method, url, deadline, **content) as response:
+            return _reply(response)
 
-        try:
-            # A new connection: a kept-alive one may be dead, and then it is unknown what has arrived.
-            with PlainSession() as session:
-                session.trust_env = not self._base.is_local  # no proxy reaches this machine
-                options: dict[str, Any] = {"allow_redirects": False, "stream": True, "timeout": self._timeouts}
-                response = session.request(method, url, auth=self._authorise, **options, **content)
-                return _reply(response)
-        except Exception as error:  # of any kind: a proxy setting that requests cannot read, for example, sends nothing
-            raise Lost(self._reason(error)) from None  # requests' errors hold the request, and it the key
-
-    def get(self, url: str) -> Reply:
-        """Sends a GET request to the service and returns the whole answer.
+    def get(self, url: str, most: float = ANSWER_SECONDS) -> Reply:
+        """Sends a GET request to the service and returns the whole answer, which has `most` seconds.
 
         Raises:
             Lost
             TemporaryError: it redirects to a URL that may not be requested.
         """
-        with self.opened(url) as response:
+        with self.opened(url, Deadline(most)) as response:
             return _reply(response)
 
     @contextmanager
-    def opened(self, url: str) -> "Iterator[requests.Response]":
+    def opened(self, url: str, deadline: Deadline | None = None) -> "Iterator[requests.Response]":
         """Sends a GET request for exactly this URL, follows redirects and yields the answer as a stream.
+
+        Args:
+            url: where to.
+            deadline: until when the with-block must have ended; whoever reads a long answer extends it.
 
         Raises:
             Lost: also from within the with-block, where the connection breaks.
             TemporaryError: it redirects in circles, or to a URL that may not be requested.
         """
-        import requests
-        from urllib3.exceptions import HTTPError
-
-        from .exact import exact_session
-
-        try:
+        with deadline or Deadline(ANSWER_SECONDS) as deadline:
             for _ in range(_MOST_HOPS):
-                with exact_session(url) as (session, request):
-                    request.headers["Accept-Encoding"] = "identity"  # else lengths would not be the file's
-                    request = self._authorise(request)
-                    session.trust_env = urlsplit(url).scheme == "https"  # else it is this machine
-                    settings = session.merge_environment_settings(url, {}, True, None, None)
-                    response = session.send(request, allow_redirects=False, timeout=self._timeouts, **settings)
+                if not self.may_fetch(url):
+                    raise TemporaryError(
+                        f"the service leads to {self.shown_url(url)}, from where nothing may be fetched"
+                    )
+                with self._exchange("GET", url, deadline) as response:
                     target = response.headers.get("Location")
                     if target is None or response.status_code not in (301, 302, 303, 307, 308):
                         yield response
                         return
                 url = _joined(url, target)
-                if not is_allowed(url):
-                    raise TemporaryError(
-                        f"The server redirects to {redact_url(url)}, from where nothing may be fetched."
-                    )
-        except (requests.RequestException, HTTPError, OSError) as error:
-            raise Lost(self._reason(error)) from None
-        raise TemporaryError(f"The server redirects in circles, at last to {redact_url(url)}.")
+        raise TemporaryError(f"the service redirects in circles, at last to {self.shown_url(url)}")
+
+    @contextmanager
+    def _exchange(self, method: str, url: str, deadline: Deadline, **content: Any) -> "Iterator[requests.Response]":
+        """Sends one request over a connection of its own and yields the answer as a stream. Raises Lost."""
+        from .exact import exact_session
+
+        public_only = not self._base.serves(url)
+        try:
+            # A new connection: a kept-alive one may be dead, and then it is unknown what has arrived.
+            with exact_session(url, deadline, method=method, public_only=public_only, **content) as (session, request):
+                request = self._authorise(request)
+                request.headers["Accept-Encoding"] = "identity"  # else lengths would not be the file's
+                session.trust_env = not is_loopback(urlsplit(url).hostname or "")  # no proxy reaches this machine
+                settings = session.merge_environment_settings(url, {}, True, None, None)
+                response = session.send(request, allow_redirects=False, timeout=self._timeouts, **settings)
+                _check_encoding(response)
+                yield response
+                if deadline.passed:  # what looked like the end of the answer was not
+                    raise OSError
+        except MagiError:  # of the caller's
+            raise
+        except Exception as error:  # of any kind: a proxy setting that requests cannot read, for example, sends nothing
+            late = f"no whole answer within {deadline.seconds:.3g} s" if deadline.passed else ""
+            raise Lost(late or self._reason(error)) from None  # requests' errors hold the request, and it the key
 
     def _authorise(self, request: Any) -> Any:
-        """Adds the key to a request to the service. As requests' `auth` it also keeps the user's .netrc unread."""
+        """Adds the key to a request to the service."""
         if self._key is not None and self._base.owns(request.url):
             request.headers["Authorization"] = self._key.header
         return request
 
-    def redact(self, text: str) -> str:
-        """Returns a server's text for a message: without the key and control characters, 500 characters at most."""
-        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-        text = self._key.redact(text) if self._key is not None else text
-        return text[:500]
+    # -- what may be fetched, and shown --------------------------------------------------------------------------------
+
+    @property
+    def has_key(self) -> bool:
+        """Returns whether requests to the service carry a key."""
+        return self._key is not None
+
+    def holds_key(self, text: str) -> bool:
+        """Returns whether a text of a server's, which would be saved, has the key in it."""
+        return self._key is not None and self._key.stands_in(text)
+
+    def may_fetch(self, url: str) -> bool:
+        """Returns whether a URL that the service names may be requested, and handed on."""
+        return self._base.may_fetch(url) and not self.holds_key(url)
+
+    def redact(self, text: str, most: int = MOST_TEXT) -> str:
+        """Returns a server's text fit to be shown, `most` characters at most."""
+        return shown(text, self._key, most)
+
+    def shown_url(self, url: str) -> str:
+        """Returns a server's URL fit to be shown, without what may open it."""
+        return self.redact(redact_url(url), _MOST_URL)
 
     def _reason(self, error: BaseException) -> str:
         """Words the innermost cause of an error."""
@@ -156,12 +195,22 @@ class Transport:
             _is_error(deeper)
         ):
             inner = deeper
-        message = _PASSWORD.sub("//", str(inner))
-        text = self.redact(message.rpartition(">: ")[2] or message) or type(inner).__name__
+        message = _QUERY.sub("?...", _PASSWORD.sub("//", str(inner)))
+        text = self.redact(_CONNECTION.sub("", message)) or type(inner).__name__
         return "the proxy: " + text if isinstance(error, requests.exceptions.ProxyError) else text
 
 
+def _check_encoding(response: "requests.Response") -> None:
+    """Raises OSError for content packed in ways that were not asked for, by which a few bytes become gigabytes."""
+    encoding = response.headers.get("Content-Encoding", "").lower()
+    packed = [name for name in map(str.strip, encoding.split(",")) if name in _PACKED]
+    if len(packed) > 1 or not _EASILY_UNPACKED.issuperset(packed):
+        raise OSError(f"it is compressed in a way that was not asked for, {', '.join(packed[:3])}")
+
+
 def _joined(url: str, target: str) -> str:
+    with suppress(UnicodeError):  # headers are read as Latin-1, and mostly are UTF-8
+        target = target.encode("latin-1").decode()
     try:
         return urljoin(url, target)
     except ValueError:  # no URL
@@ -174,11 +223,19 @@ def _is_error(value: object) -> bool:
 
 def _reply(response: "requests.Response") -> Reply:
     content = bytearray()
-    for block in response.iter_content(1 << 16):
+    for block in response.iter_content(_BLOCK):
         content += block
         if len(content) > _MOST_ANSWER:
             raise OSError("the answer is far too long")
     return Reply(response.status_code, bytes(content), retry_after(response.headers.get("Retry-After")))
+
+
+def content_length(headers: "Mapping[str, str] | Message") -> int:
+    """Parses a Content-Length header and returns its bytes; 0 where the length of what is read is unknown."""
+    value = headers.get("Content-Length", "").strip()
+    if not value.isdecimal() or "Content-Encoding" in headers or "Transfer-Encoding" in headers:
+        return 0
+    return int(value.lstrip("0")[:_MOST_DIGITS] or 0)
 
 
 def retry_after(value: str | None) -> float | None:
@@ -186,7 +243,7 @@ def retry_after(value: str | None) -> float | None:
     if not value:
         return None
     try:
-        seconds = float(value) if value.strip().isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
-    except (TypeError, ValueError, OverflowError, OSError):  # OSError: Windows, for times before 1970
+        seconds = float(value) if value.strip().isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
+    except Exception:  # the library's parser of dates raises whatever it stumbles over
         return None
     return min(max(seconds, 0.0), _LONGEST_WAIT)

@@ -16,7 +16,7 @@ from magi.remote.download import fetch
 from magi.remote.fake_server import Answer, FakeServer
 from tests.support.paths import ROOT
 from tests.support.processes import INTERRUPTIBLE
-from tests.support.remote_service import KEY, QUICK, wait_for
+from tests.support.remote_service import KEY, QUICK, poll_answer, wait_for
 
 PHOTO = ROOT / "magi" / "assets" / "cat.jpg"
 TALL = ("--prompt", "A cat", "--resolution", "480p", "--aspect", "9:16")
@@ -229,6 +229,38 @@ def test_ctrl_c(server, tmp_path):
     assert b"Traceback" not in output
     assert b"is cancelled" in output
     assert server.count("delete") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C cannot be sent to one process on Windows")
+def test_ctrl_c_in_a_poll_that_hangs(server, tmp_path):
+    """The process does not end before the deletion of the task is sent."""
+    server.statuses = ("processing",) * 1000
+    server.script["poll"].extend([lambda usual: usual] + [Answer(wait=20)] * 5)
+    running = process(server, tmp_path)
+    wait_for(lambda: server.count("poll") == 2, 60)
+    began = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=20)
+    assert time.monotonic() - began < 2.5, "two seconds, and Python's own end"
+    assert running.returncode == 130
+    assert b"Traceback" not in output
+    assert server.count("delete") == 1
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 10**30])
+def test_a_port_that_cannot_be(port, capsys):
+    assert main(["remote", "--fake-server", "--port", str(port)]) == 1
+    assert f"There is no port {port}." in capsys.readouterr().err
+
+
+def test_what_the_service_says_on_a_terminal(magi, server):
+    """No code for a terminal, and no key: also in the bar and the log."""
+    said = f"\x1b]0;title\x07\x1b[2J<b>no{KEY}\u202e"
+    server.script["poll"].extend([poll_answer(said), poll_answer(said), poll_answer("failed", error=said)])
+    status, text = magi()
+    assert status == 1
+    assert "‹b›no***" in text
+    assert not [c for c in text if not c.isprintable() and c not in "\r\n"]
 
 
 def test_the_fake_server_for_users(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from magi.remote.fake_server import Answer
 from magi.remote.request import ASPECTS, FPS, FRAMES, MOST_SEED, RESOLUTIONS
 from tests.support.graph import InvalidGraph, NodeError
 from tests.support.magi_graphs import filled, messages, node, picture, remote, widgets
-from tests.support.remote_service import KEY
+from tests.support.remote_service import KEY, poll_answer
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_no_key(comfy, monkeypatch):
 def test_the_key_from_the_user_folder(comfy, server, quick, monkeypatch):
     monkeypatch.delenv("WAVESPEED_API_KEY")
     (comfy.base / "user" / "magi1").mkdir(exist_ok=True)
-    (comfy.base / "user" / "magi1" / "wavespeed_api_key.txt").write_text(f"{KEY}\n")
+    (comfy.base / "user" / "magi1" / "wavespeed_api_key.txt").write_text(f"{KEY}\n{server.url}\n")
     assert comfy.run(remote(comfy, server))["remote"][1].shape[0] == 96
 
 
@@ -136,6 +136,28 @@ def test_a_workflow_that_sends_the_key_elsewhere(comfy, server):
         comfy.run(remote(comfy, server, base_url="https://evil.example"))
     assert found.value.kind == "MagiError"
     assert server.requests == []
+
+
+def test_a_workflow_that_leads_to_a_port_of_this_machine(comfy, server, quick, monkeypatch):
+    """Whoever listens there gets no key; a test server needs none."""
+    for other in ("", "https://gateway.example", server.url.replace("127.0.0.1", "localhost"), "http://127.0.0.1:1"):
+        monkeypatch.setenv("WAVESPEED_BASE_URL", other)
+        with pytest.raises(NodeError, match=f"none was sent.*WAVESPEED_BASE_URL={server.url}"):
+            comfy.run(remote(comfy, server))
+    assert server.count("submit") == 4
+    server.key = None
+    server.requests.clear()
+    assert comfy.run(remote(comfy, server))["remote"][1].shape[0] == 96
+    assert len(server.requests) > 2
+    assert all("authorization" not in request.headers for request in server.requests)
+
+
+def test_what_the_service_says_is_no_html(comfy, server, quick):
+    """Front ends show a node's text as such."""
+    server.script["poll"].extend([poll_answer("<img src=x onerror=alert(1)>\x1b[2J")] * 20)
+    comfy.run(remote(comfy, server))
+    assert any("‹img src=x onerror=alert(1)›" in text for text in messages(comfy))
+    assert not [text for text in messages(comfy) if "<" in text or not text.isprintable()]
 
 
 @pytest.mark.parametrize(

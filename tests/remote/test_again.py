@@ -1,6 +1,8 @@
 """The same request again: after success, failure or a crash, it is paid for once."""
 
 import errno
+import json
+import math
 import os
 import shutil
 import tempfile
@@ -10,10 +12,10 @@ import time
 import pytest
 
 from magi.errors import MagiError
-from magi.remote.errors import EndedError
+from magi.remote.errors import EndedError, UnclearError
 from magi.remote.fake_server import Answer, result
 from magi.remote.records import Records
-from tests.support.remote_service import PICTURE, poll_answer, quick
+from tests.support.remote_service import DROPPED, PICTURE, poll_answer, quick
 
 
 def test_the_same_request_is_paid_for_once(service):
@@ -97,20 +99,66 @@ def test_a_record_lives_as_long_as_the_service_keeps_videos(service, monkeypatch
     service.make()
     assert service.submits == 1
     monkeypatch.setattr("time.time", lambda: now + 7.1 * 24 * 3600)
+    service.server.tasks.clear()
     service.most_submits = 2
     service.make()
     assert service.submits == 2
 
 
-@pytest.mark.parametrize("days", [-1, 10])
-def test_a_clock_that_is_wrong_does_not_pay_twice(service, monkeypatch, days):
+CLOCKS = {
+    "1969": lambda now: -3e7,
+    "the first second": lambda now: 0.0,
+    "yesterday": lambda now: now - 86_400,
+    "in ten days": lambda now: now + 864_000,
+    "in 6000 years": lambda now: now + 2e11,
+}
+
+
+@pytest.mark.parametrize("delivered", [True, False], ids=["delivered", "on its way"])
+@pytest.mark.parametrize("clock", CLOCKS.values(), ids=CLOCKS)
+def test_a_clock_that_is_wrong_does_not_pay_twice(service, monkeypatch, clock, delivered):
     """A note that looks far too old, or from tomorrow: the service is asked before anything is submitted."""
-    service.server.script["poll"].extend([Answer(500, b"")] * 4)
-    service.fails("is not lost")
-    now = time.time()
-    monkeypatch.setattr("time.time", lambda: now + days * 24 * 3600)
+    if delivered:
+        service.make()
+    else:
+        service.server.script["poll"].extend([Answer(500, b"")] * 4)
+        service.fails("is not lost")
+    then = clock(time.time())
+    monkeypatch.setattr("time.time", lambda: then)
     assert service.make().task_id == service.task
     assert service.submits == 1
+
+
+@pytest.mark.parametrize("day", [-1e300, -3e7, 2.5e11, 1e17, 1e300])
+def test_a_note_from_a_day_that_cannot_be(service, day):
+    """Written by a wrong clock, and read by a right one."""
+    service.make()
+    (path,) = (service.folder / "records").glob("*.json")
+    path.write_text(json.dumps(service.records[0] | {"sent_at": day}))
+    assert service.make().task_id == service.task
+
+
+def test_a_clock_that_stands(service, monkeypatch):
+    """Two attempts at the same time: the code for the second one is not that for the third."""
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    service.server.script["submit"].extend([DROPPED] * 2)
+    codes = iter([11111, 22222])
+    monkeypatch.setattr("secrets.randbelow", lambda most: next(codes))
+    service.fails("a task may have been made", UnclearError)
+    service.most_submits = 2
+    service.fails("a task may have been made", UnclearError, resume_id="new-11111")
+    service.fails("a task may have been made", UnclearError, resume_id="new-11111")
+    assert service.submits == 2
+
+
+def test_a_note_of_an_earlier_version(service):
+    service.server.script["submit"].append(DROPPED)
+    service.fails("a task may have been made", UnclearError)
+    (path,) = (service.folder / "records").glob("*.json")
+    fields = {name: value for name, value in service.records[0].items() if name != "code"} | {"sent_at": 1700000012.345}
+    path.write_text(json.dumps(fields))
+    service.most_submits = 2
+    assert service.make(resume_id="new-12345").facts.frames == 96
 
 
 def test_an_old_task_that_the_service_has_forgotten_is_made_anew(service, monkeypatch):
@@ -123,10 +171,21 @@ def test_an_old_task_that_the_service_has_forgotten_is_made_anew(service, monkey
     assert service.make().task_id == service.task
 
 
+def test_a_task_that_the_service_does_not_know_yet(service, monkeypatch):
+    """It was made just now, and a wrong clock calls it old: that it is unknown for a moment does not count."""
+    service.server.script["poll"].extend([Answer(500, b"")] * 4)
+    service.fails("is not lost")
+    then = time.time() + 864_000
+    monkeypatch.setattr("time.time", lambda: then)
+    service.server.script["poll"].extend([Answer(404, result(None, 404, "not yet"))] * 2)
+    assert service.make().task_id == service.task
+    assert service.submits == 1
+
+
 def test_a_service_that_refuses_to_speak_of_a_task(service):
     service.server.script["poll"].extend([Answer(400, result(None, 400, "deleted"))] * 3)
     service.fails("is not lost")
-    code = f"new-{int(service.records[0]['sent_at'] * 1000) % 100_000:05d}"
+    code = f"new-{service.records[0]['code']}"
     service.fails("is not lost")
     service.most_submits = 2
     assert service.make(resume_id=code).facts.frames == 96
@@ -179,15 +238,42 @@ def test_a_full_disk_damages_no_note(tmp_path, file_size_limit):
     again.release()
 
 
-def test_notes_that_hold_no_longer_go(service):
+WRONG = {
+    "sent_at": [None, "today", math.nan, math.inf, 10**400, []],
+    "task_id": [5, "../../etc", "", ["x"], {}],
+    "cancelled": ["no", None, 0],
+    "delivered": ["yes", {}],
+    "code": [12345, None],
+    "more": [1],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_note_with_another_kind_of_value(service, name, value):
+    """It is somebody else's work, and its task may have been paid for."""
+    service.make()
+    (path,) = (service.folder / "records").glob("*.json")
+    path.write_text(json.dumps(service.records[0] | {name: value}))
+    service.fails("cannot be read.*predictions")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 10_000, b"[]", b"null", b"\xff\xfe", b"1" * 5000], ids=["deep", "list", "null", "bytes", "long"]
+)
+def test_a_note_that_is_none(service, content):
+    service.make()
+    (path,) = (service.folder / "records").glob("*.json")
+    path.write_bytes(content)
+    service.fails("cannot be read.*predictions")
+
+
+def test_no_note_goes_for_its_age(service):
+    """The day may be wrong by weeks, and the task be at work."""
     service.make()
     (note,) = (service.folder / "records").glob("*.json")
-    for name, days in (("old.json", 15), ("young.json", 13)):
-        path = note.with_name(name)
-        path.write_bytes(note.read_bytes())
-        os.utime(path, (time.time() - days * 24 * 3600,) * 2)
-    service.make()
-    assert {path.name for path in note.parent.glob("*.json")} == {note.name, "young.json"}
+    os.utime(note, (0, 0))
+    service.make(seed=8, resume_id=service.task)
+    assert note.exists()
 
 
 def test_two_at_a_time_share_a_task(service):

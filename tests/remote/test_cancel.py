@@ -106,6 +106,24 @@ def test_cancel_while_waiting(service, wait):
     assert service.records[0]["cancelled"]
 
 
+@pytest.mark.parametrize(
+    "answer", [Answer(wait=SLOW), Answer(content=b" " * 1000, block=1, pause=0.2)], ids=["silent", "dripping"]
+)
+def test_cancel_in_a_poll_at_a_service_that_has_stopped_answering(service, answer):
+    """The deletion is sent all the same, and before the cancel returns: a command ends then, with all its threads."""
+    service.server.statuses = ("processing",) * 1000
+    service.server.script["poll"].extend([poll_answer("processing"), *[answer] * 9])
+    assert service.cancels(phase("at work", 0.3)) < 2
+    assert service.server.count("delete") == 1
+    assert service.records[0]["cancelled"]
+
+
+def test_cancel_of_a_submission_that_is_never_answered_says_where_to_look(service):
+    service.server.script["submit"].append(lambda usual: Answer(content=usual.content, wait=SLOW))
+    assert service.cancels(phase("submitting", 0.2)) < 2
+    assert "wavespeed.ai/predictions" in service.log[-1]
+
+
 def test_cancel_while_a_retry_waits(service):
     service.server.script["poll"].extend([Answer(429, b"", {"Retry-After": "60"})])
     assert service.cancels(phase("asking for task", 0.3)) < 2
@@ -117,6 +135,7 @@ def test_a_cancel_does_not_give_up_what_was_completed_before(service):
     service.make()
     service.server.script["poll"].append(Answer(wait=SLOW))
     assert service.cancels(phase("asking for task", 0.3)) < 2
+    assert f"Task {service.task} is left as it is" in service.log[-1]
     service.server.script["poll"].append(Answer(wait=SLOW))
     assert service.cancels(phase("asking for task", 0.3), resume_id=service.task) < 2
     assert service.server.count("delete") == 0
@@ -155,6 +174,15 @@ def test_cancel_while_downloading_keeps_what_is_paid(service):
     assert service.server.count("delete") == 0, "a completed task is paid for"
     wait_for(lambda: service.videos == [])
     assert service.make().task_id == service.task
+
+
+@pytest.mark.parametrize("kind", ["upload", "submit", "download"])
+def test_cancel_while_an_answer_drips(service, kind):
+    drips = Answer(content=b" " * 1000, headers={"Content-Type": "video/mp4"}, block=1, pause=0.2)
+    service.server.script[kind].append(lambda usual: drips)
+    word = {"upload": "uploading", "submit": "submitting", "download": "downloading"}[kind]
+    assert service.cancels(phase(word, 0.5), image=PICTURE, limits=quick(answer=4.0)) < 2
+    wait_for(lambda: not service.threads, 10)
 
 
 def test_cancel_while_downloading_from_a_silent_server(service):

@@ -5,20 +5,16 @@ import io
 import os
 import pickle
 import stat
-from datetime import datetime, timedelta, timezone
-from email.utils import format_datetime
 
 import pytest
 import torch
 from PIL import Image
 
 from magi.errors import MagiError
-from magi.remote.address import DEFAULT, BaseUrl, is_allowed, redact_url
-from magi.remote.answers import Task
+from magi.remote.address import DEFAULT, BaseUrl, can_be_opened, redact_url
 from magi.remote.key import ApiKey, find_key, save_key
-from magi.remote.polling import Limits
 from magi.remote.request import RemoteRequest, encode_image
-from magi.remote.transport import Transport, retry_after
+from magi.remote.transport import Transport
 from tests.support.remote_service import KEY
 
 OURS = BaseUrl(DEFAULT)
@@ -79,23 +75,95 @@ def test_who_gets_the_key(url, ours):
     assert OURS.owns(url) is ours
 
 
+NO_PLACE = [
+    "http://a.b/v",
+    "file:///etc/passwd",
+    "",
+    "nonsense",
+    "https://",
+    "https://[",
+    "data:,x",
+    "https://a.b\\@c.d/v",
+    "https://a.b\\.c.d/v",
+    "https://a@b.c/v",
+    "https://a.b/v\r\nX-Header: 1",
+    "https://a.b/\x1b[2J",
+    "https://a.b/\u202egpj.exe",
+    "https://a.b/\ud800",
+]
+
+
+@pytest.mark.parametrize("url", NO_PLACE)
+def test_what_the_service_cannot_open(url):
+    assert not can_be_opened(url)
+
+
+PRIVATE = [
+    "http://127.0.0.1:8188/v",
+    "http://localhost:8188/v",
+    "https://127.0.0.1/v",
+    "https://127.9.9.9/v",
+    "https://localhost/v",
+    "https://LOCALHOST./v",
+    "https://a.localhost/v",
+    "https://0.0.0.0/v",
+    "https://10.0.0.1/v",
+    "https://172.16.0.1/v",
+    "https://192.168.1.1/v",
+    "https://100.64.0.1/v",
+    "https://169.254.169.254/latest/meta-data",
+    "https://224.0.0.1/v",
+    "https://240.0.0.1/v",
+    "https://255.255.255.255/v",
+    "https://[::1]/v",
+    "https://[::]/v",
+    "https://[::ffff:127.0.0.1]/v",
+    "https://[::ffff:a00:1]/v",
+    "https://[::127.0.0.1]/v",
+    "https://[64:ff9b::7f00:1]/v",
+    "https://[64:ff9b::10.0.0.1]/v",
+    "https://[2002:7f00:1::]/v",
+    "https://[fe80::1]/v",
+    "https://[fe80::1%25eth0]/v",
+    "https://[fc00::1]/v",
+    "https://[fd12::1]/v",
+    "https://[fec0::1]/v",
+    "https://[ff02::1]/v",
+]
+
+
+@pytest.mark.parametrize("url", NO_PLACE + PRIVATE)
+def test_from_where_nothing_is_fetched(url):
+    assert not OURS.may_fetch(url)
+    assert not BaseUrl("http://127.0.0.1:8190").may_fetch(url), "nor where the service is a server on this machine"
+
+
 @pytest.mark.parametrize(
     "url",
     [
-        "http://a.b/v",
-        "file:///etc/passwd",
-        "",
-        "nonsense",
-        "https://",
-        "https://[",
-        "data:,x",
-        "https://a.b\\@c.d/v",
-        "https://a.b\\.c.d/v",
-        "https://a@b.c/v",
+        f"{DEFAULT}/v",
+        "https://cdn.example/v.mp4?sig=a%2f",
+        "https://8.8.8.8/v",
+        "https://[2606:4700::1111]:8443/v",
+        "https://[64:ff9b::808:808]/v",
+        "https://localhost.example/v",
+        "https://cdn.example/v%20\u00e9 1.mp4",
     ],
 )
-def test_from_where_nothing_is_fetched(url):
-    assert not is_allowed(url)
+def test_from_where_a_video_is_fetched(url):
+    assert OURS.may_fetch(url)
+
+
+def test_a_server_on_this_machine_gives_its_own_videos_only():
+    """By whatever name it calls this machine."""
+    for base in ("http://localhost:8190", "http://127.0.0.1:8190", "http://[::1]:8190/gate"):
+        for host in ("127.0.0.1", "localhost", "[::1]"):
+            assert BaseUrl(base).may_fetch(f"http://{host}:8190/outputs/v.mp4")
+            assert not BaseUrl(base).may_fetch(f"http://{host}:8191/outputs/v.mp4")
+            assert not BaseUrl(base).may_fetch(f"https://{host}:8190/outputs/v.mp4")
+    assert not BaseUrl("http://localhost:8190").owns("http://127.0.0.1:8190/v"), "the key goes to the very same"
+    assert BaseUrl("https://192.168.1.5:8443/gate").may_fetch("https://192.168.1.5:8443/v"), "its owner has said so"
+    assert not BaseUrl("https://192.168.1.5:8443/gate").may_fetch("https://192.168.1.5/v")
 
 
 def test_a_signature_is_not_shown():
@@ -166,8 +234,23 @@ def test_a_workflow_cannot_send_the_key_elsewhere(tmp_path, no_environment):
     assert find_key(file, BaseUrl("https://other.example"), chosen_here=True) is not None
 
 
-def test_this_machine_needs_no_key(tmp_path, no_environment):
-    assert find_key(tmp_path / "none", BaseUrl("http://127.0.0.1:8190")) is None
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8190", "http://localhost:9", "http://[::1]:80", "https://127.0.0.1"])
+def test_this_machine_gets_the_key_where_its_owner_says_so_alone(tmp_path, no_environment, url):
+    """Whose port it is nobody knows; and it needs none."""
+    file, base = tmp_path / "key.txt", BaseUrl(url)
+    assert find_key(file, base) is None
+    file.write_text(KEY)
+    assert find_key(file, base) is None
+    file.write_text(f"{KEY}\n{url}/\n")
+    assert find_key(file, base) is not None
+    no_environment.setenv("WAVESPEED_API_KEY", KEY)
+    assert find_key(file, base) is None
+    no_environment.setenv("WAVESPEED_BASE_URL", "http://127.0.0.1:8191")
+    assert find_key(file, base) is None
+    no_environment.setenv("WAVESPEED_BASE_URL", url)
+    assert find_key(file, base) is not None
+    no_environment.delenv("WAVESPEED_BASE_URL")
+    assert find_key(file, base, chosen_here=True) is not None
 
 
 def test_a_key_file_as_powershell_writes_it(tmp_path, no_environment):
@@ -287,41 +370,3 @@ def test_a_noisy_picture_becomes_a_jpeg():
     assert kind == "image/jpeg"
     assert len(data) <= 10 << 20
     assert Image.open(io.BytesIO(data)).size == (2048, 2048)
-
-
-# -- answers and waiting -----------------------------------------------------------------------------------------------
-
-
-def test_words_of_the_wrong_type_do_not_count():
-    task = Task.of(
-        "x", {"status": 5, "outputs": 7, "has_nsfw_contents": "yes", "code": True, "error": {"message": "m"}}
-    )
-    assert (task.status, task.outputs, task.flagged, task.code, task.error) == ("", (), False, None, "m")
-
-
-def test_other_forms_of_the_same_words():
-    task = Task.of("x", {"status": " Completed ", "outputs": "https://a.b/v.mp4", "code": "1400"})
-    assert (task.status, task.outputs, task.code) == ("completed", ("https://a.b/v.mp4",), 1400)
-
-
-def test_how_long_to_wait():
-    limits = Limits(retry_first=1.0, retry_most=30.0)
-    assert [limits.before_retry(n, None) for n in (1, 2, 3, 10)] == [1, 2, 4, 30]
-    assert limits.before_retry(1, 17.0) == 17
-    interval, waits = limits.poll_first, []
-    for _ in range(10):
-        waits.append(interval)
-        interval = limits.next_poll(interval)
-    assert waits[0] == 2
-    assert waits == sorted(waits)
-    assert waits[-1] == 10
-
-
-def test_retry_after():
-    in_a_minute = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=60))
-    assert 55 < retry_after(in_a_minute) <= 60
-    assert retry_after("17") == 17
-    assert retry_after("100000") == 120
-    assert retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0
-    for text in (None, "", "soon", "-5"):
-        assert retry_after(text) is None

@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from magi.remote.address import BaseUrl
 from magi.remote.download import Facts, check_folder
 from magi.remote.errors import RefusedError
 from magi.remote.fake_server import Answer, FakeServer, result
 from magi.remote.fake_video import make_video
 from magi.remote.request import RemoteRequest, encode_image
 from tests.support.remote_service import DROPPED, PAGE, PICTURE, poll_answer, quick, stranger
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """The strangers here are on this machine; taken for public, they are asked."""
+    monkeypatch.setattr(BaseUrl, "may_fetch", lambda base, url: True)
+    monkeypatch.setattr("magi.remote.exact.is_public", lambda address: True)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
@@ -41,6 +49,7 @@ def test_an_address_that_is_gone_for_good(service, status):
     assert service.make().task_id == service.task
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_an_address_where_nobody_listens(service):
     """What is said of it does not open the video."""
     with FakeServer() as other:
@@ -48,6 +57,13 @@ def test_an_address_where_nobody_listens(service):
     service.server.script["poll"].append(poll_answer("completed", outputs=[gone]))
     text = service.fails("could not be downloaded: .*refused")
     assert "secret" not in text
+
+
+@pytest.mark.parametrize("host", ["a%zz", "a..b", "a" * 70, "[v1.x]"])
+def test_an_address_that_cannot_be(service, host):
+    """Libraries put all of it into what they say."""
+    service.server.script["poll"].extend([poll_answer("completed", outputs=[f"https://{host}/v.mp4?sig=secret"])] * 9)
+    assert "secret" not in service.fails("video")
 
 
 @pytest.mark.parametrize("page", [PAGE, Answer(content=result(None, 403, "expired"))], ids=["HTML", "JSON"])
@@ -171,6 +187,7 @@ def test_a_server_that_compresses_all_the_same(service):
     assert service.make().facts.frames == 96
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_the_key_does_not_follow_a_redirect_of_the_video(service):
     whole = make_video(96, 24, "480p", "16:9")
     with stranger(Answer(content=whole, headers={"Content-Type": "video/mp4"})) as (url, asked):
@@ -180,6 +197,7 @@ def test_the_key_does_not_follow_a_redirect_of_the_video(service):
         assert [r.target for r in asked] == ["/outputs/a%2fb.mp4?x=%c3"]
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_the_key_does_not_follow_a_redirect_of_a_poll(service):
     with stranger() as (url, asked):
         answer = poll_answer("completed", outputs=[f"{service.server.url}/outputs/x.mp4"])
@@ -199,6 +217,7 @@ def test_the_key_is_not_sent_where_a_task_says_it_can_be_asked(service):
         assert asked == []
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_the_key_is_not_sent_with_a_download(service):
     with stranger(Answer(content=make_video(96, 24, "480p", "16:9"), headers={"Content-Type": "video/mp4"})) as (
         url,
