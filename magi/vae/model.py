@@ -25,6 +25,7 @@ _FIXED = {
     "conv_last_layer": True,
     "norm_code": False,
 }
+_LARGEST = 1 << 16  # of any size: far beyond every VAE, so that none takes memory without end
 _REMEDY = "Use the config.json that belongs to the file."
 
 
@@ -64,7 +65,7 @@ class VAEConfig:
             if field.type is bool:
                 good = isinstance(value, bool)
             else:
-                good = isinstance(value, numbers) and not isinstance(value, bool) and value > 0
+                good = isinstance(value, numbers) and not isinstance(value, bool) and 0 < value <= _LARGEST
             if not good:
                 raise MagiError(f"The VAE config says {field.name} = {value!r}. {_REMEDY}")
         units = {"video_size": PATCH_SIZE, "video_length": PATCH_FRAMES, "embed_dim": self.num_heads}
