@@ -304,8 +304,8 @@ def _fingerprint(find: Callable[[str], Path], name: str | None) -> str:
     """
     try:
         path = find(name or menus.AUTO)
-    except MagiError:
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]
+    except (MagiError, OSError):
         return ""
-    found = sorted(path.glob("*")) if path.is_dir() else [path]
-    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]
     return hashlib.sha256(repr(files).encode("utf-8", "surrogatepass")).hexdigest()

@@ -79,7 +79,7 @@ def _find(path: Path) -> tuple[list[Path], Iterable[str]]:
 
 def _content(folder: Path) -> str:
     names = [file.name for file in visible(folder, "*")]
-    return f"it holds {first_few(names)}" if names else "it is empty"
+    return f"it holds {first_few(names)}" if names else "nothing that shows is in it"
 
 
 def _with_its_shards(file: Path) -> tuple[list[Path], Iterable[str]]:

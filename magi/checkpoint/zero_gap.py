@@ -5,6 +5,7 @@ them. But those end with a row of a matrix, or keep to some columns in all rows.
 a row, where the row before went on; or nothing but zeros follows them, over several matrices and all that is between.
 """
 
+import itertools
 import math
 
 from .mapped_file import MappedFile
@@ -23,7 +24,7 @@ def zero_gap(file: MappedFile) -> str | None:
     """
     names = file.in_order()
     matrices = [name for name in names if _is_matrix(file, name)]
-    for name, following in zip(matrices, matrices[1:], strict=False):
+    for name, following in itertools.pairwise(matrices):
         if _breaks_off(file, name) and not any(file.raw(following, 0, _PAGE)):
             return name
     return _gap_at_the_end(file, names)
@@ -44,7 +45,7 @@ def _gap_at_the_end(file: MappedFile, names: list[str]) -> str | None:
 
 
 def _is_matrix(file: MappedFile, name: str) -> bool:
-    return name.endswith(".weight") and len(file.tensors[name].shape) > 1 and file.tensors[name].nbytes > 0
+    return file.tensors[name].nbytes > 0 and sum(n > 1 for n in file.tensors[name].shape) > 1
 
 
 def _is_zero(file: MappedFile, name: str) -> bool:
@@ -55,7 +56,7 @@ def _breaks_off(file: MappedFile, name: str) -> bool:
     """Tells whether a matrix ends in zeros that begin inside a row, below numbers of the row before."""
     info = file.tensors[name]
     item = max(1, info.nbytes // math.prod(info.shape))
-    row = info.nbytes // next((n for n in info.shape if n > 1), 1)
+    row = info.nbytes // next(n for n in info.shape if n > 1)
     zeros = _zeros_at_end(file, name) // item * item
     end = info.nbytes - zeros
     if zeros < _LEAST * item or end <= row:

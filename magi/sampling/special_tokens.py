@@ -7,6 +7,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import MagiError
-from ..system.file_kinds import file_kind
+from ..system.file_kinds import NPZ, file_kind
 from ..system.folders import visible, what_is_at
 
 FILE_NAME = "special_tokens.npz"
@@ -67,14 +68,13 @@ class SpecialTokens:
         if what_is_at(path) != "file":
             raise MagiError(f"There is no special-token file {str(path)!r}. {_HOW}")
         try:
-            kind = None if zipfile.is_zipfile(path) else file_kind(path)
-            if kind is not None:
-                raise ValueError(f"it is {kind.name}")
             with zipfile.ZipFile(path) as archive:
                 arrays = {name: _array(archive, name) for name in _ARRAYS}
             caption, logo, other = (torch.from_numpy(a.astype(np.float16)).float() for a in arrays.values())
+            if not all(bool(t.isfinite().all()) for t in (caption, logo, other)):
+                raise ValueError("some of its numbers are NaN or infinite in float16")
         except _UNREADABLE as error:
-            raise MagiError(f"{str(path)!r} is not the special-token file ({error}). {_HOW}") from error
+            raise MagiError(f"{str(path)!r} is not the special-token file ({_reason(path, error)}). {_HOW}") from error
         rows = _STYLES["2d_anime"] + 1
         if not (
             caption.ndim == logo.ndim == other.ndim == 2
@@ -116,8 +116,21 @@ class SpecialTokens:
 
 def find_special_tokens(folders: Iterable[str | Path]) -> Path | None:
     """Finds the published file by its hash among the .npz files of the folders; returns None without one."""
-    files = (file for folder in folders for file in visible(Path(folder), "*.npz"))
-    return next((file for file in files if is_official(file)), None)
+    for folder in folders:
+        with suppress(MagiError):  # a folder that cannot be read: others may be meant
+            for file in visible(Path(folder), "*.npz"):
+                if is_official(file):
+                    return file
+    return None
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Says what kind of file it is where that is another one, else what is wrong with it."""
+    try:
+        kind = file_kind(path)
+    except OSError:
+        kind = None
+    return str(error) if kind in (None, NPZ) else f"it is {kind.name}"
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> "np.ndarray":

@@ -5,7 +5,6 @@ file, in float32, bfloat16, float16 or float8 (plain, or scaled: a multiplier be
 sizes are checked here, before transformers is imported or anything is moved.
 """
 
-import json
 import re
 import zipfile
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import torch
 from ..checkpoint.mapped_file import compare_shapes, first_few
 from ..checkpoint.reader import Checkpoint, find_weight_files, indexed_files
 from ..errors import MagiError
+from ..system.json_files import read_json
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _EMBEDDING = "shared.weight"
@@ -206,7 +206,7 @@ def _with_config(shape: T5Shape, file: Path) -> T5Shape:
     if not file.is_file():
         return shape
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         kind, act = config.get("model_type", "t5"), config.get("feed_forward_proj", "gated-gelu")
         shape = replace(
             shape,

@@ -226,7 +226,7 @@ def test_a_prompt_of_which_nothing_is_left_is_a_note(prompt, magi):
             ["--model", "{files}/transformer", "--vae", "{files}/vae", "--text-encoder", "{files}/text_encoder"],
             "special",
         ),
-        (["--model", "{photo}", "{parts}"], "cat.jpg.*not a whole safetensors"),
+        (["--model", "{photo}", "{parts}"], "cat.jpg.*is not a safetensors file: it is a picture"),
         (["--model", "{files}/vae", "{parts}"], "is a MAGI-1 VAE.*Give it as the VAE"),
         (
             ["--model", "{files}/transformer", "{parts}", "--variant", "base"],
@@ -579,14 +579,16 @@ def test_inspect_says_what_is_missing(files, tmp_path, capsys):
 
 
 def write_header(file: Path, tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> int:
-    """A safetensors file of (type, shape, bytes) tensors whose data is a hole. Returns its size."""
+    """A safetensors file of (type, shape, bytes) tensors whose data is a hole but for each one's end. Returns its size."""
     header, end = {}, 0
     for name, (dtype, shape, size) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end := end + size]}
     text = json.dumps(header).encode()
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + end)
+        for entry in header.values():
+            stream.seek(8 + len(text) + entry["data_offsets"][1] - 1)
+            stream.write(b"\x01")
     return 8 + len(text) + end
 
 
@@ -643,7 +645,10 @@ def test_inspect_what_cannot_be_read(magi, tmp_path):
 
 @pytest.mark.parametrize("name", ["x.bin", "x.PT", "x.pth", "x.ckpt", "x.gguf", "pytorch_model-00001-of-00002.bin"])
 def test_inspect_a_file_of_another_format(name, magi, tmp_path):
-    torch.save({"encoder.weight": torch.zeros(3)}, tmp_path / name)
+    if name == "x.gguf":
+        (tmp_path / name).write_bytes(b"GGUF\x03\0\0\0")
+    else:
+        torch.save({"encoder.weight": torch.zeros(3)}, tmp_path / name)
     status, stderr = magi("inspect", tmp_path / name)
     said = error_of(stderr)
     assert status == 1
