@@ -231,7 +231,7 @@ class Checkpoint:
             name = zero_gap(mapped)
             if name is not None:
                 raise MagiError(
-                    f"{str(file)!r} is not whole: at the tensor {printable(name)} its numbers give way to zeros, as in "
+                    f"{str(file)!r} is not whole: at the tensor {printable(name)} it holds zeros instead of numbers, as in "
                     "a download that broke off after room for it had been reserved. Download it again."
                 )
 

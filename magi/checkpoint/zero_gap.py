@@ -23,11 +23,15 @@ def zero_gap(file: MappedFile) -> str | None:
     It looks at the last numbers of each matrix.
     """
     names = file.in_order()
+    return _gap_at_the_end(file, names) or _gap_between(file, names)
+
+
+def _gap_between(file: MappedFile, names: list[str]) -> str | None:
     matrices = [name for name in names if _is_matrix(file, name)]
     for name, following in itertools.pairwise(matrices):
         if _breaks_off(file, name) and not any(file.raw(following, 0, _PAGE)):
             return name
-    return _gap_at_the_end(file, names)
+    return None
 
 
 def _gap_at_the_end(file: MappedFile, names: list[str]) -> str | None:
