@@ -70,7 +70,8 @@ class SpecialTokens:
         try:
             with zipfile.ZipFile(path) as archive:
                 arrays = {name: _array(archive, name) for name in _ARRAYS}
-            caption, logo, other = (torch.from_numpy(a.astype(np.float16)).float() for a in arrays.values())
+            with np.errstate(over="ignore"):  # found below
+                caption, logo, other = (torch.from_numpy(a.astype(np.float16)).float() for a in arrays.values())
             if not all(bool(t.isfinite().all()) for t in (caption, logo, other)):
                 raise ValueError("some of its numbers are NaN or infinite in float16")
         except _UNREADABLE as error:

@@ -15,6 +15,7 @@ import torch
 from ..checkpoint.mapped_file import compare_shapes, first_few
 from ..checkpoint.reader import Checkpoint, find_weight_files, indexed_files
 from ..errors import MagiError
+from ..system.folders import visible, what_is_at
 from ..system.json_files import read_json
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
@@ -109,12 +110,17 @@ def find_t5_files(path: str | Path) -> list[Path]:
 
 
 def t5_is_missing(path: str | Path) -> bool:
-    """Returns whether all weight files of a folder, index or file are missing, not only some of them."""
+    """Returns whether all weight files of a folder, index or file are missing, not only some of them.
+
+    Raises:
+        MagiError: the system does not let one look.
+    """
     path = Path(path).expanduser()
     folder = path.parent if path.name.endswith(".index.json") else path
-    if not folder.is_dir():
-        return not folder.exists()
-    return not any(file.suffix in (".safetensors", *_TORCH_SUFFIXES) for file in folder.iterdir())
+    there = what_is_at(folder)
+    if there != "folder":
+        return there == "nothing"
+    return not any(file.suffix in (".safetensors", *_TORCH_SUFFIXES) for file in visible(folder, "*"))
 
 
 def read_t5(path: str | Path) -> T5Checkpoint:

@@ -634,6 +634,44 @@ def test_inspect_the_official_text_encoder_of_bin_shards(files, tmp_path, capsys
     assert "tokenizer" in found["needs"]
 
 
+def test_inspect_tells_of_each_part_whether_it_is_whole(files, tmp_path, capsys):
+    for part in (files.transformer, files.vae, files.text_encoder):
+        assert facts(capsys, part)["complete"] == "yes"
+        (weights,) = part.glob("*.safetensors")
+        tensors = load_file(weights)
+        gone = next(name for name in reversed(tensors) if name.endswith("weight"))
+        folder = shutil.copytree(part, tmp_path / part.name)
+        save_file({name: t for name, t in tensors.items() if name != gone}, folder / weights.name)
+        assert facts(capsys, folder)["complete"].startswith("no. "), part.name
+
+
+def test_inspect_names_the_layers_that_a_config_wants(files, tmp_path, capsys):
+    folder = shutil.copytree(files.transformer, tmp_path / "t")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    layers = config["model_config"]["num_layers"]
+    config["model_config"]["num_layers"] = layers + 1
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8-sig")
+    assert facts(capsys, folder)["complete"].startswith(
+        f"no: it holds {layers}, and config.json near it says {layers + 1}"
+    )
+
+
+def test_inspect_obeys_no_name_in_a_file(tmp_path, capsys):
+    evil = "a\x1b[2J\x1b]0;owned\x07\u202e"
+    save_file({evil + "x" * 10_000: torch.zeros(3)}, tmp_path / "x.safetensors", {evil: evil + "y" * 100_000})
+    text = inspect(capsys, tmp_path / "x.safetensors", "--tensors")
+    assert text.replace("\n", "").isprintable()
+    assert len(text) < 4000
+
+
+def test_inspect_says_what_stands_in_front_of_all_names(files, tmp_path, capsys):
+    (weights,) = files.transformer.glob("*.safetensors")
+    save_file({f"model.diffusion_model.{n}": t for n, t in load_file(weights).items()}, tmp_path / "x.safetensors")
+    found = facts(capsys, tmp_path / "x.safetensors")
+    assert found["complete"] == "yes"
+    assert found["names begin"] == "with model.diffusion_model. (left out here)"
+
+
 def test_inspect_what_cannot_be_read(magi, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     (tmp_path / "empty.safetensors").touch()
