@@ -49,15 +49,14 @@ WITHOUT_MEANING: Mapping[str, str] = {
 }
 
 # Entries that count something, at least one
-_COUNTS = frozenset(
-    (
-        *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels"),
-        *("patch_size", "t_patch_size", "in_channels", "out_channels", "caption_channels", "caption_max_length"),
-        *("num_frames", "video_size_h", "video_size_w", "num_steps", "window_size", "fps", "chunk_width"),
-    )
+_MODEL_COUNTS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "patch_size"),
+    *("in_channels", "out_channels", "caption_channels", "caption_max_length"),
 )
+_RUN_COUNTS = ("num_frames", "video_size_h", "video_size_w", "num_steps", "window_size", "fps", "chunk_width")
 _LARGEST = 1 << 24  # of any number in a config: far beyond every model, so that none takes time or memory without end
 _MOST_WARNINGS = 20
+MOST_LAYERS = 1000  # of a transformer
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_only(self)
+        for name in _MODEL_COUNTS:
+            value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else _LARGEST
+            if not 1 <= value <= most:
+                raise MagiError(
+                    f"{name} is {value}; it must be from 1 to {most}. Use the JSON that came with the weights."
+                )
         if self.hidden_size != self.num_attention_heads * self.kv_channels:
             raise MagiError(
                 f"hidden_size {self.hidden_size} is not num_attention_heads {self.num_attention_heads} x kv_channels "
@@ -321,7 +326,7 @@ def _part(kind: type[_Part], data: dict[str, Any]) -> _Part:
             raise MagiError(
                 f"The config entry {name!r} is {printable(repr(data[name]))}, of the wrong type. Use the JSON of the weights."
             )
-        least = 1 if name in _COUNTS else -_LARGEST
+        least = 1 if name in _RUN_COUNTS else -_LARGEST
         if name != "seed" and not all(least <= n <= _LARGEST for n in _numbers(value)):
             raise MagiError(
                 f"The config entry {name!r} is {printable(repr(data[name]))}, which no model has. Use the JSON of the weights."

@@ -149,9 +149,6 @@ def test_a_file_in_another_encoding_is_read(encoding, tmp_path):
     ("part", "entries"),
     [
         ("model_config", {"num_layers": 10**12}),
-        ("model_config", {"num_layers": 0}),
-        ("model_config", {"patch_size": 0}),
-        ("model_config", {"caption_max_length": -1}),
         ("model_config", {"cond_hidden_ratio": 1e300}),
         ("runtime_config", {"window_size": 10**9}),
         ("runtime_config", {"num_steps": 0}),
@@ -217,6 +214,10 @@ def test_entries_of_the_wrong_type_are_named(part, entries):
     ("part", "entries", "message"),
     [
         ("model_config", {"hidden_size": 250}, "hidden_size 250 is not num_attention_heads 16 x kv_channels 16"),
+        ("model_config", {"num_layers": 0}, "num_layers is 0; it must be from 1 to 1000"),
+        ("model_config", {"num_layers": 1001}, "num_layers is 1001; it must be from 1 to 1000"),
+        ("model_config", {"patch_size": 0}, "patch_size is 0; it must be from 1"),
+        ("model_config", {"caption_max_length": -1}, "caption_max_length is -1; it must be from 1"),
         ("model_config", {"num_query_groups": 5}, "16 is not a multiple of num_query_groups 5"),
         ("model_config", {"num_query_groups": 0}, "16 is not a multiple of num_query_groups 0"),
         ("runtime_config", {"cfg_number": 2}, "cfg_number is 2; it must be 3 .* or 1"),

@@ -38,7 +38,7 @@ DTYPES: dict[str, torch.dtype | None] = {
     "BOOL": torch.bool,
 }
 _LENGTH = 8
-_LONGEST_HEADER = 100_000_000  # the format's own limit
+_LONGEST_HEADER = 1 << 25  # bytes: of a hundred thousand tensors. The format's own limit is three times as much
 _SPELLING = re.compile(r"[A-Z]+([0-9]{1,3})(?:_[A-Z0-9]+)?")  # the kind of a type and its bits: BF16, F8_E4M3
 _MOST_AXES, _LONGEST_AXIS = 32, 1 << 40
 

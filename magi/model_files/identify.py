@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ..checkpoint.mapped_file import TensorInfo
+from ..checkpoint.mapped_file import TensorInfo, first_few
 from ..checkpoint.reader import Checkpoint
-from ..config import PRESETS, MagiConfig, ModelConfig
+from ..config import MOST_LAYERS, PRESETS, MagiConfig, ModelConfig
 from ..errors import MagiError
 from ..system.folders import visible
 from ..system.json_files import read_json
@@ -119,9 +119,13 @@ def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled:
             "Use a MAGI-1 one: `python -m magi download --list` names them."
         )
     if found.kind != "transformer" or found.model is None:
-        hint = {"vae": "Give it as the VAE.", "t5": "Give it as the text encoder."}.get(
-            found.kind, "Choose another file."
-        )
+        hints = {
+            "vae": "Give it as the VAE.",
+            "t5": "Give it as the text encoder.",
+            "transformer": "The tensors that tell its sizes are missing or of impossible shapes. Download it again.",
+        }
+        holds = f"It holds {first_few(list(checkpoint.tensors)) or 'no tensors'}. Choose another file."
+        hint = hints.get(found.kind, holds)
         known = f"{found.name}, " if found.kind in ("vae", "t5") else ""
         made = quantised_by(checkpoint.tensors)
         hint = f"It is {made}. {INSTEAD}" if made else hint
@@ -177,8 +181,7 @@ def _model_config(tensors: Mapping[str, TensorInfo]) -> ModelConfig | None:
         cond = tensors["t_embedder.mlp.2.weight"].shape[0]
         duplicated = channels == 32  # latents have 16 channels
         return ModelConfig(
-            # A number beyond that of all tensors leaves too many missing either way.
-            num_layers=min(len(tensors), 1 + max(int(m[1]) for m in map(_LAYER.match, tensors) if m)),
+            num_layers=min(MOST_LAYERS, 1 + max(int(m[1]) for m in map(_LAYER.match, tensors) if m)),
             hidden_size=hidden,
             ffn_hidden_size=ffn,
             num_attention_heads=hidden // head,

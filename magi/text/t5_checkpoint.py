@@ -89,12 +89,12 @@ def find_t5_files(path: str | Path) -> list[Path]:
         raise MagiError(
             f"The text encoder is not at {str(path)!r}. Give its path, or fetch it with `python -m magi download t5`."
         )
-    if not path.is_dir() or any(path.glob("*.safetensors*")):
+    if not path.is_dir() or visible(path, "*.safetensors*"):
         return find_weight_files(path)
-    indices = sorted(path.glob("*.bin.index.json"))
+    indices = visible(path, "*.bin.index.json")
     if indices:
         return indexed_files(*indices)
-    files = sorted(path.glob("pytorch_model*.bin"))
+    files = visible(path, "pytorch_model*.bin")
     if not files:
         raise MagiError(
             f"The folder {str(path)!r} holds no text encoder: neither a .safetensors nor a pytorch_model*.bin file is in it. "

@@ -25,7 +25,9 @@ _FIXED = {
     "conv_last_layer": True,
     "norm_code": False,
 }
-_LARGEST = 1 << 16  # of any size: far beyond every VAE, so that none takes memory without end
+# Far beyond every VAE, so that none takes time or memory without end
+MOST_BLOCKS = 1000
+_LARGEST = 1 << 16  # of any other size
 _REMEDY = "Use the config.json that belongs to the file."
 
 
@@ -62,10 +64,11 @@ class VAEConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             numbers = (int, float) if field.name == "mlp_ratio" else (int,)
+            most = MOST_BLOCKS if field.name == "depth" else _LARGEST
             if field.type is bool:
                 good = isinstance(value, bool)
             else:
-                good = isinstance(value, numbers) and not isinstance(value, bool) and 0 < value <= _LARGEST
+                good = isinstance(value, numbers) and not isinstance(value, bool) and 0 < value <= most
             if not good:
                 raise MagiError(f"The VAE config says {field.name} = {value!r}. {_REMEDY}")
         units = {"video_size": PATCH_SIZE, "video_length": PATCH_FRAMES, "embed_dim": self.num_heads}

@@ -20,7 +20,7 @@ from ..system.json_files import read_json
 from ..system.printable import printable
 from ..system.progress import OnProgress
 from .footprint import fitting, makes_scores
-from .model import Decoder, Encoder, VAEConfig
+from .model import MOST_BLOCKS, Decoder, Encoder, VAEConfig
 from .tiled_run import TileRun, check_tensor, check_video
 from .tiling import PATCH_FRAMES, PATCH_SIZE, Tiling, map_tiles, recut
 
@@ -277,8 +277,6 @@ def load_vae(
     with Checkpoint(path) as checkpoint:
         config = _beside(checkpoint.files[0]) or _config_of(checkpoint)
         _check_types(checkpoint)
-        if config.depth > len(checkpoint.tensors):  # before modules are made for them all
-            raise MagiError(_no_vae(checkpoint, f"It has {len(checkpoint.tensors)} tensors for {config.depth} blocks"))
         with torch.device("meta"):
             vae = VideoVAE(config)
         _compare(checkpoint, vae)
@@ -321,7 +319,7 @@ def _config_of(checkpoint: Checkpoint) -> VAEConfig:
     config = VAEConfig(
         z_chans=z_chans,
         embed_dim=embed_dim,
-        depth=min(len(checkpoint.tensors), 1 + max(int(match[1]) for match in blocks if match)),
+        depth=min(MOST_BLOCKS, 1 + max(int(match[1]) for match in blocks if match)),
         num_heads=max(1, embed_dim // 64),
         mlp_ratio=hidden / embed_dim,
         qkv_bias="decoder.blocks.0.attn.qkv.bias" in checkpoint,

@@ -127,6 +127,8 @@ def test_other_files(tensors, kind, message, tmp_path):
         {"videodit_blocks.layers.0.self_attention.q_layernorm.weight": (7,)},
         {"x_embedder.weight": (64,)},
         {"y_embedder.null_caption_embedding": ()},
+        {"y_embedder.null_caption_embedding": (1 << 40, 0)},
+        {"videodit_blocks.layers.0.mlp.linear_fc2.weight": (64, 0)},
     ],
 )
 def test_a_transformer_of_impossible_shapes(change, tiny_config):
@@ -330,9 +332,15 @@ def test_a_layer_of_an_impossible_number(number, tmp_path, tiny_config, random_w
 
 def test_a_config_of_a_billion_layers(tmp_path, tiny_config, random_weights):
     save_file(random_weights(tiny_config().model), tmp_path / "magi_base.safetensors")
-    config = tiny_config(shape={"num_layers": 10**9})
-    with pytest.raises(MagiError, match="its config describes 1,000,000,000 layers"):
-        check_transformer(tmp_path / "magi_base.safetensors", config, device="cpu")
+    config = tiny_config().to_dict()
+    config["model_config"]["num_layers"] = 10**9
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.warns(
+        UserWarning, match=r"config\.json' is left out\..*'num_layers' is 1000000000, which no model has"
+    ):
+        assert recognise(tmp_path).model == tiny_config().model
+    with pytest.raises(MagiError, match="num_layers is 1001; it must be from 1 to 1000"):
+        tiny_config(shape={"num_layers": 1001})
 
 
 # -- a config nearby that cannot be read -----------------------------------------------------------------------------

@@ -447,6 +447,7 @@ def test_another_model_is_refused(tmp_path, config):
         ({"num_heads": 3}, "embed_dim = 256, no multiple of 3"),
         ({"embed_dim": 384}, "384, no multiple of 256"),
         ({"qkv_bias": 1}, "qkv_bias = 1"),
+        ({"depth": 1001}, "depth = 1001"),
         ({"depth": 10**9}, "depth = 1000000000"),
         ({"video_size": 8 * 10**9}, "video_size = 8000000000"),
         ({"mlp_ratio": 1e300}, "mlp_ratio = 1e"),
@@ -474,12 +475,6 @@ def test_a_config_in_another_encoding_is_read(encoding, tmp_path):
     folder = write(tmp_path / "v", weights())
     (folder / "config.json").write_text(json.dumps({"ddconfig": DDCONFIG}), encoding=encoding)
     assert load_vae(folder, "meta").config == VAEConfig.from_dict({"ddconfig": DDCONFIG})
-
-
-def test_a_config_of_more_blocks_than_the_file_can_have(tmp_path):
-    folder = write(tmp_path / "v", weights(), {"ddconfig": DDCONFIG | {"depth": 60_000}})
-    with pytest.raises(MagiError, match=r"not a MAGI-1 VAE\. It has \d+ tensors for 60000 blocks"):
-        load_vae(folder, "meta")
 
 
 @pytest.mark.parametrize("number", ["7", "99999999", "99999999999"])
