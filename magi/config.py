@@ -184,7 +184,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.shortcut_mode not in SHORTCUT_MODES:
             raise MagiError(
-                f"shortcut_mode is {self.shortcut_mode!r}; it must be one of {', '.join(map(repr, SHORTCUT_MODES))}."
+                f"shortcut_mode is {printable(repr(self.shortcut_mode))}; it must be one of {', '.join(map(repr, SHORTCUT_MODES))}."
             )
 
 
@@ -309,7 +309,7 @@ def _check_only(part: "ModelConfig | RuntimeConfig") -> None:
         value = getattr(part, name, only)
         if value != only:
             raise MagiError(
-                f"The config's {name} is {value!r}, and this code does {only!r} only, as all released models want. "
+                f"The config's {name} is {printable(repr(value))}, and this code does {only!r} only, as all released models want. "
                 "Use the JSON that came with the weights; other models cannot be run."
             )
 

@@ -71,9 +71,9 @@ def _find(path: Path) -> tuple[list[Path], Iterable[str]]:
     sets = _sets(files)
     if len(sets) == 1:
         return _whole_set(path, *sets.popitem()), ()
-    names = ", ".join(f.name for f in [found[0] for found in sets.values()][:4])
+    names = first_few([found[0].name for found in sets.values()])
     raise MagiError(
-        f"The folder {str(path)!r} holds several .safetensors files and no index ({names} ...). Give one of them."
+        f"The folder {str(path)!r} holds several .safetensors files and no index ({names}). Give one of them."
     )
 
 
@@ -133,7 +133,7 @@ def _whole_set(folder: Path, key: _Set, files: Sequence[Path]) -> list[Path]:
 
 def _indexed(index: Path, *others: Path) -> tuple[list[Path], Iterable[str]]:
     if others:
-        names = ", ".join(file.name for file in (index, *others))
+        names = ", ".join(printable(file.name) for file in (index, *others))
         raise MagiError(
             f"The folder {str(index.parent)!r} holds {1 + len(others)} checkpoints, each with its index: {names}. "
             "Give one of these indices instead of the folder, or remove what does not belong."

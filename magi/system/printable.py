@@ -1,6 +1,6 @@
 """Text of unknown origin, made fit for a terminal, a log and a browser."""
 
-_MOST = 100  # characters
+_MOST = 160  # characters
 
 
 def printable(text: object, most: int = _MOST) -> str:

@@ -46,6 +46,11 @@ def scale_of(weight: str, tensors: Mapping[str, TensorInfo]) -> str | None:
     return next((name + suffix for suffix in _SCALES if name + suffix in tensors), None)
 
 
+def is_plain(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Tells whether a tensor is stored in a type to compute with, and without a scale."""
+    return tensors[name].dtype not in _FLOAT8 and scale_of(name, tensors) is None
+
+
 def beside_weights(tensors: Mapping[str, TensorInfo]) -> set[str]:
     """Returns the names of what is in a file because other programs quantised it: scales and markers."""
     scales = {scale_of(name, tensors) for name in tensors}
@@ -99,7 +104,7 @@ def check_types(source: TensorSource, label: str) -> None:
     if wrong:
         raise MagiError(
             f"{label} holds {len(wrong)} weights that are scaled in a way that cannot be read ({first_few(wrong)}): one scale "
-            f"for a float8 matrix or for each of its rows can.{made} {INSTEAD}"
+            f"for a matrix or for each of its rows can.{made} {INSTEAD}"
         )
 
 
@@ -130,7 +135,7 @@ def _wrong_type(name: str, tensors: Mapping[str, TensorInfo], beside: set[str]) 
 
 
 def _fits(weight: TensorInfo, scale: TensorInfo) -> bool:
-    """Tells whether a scale is one for a float8 matrix, or one for each of its rows."""
+    """Tells whether a scale is one for a matrix, or one for each of its rows."""
     rows = weight.shape[0] if len(weight.shape) == 2 else 0
     ways = ((), (1,), (1, 1), (rows,), (rows, 1))
-    return rows > 0 and weight.dtype in _FLOAT8 and scale.dtype in _FLOATS and scale.shape in ways
+    return rows > 0 and scale.dtype in _FLOATS and scale.shape in ways

@@ -16,7 +16,7 @@ from ..config import ModelConfig
 from ..errors import MagiError
 from .float8 import Fp8Weight, StoredFp8
 from .layers import AnyLinear, Linear, Norm
-from .quantised import INSTEAD, beside_weights, check_types, is_official_float8, quantised_by, read_weight
+from .quantised import INSTEAD, beside_weights, check_types, is_official_float8, is_plain, quantised_by, read_weight
 
 Precision = Literal["auto", "bf16", "fp32", "fp8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -195,8 +195,8 @@ class WeightReader:
         )
 
     def _get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        stored = self.source.tensors[name].dtype
-        tensor = read_weight(self.source, name, dtype) if stored.startswith("F8_") else self.source.tensor(name)
+        plain = is_plain(name, self.source.tensors)
+        tensor = self.source.tensor(name) if plain else read_weight(self.source, name, dtype)
         return tensor.to(self.device, dtype)
 
     def _dense(self, name: str, dtype: torch.dtype, bias: bool = True) -> Linear:
