@@ -293,7 +293,9 @@ class MagiConfig:
         )
 
     def with_layers(self, layers: int) -> "MagiConfig":
-        """Returns a copy with another number of transformer layers."""
+        """Returns a copy with another number of transformer layers. Raises MagiError for one that cannot be."""
+        if not 1 <= layers <= MOST_LAYERS:
+            raise MagiError(f"A model cannot have {layers} layers. Choose 1 to {self.model.num_layers}.")
         return dataclasses.replace(self, model=dataclasses.replace(self.model, num_layers=layers))
 
     def as_variant(self, distill: bool, fp8: bool | None = None) -> "MagiConfig":
