@@ -5,7 +5,6 @@ Field names are the official ones, so that a config file and this code can be re
 
 import dataclasses
 import difflib
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from .errors import MagiError
+from .system.json_files import read_json
+from .system.printable import printable
 
 LATENT_CHANNELS = 16
 SPATIAL_DOWNSAMPLE = 8  # pixels per latent pixel along height and along width, by the VAE's patch
@@ -46,6 +47,16 @@ WITHOUT_MEANING: Mapping[str, str] = {
     **dict.fromkeys(("seed", "t5_device"), "it is given for each run"),
     **dict.fromkeys(("load", "t5_pretrained", "vae_pretrained"), "paths on the machine that wrote the file"),
 }
+
+# Entries that count something, at least one
+_MODEL_COUNTS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "patch_size"),
+    *("in_channels", "out_channels", "caption_channels", "caption_max_length"),
+)
+_RUN_COUNTS = ("num_frames", "video_size_h", "video_size_w", "num_steps", "window_size", "fps", "chunk_width")
+_LARGEST = 1 << 24  # of any number in a config: far beyond every model, so that none takes time or memory without end
+_MOST_WARNINGS = 20
+MOST_LAYERS = 1000  # of a transformer
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_only(self)
+        for name in _MODEL_COUNTS:
+            value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else _LARGEST
+            if not 1 <= value <= most:
+                raise MagiError(
+                    f"{name} is {value}; it must be from 1 to {most}. Use the JSON that came with the weights."
+                )
         if self.hidden_size != self.num_attention_heads * self.kv_channels:
             raise MagiError(
                 f"hidden_size {self.hidden_size} is not num_attention_heads {self.num_attention_heads} x kv_channels "
@@ -167,7 +184,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.shortcut_mode not in SHORTCUT_MODES:
             raise MagiError(
-                f"shortcut_mode is {self.shortcut_mode!r}; it must be one of {', '.join(map(repr, SHORTCUT_MODES))}."
+                f"shortcut_mode is {printable(repr(self.shortcut_mode))}; it must be one of {', '.join(map(repr, SHORTCUT_MODES))}."
             )
 
 
@@ -209,9 +226,11 @@ class MagiConfig:
     def from_json(cls, path: str | Path) -> "MagiConfig":
         """Reads a config from an official JSON file."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = read_json(Path(path))
         except (OSError, ValueError) as error:
-            raise MagiError(f"The config {str(path)!r} is unreadable: {error}.") from error
+            raise MagiError(
+                f"The config {str(path)!r} is unreadable: {error}. Give the JSON that came with the weights."
+            ) from error
         if not isinstance(data, dict) or "model_config" not in data:
             raise MagiError(
                 f"{str(path)!r} is no MAGI-1 config: it has no model_config. Give the JSON that came with the weights."
@@ -274,7 +293,9 @@ class MagiConfig:
         )
 
     def with_layers(self, layers: int) -> "MagiConfig":
-        """Returns a copy with another number of transformer layers."""
+        """Returns a copy with another number of transformer layers. Raises MagiError for one that cannot be."""
+        if not 1 <= layers <= MOST_LAYERS:
+            raise MagiError(f"A model cannot have {layers} layers. Choose 1 to {self.model.num_layers}.")
         return dataclasses.replace(self, model=dataclasses.replace(self.model, num_layers=layers))
 
     def as_variant(self, distill: bool, fp8: bool | None = None) -> "MagiConfig":
@@ -290,22 +311,27 @@ def _check_only(part: "ModelConfig | RuntimeConfig") -> None:
         value = getattr(part, name, only)
         if value != only:
             raise MagiError(
-                f"The config's {name} is {value!r}, and this code does {only!r} only, as all released models want. "
+                f"The config's {name} is {printable(repr(value))}, and this code does {only!r} only, as all released models want. "
                 "Use the JSON that came with the weights; other models cannot be run."
             )
 
 
 def _part(kind: type[_Part], data: dict[str, Any]) -> _Part:
     known = {f.name: f for f in dataclasses.fields(kind)}
-    for name in data.keys() - known.keys():
-        close = difflib.get_close_matches(name, known, 1)
+    for name in [name for name in data if name not in known][:_MOST_WARNINGS]:
+        close = difflib.get_close_matches(name[:100], known, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        warnings.warn(f"The config entry {name!r} is unknown and ignored.{hint}", stacklevel=3)
+        warnings.warn(f"The config entry {printable(name)!r} is unknown and ignored.{hint}", stacklevel=3)
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
     for name, value in values.items():
         if not _is_a(value, known[name].type):
             raise MagiError(
-                f"The config entry {name!r} is {data[name]!r}, of the wrong type. Use the JSON of the weights."
+                f"The config entry {name!r} is {printable(repr(data[name]))}, of the wrong type. Use the JSON of the weights."
+            )
+        least = 1 if name in _RUN_COUNTS else -_LARGEST
+        if name != "seed" and not all(least <= n <= _LARGEST for n in _numbers(value)):
+            raise MagiError(
+                f"The config entry {name!r} is {printable(repr(data[name]))}, which no model has. Use the JSON of the weights."
             )
     try:
         return kind(**values)
@@ -314,6 +340,11 @@ def _part(kind: type[_Part], data: dict[str, Any]) -> _Part:
         raise MagiError(
             f"The config lacks {', '.join(missing) or error} in {kind.__name__}. Use the JSON of the weights."
         ) from error
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """Returns the numbers of an entry: it is one, or a tuple of them, or none."""
+    return [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, int | float)]
 
 
 def _is_a(value: Any, wanted: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from comfy_api.latest import io
 
+from ..magi.checkpoint.reader import find_weight_files
 from ..magi.errors import MagiError
 from ..magi.model_files.embedded import is_embedded
 from ..magi.model_files.load import check_transformer
@@ -304,8 +305,8 @@ def _fingerprint(find: Callable[[str], Path], name: str | None) -> str:
     """
     try:
         path = find(name or menus.AUTO)
-    except MagiError:
+        found = sorted(path.iterdir()) if path.is_dir() else find_weight_files(path)
+        files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]
+    except (MagiError, OSError):
         return ""
-    found = sorted(path.glob("*")) if path.is_dir() else [path]
-    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file()]
     return hashlib.sha256(repr(files).encode("utf-8", "surrogatepass")).hexdigest()

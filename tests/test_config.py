@@ -139,6 +139,48 @@ def test_files_that_are_no_config(content, message, tmp_path):
     assert "config.json" in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_in_another_encoding_is_read(encoding, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OFFICIAL), encoding=encoding)
+    assert MagiConfig.from_json(tmp_path / "config.json") == MagiConfig.from_dict(OFFICIAL)
+
+
+@pytest.mark.parametrize(
+    ("part", "entries"),
+    [
+        ("model_config", {"num_layers": 10**12}),
+        ("model_config", {"cond_hidden_ratio": 1e300}),
+        ("runtime_config", {"window_size": 10**9}),
+        ("runtime_config", {"num_steps": 0}),
+        ("runtime_config", {"chunk_width": 0}),
+        ("runtime_config", {"noise2clean_kvrange": [5, 10**100]}),
+        ("runtime_config", {"text_scales": [1e300, 0.0, 0.0, 0.0, 0.0]}),
+    ],
+)
+def test_numbers_that_no_model_has_are_named(part, entries):
+    ((name, _),) = entries.items()
+    with pytest.raises(MagiError, match=f"'{name}' is .*, which no model has") as caught:
+        MagiConfig.from_dict(changed(part, **entries))
+    assert len(str(caught.value)) < 300
+
+
+def test_what_a_terminal_obeys_is_not_repeated():
+    with pytest.warns(UserWarning, match="unknown and ignored") as caught:
+        MagiConfig.from_dict(changed("model_config", **{"\x1b[2J" + "x" * 10**6: 1}))
+    assert all(str(warning.message).isprintable() and len(str(warning.message)) < 300 for warning in caught)
+    with pytest.raises(MagiError, match="of the wrong type") as error:
+        MagiConfig.from_dict(changed("model_config", num_layers="\x1b" + "x" * 10**6))
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 300
+
+
+def test_thousands_of_unknown_entries_are_not_warned_of_one_by_one():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MagiConfig.from_dict(changed("model_config", **{f"entry_{i}": 1 for i in range(5000)}))
+    assert len(caught) <= 20
+
+
 def test_no_config_file(tmp_path):
     with pytest.raises(MagiError, match=r"nowhere\.json.* unreadable"):
         MagiConfig.from_json(tmp_path / "nowhere.json")
@@ -172,6 +214,10 @@ def test_entries_of_the_wrong_type_are_named(part, entries):
     ("part", "entries", "message"),
     [
         ("model_config", {"hidden_size": 250}, "hidden_size 250 is not num_attention_heads 16 x kv_channels 16"),
+        ("model_config", {"num_layers": 0}, "num_layers is 0; it must be from 1 to 1000"),
+        ("model_config", {"num_layers": 1001}, "num_layers is 1001; it must be from 1 to 1000"),
+        ("model_config", {"patch_size": 0}, "patch_size is 0; it must be from 1"),
+        ("model_config", {"caption_max_length": -1}, "caption_max_length is -1; it must be from 1"),
         ("model_config", {"num_query_groups": 5}, "16 is not a multiple of num_query_groups 5"),
         ("model_config", {"num_query_groups": 0}, "16 is not a multiple of num_query_groups 0"),
         ("runtime_config", {"cfg_number": 2}, "cfg_number is 2; it must be 3 .* or 1"),

@@ -10,7 +10,7 @@ from tests.support.paths import ROOT
 
 # From the ground up; each may import what stands before it. `main` stands for the files of magi/ that are in no room.
 ROOMS = (
-    *("errors", "config", "system", "media", "checkpoint", "text", "vae", "transformer", "offload", "sampling"),
+    *("errors", "system", "config", "media", "checkpoint", "text", "vae", "transformer", "offload", "sampling"),
     *("planning", "model_files", "runs", "pipeline", "remote", "cli", "__main__", "__init__"),
 )
 NODE_ROOMS = ("comfyui", "")  # what adapts ComfyUI, then the nodes

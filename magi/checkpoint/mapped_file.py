@@ -8,15 +8,19 @@ is an 8-byte length, a JSON header of that length, and the tensors.
 import json
 import math
 import mmap
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ..errors import MagiError
+from ..system.file_kinds import file_kind
+from ..system.json_files import parse_json
+from ..system.printable import printable
 
 # Header spelling -> torch. float8 is looked up, since a torch build may lack it.
 DTYPES: dict[str, torch.dtype | None] = {
@@ -34,7 +38,9 @@ DTYPES: dict[str, torch.dtype | None] = {
     "BOOL": torch.bool,
 }
 _LENGTH = 8
-_LONGEST_HEADER = 100_000_000  # the format's own limit
+_LONGEST_HEADER = 1 << 25  # bytes: of a hundred thousand tensors. The format's own limit is three times as much
+_SPELLING = re.compile(r"[A-Z]+([0-9]{1,3})(?:_[A-Z0-9]+)?")  # the kind of a type and its bits: BF16, F8_E4M3
+_MOST_AXES, _LONGEST_AXIS = 32, 1 << 40
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,17 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Returns its bytes in the file."""
-        # A spelling begins with its kind and bits: BF16, F8_E4M3
-        bits = {"BOOL": 8}.get(self.dtype) or int("".join(c for c in self.dtype.split("_")[0] if c.isdigit()))
-        return math.prod(self.shape) * bits // 8
+        """Returns its bytes in the file.
+
+        Raises:
+            ValueError: the type is none that a file can have.
+        """
+        if self.dtype == "BOOL":
+            return math.prod(self.shape)
+        spelling = _SPELLING.fullmatch(self.dtype)
+        if spelling is None:
+            raise ValueError(f"there is no type {printable(self.dtype, 40)!r}")
+        return math.prod(self.shape) * int(spelling[1]) // 8
 
 
 class TensorSource(Protocol):
@@ -84,8 +97,8 @@ def compare_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tu
 
 
 def first_few(names: Sequence[str]) -> str:
-    """Returns the first three names, for a message."""
-    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    """Returns the first three names, for a message: short, and nothing in them that a terminal obeys."""
+    return ", ".join(map(printable, names[:3])) + (" ..." if len(names) > 3 else "")
 
 
 class MappedFile:
@@ -95,7 +108,7 @@ class MappedFile:
         """Maps the file and checks its header against its size.
 
         Raises:
-            MagiError: the file is empty, truncated, unreadable or not safetensors.
+            MagiError: the file is empty, truncated, unreadable or not safetensors; it says what it is instead.
         """
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
@@ -107,34 +120,53 @@ class MappedFile:
                 raise MagiError(f"The file {str(path)!r} is empty: a download that failed. Download it again.")
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            kind = None if _may_be_safetensors(self._map) else file_kind(path)
         except OSError as error:
             raise MagiError(f"{str(path)!r} cannot be read: {error}.") from error
+        if kind is not None:
+            raise MagiError(
+                f"{str(path)!r} ({size:,} bytes) is not a safetensors file: it is {kind.name}. {kind.remedy}."
+            )
         try:
             self._read_header(size)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except ValueError as error:
             raise MagiError(
                 f"{str(path)!r} ({size:,} bytes) is not a whole safetensors file ({error}). "
                 "It is truncated or of another kind: download it again, or choose another file."
             ) from error
 
     def _read_header(self, size: int) -> None:
+        """Reads names, types, shapes and places. Raises ValueError where they contradict each other or the size."""
         length = int.from_bytes(self._map[:_LENGTH], "little")
         data = _LENGTH + length
         if length > _LONGEST_HEADER or data > size:
             raise ValueError(f"a header of {length:,} bytes")
-        header = json.loads(self._map[_LENGTH:data])
-        self.metadata = dict(header.pop("__metadata__", None) or {})
-        end_of_all = data
+        header = parse_json(self._map[_LENGTH:data])
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        self.metadata = _metadata(header.pop("__metadata__", None))
         for name, entry in header.items():
-            info = TensorInfo(tuple(int(n) for n in entry["shape"]), str(entry["dtype"]), self.path)
-            start, end = (data + int(offset) for offset in entry["data_offsets"])
-            if not data <= start <= end or end - start != info.nbytes or min(info.shape, default=0) < 0:
-                raise ValueError(f"the tensor {name!r} has offsets that cannot be")
-            self.tensors[name] = info
-            self._starts[name] = start
-            end_of_all = max(end_of_all, end)
-        if end_of_all != size:
-            raise ValueError(f"its tensors end at byte {end_of_all:,}")
+            try:
+                self.tensors[name], start = _entry(entry, self.path)
+            except ValueError as error:
+                raise ValueError(f"the tensor {printable(name)!r}: {error}") from error
+            self._starts[name] = data + start
+        at = data
+        for name in sorted(self.tensors, key=lambda name: (self._starts[name], self.tensors[name].nbytes)):
+            if self._starts[name] != at:
+                raise ValueError(f"the tensor {printable(name)!r} does not begin where the one before it ends")
+            at += self.tensors[name].nbytes
+        if at != size:
+            raise ValueError(f"its tensors end at byte {at:,}")
+
+    def raw(self, name: str, first: int, last: int) -> bytes:
+        """Returns a copy of the bytes `first` to `last`, exclusive, of a tensor; fewer where it ends before."""
+        start = self._starts[name]
+        return self._map[start + first : start + min(last, self.tensors[name].nbytes)]
+
+    def in_order(self) -> list[str]:
+        """Returns the tensors' names as they follow each other in the file."""
+        return sorted(self._starts, key=self._starts.__getitem__)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns the tensor as stored, a read-only view of the map on the CPU: writing to it ends the process.
@@ -146,7 +178,7 @@ class MappedFile:
         dtype = DTYPES.get(info.dtype)
         if dtype is None:
             raise MagiError(
-                f"The tensor {name!r} has the type {info.dtype}, which torch {torch.__version__} cannot hold. "
+                f"The tensor {printable(name)!r} has the type {info.dtype}, which torch {torch.__version__} cannot hold. "
                 "Update torch, or use a bf16 checkpoint."
             )
         if not info.nbytes:
@@ -157,3 +189,37 @@ class MappedFile:
         if raw.data_ptr() % dtype.itemsize:  # unaligned, which the format allows
             raw = raw.clone()
         return raw.view(dtype).reshape(info.shape)
+
+
+def _may_be_safetensors(data: mmap.mmap) -> bool:
+    """Tells whether a file begins as one must: with a length that fits into it, and a brace."""
+    length = int.from_bytes(data[:_LENGTH], "little")
+    return 0 < length <= len(data) - _LENGTH and data[_LENGTH : _LENGTH + 1] == b"{"
+
+
+def _metadata(found: Any) -> dict[str, str]:
+    """Returns a header's metadata; values that are no texts, as the format has it, become their JSON."""
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError("its metadata is no JSON object")
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+
+
+def _entry(entry: Any, file: Path) -> tuple[TensorInfo, int]:
+    """Returns what a header says of a tensor, and where its data begin. Raises ValueError for what cannot be."""
+    if not isinstance(entry, dict):
+        raise ValueError("it has no type, shape and place")
+    dtype, shape, place = entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
+    if not isinstance(dtype, str):
+        raise ValueError("its type is no text")
+    if shape is None or len(shape) > _MOST_AXES or max(shape, default=0) > _LONGEST_AXIS:
+        raise ValueError(f"it cannot have the shape {printable(entry.get('shape'))}")
+    info = TensorInfo(shape, dtype, file)
+    if place is None or len(place) != 2 or place[1] - place[0] != info.nbytes:
+        raise ValueError(f"it cannot lie at {printable(entry.get('data_offsets'))}")
+    return info, place[0]
+
+
+def _counts(found: Any) -> tuple[int, ...] | None:
+    return tuple(found) if isinstance(found, list) and all(type(n) is int and n >= 0 for n in found) else None

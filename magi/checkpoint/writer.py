@@ -16,6 +16,7 @@ from typing import BinaryIO
 import torch
 
 from ..errors import MagiError
+from ..system.folders import visible
 from ..system.progress import OnProgress
 from ..system.whole_files import put_in_place, sync_file
 from .mapped_file import TensorInfo, TensorSource
@@ -116,7 +117,7 @@ def _check_target(target: Path, in_folder: bool, extras: Iterable[str], overwrit
     found = [target] if target.is_file() else []
     if in_folder:
         ours = {_SINGLE, _INDEX, *(file.name for file in target.glob(_SHARDS))}
-        weights = [file for file in sorted(target.glob("*.safetensors*")) if not file.name.endswith(_PARTIAL)]
+        weights = [file for file in visible(target, "*.safetensors*") if not file.name.endswith(_PARTIAL)]
         foreign = [file.name for file in weights if file.name not in ours]
         if foreign:
             raise MagiError(f"The folder {str(target)!r} holds another model ({foreign[0]}). Choose another folder.")

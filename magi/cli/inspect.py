@@ -2,16 +2,19 @@
 
 import argparse
 import json
-import re
 from collections import Counter
+from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 
 from ..checkpoint.reader import Checkpoint
 from ..errors import MagiError
 from ..model_files.identify import Recognised, recognise_tensors
+from ..system.folders import visible, what_is_at
+from ..system.printable import printable
 from ..text.t5_checkpoint import find_t5_files, read_t5
 from ..transformer.weights import check_tensors
+from ..vae.video_vae import load_vae
 
 _NEEDS = {
     "transformer": "a MAGI-1 VAE, a T5 v1.1 XXL text encoder with its tokenizer, and special_tokens.npz",
@@ -20,12 +23,7 @@ _NEEDS = {
     "magi-1.1": "other code: MAGI-1.1 files have another layout that is not supported",
     "unknown": "nothing that is known here",
 }
-# Formats that models also come in, by the end of the name
-_OTHER_FORMATS = {
-    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), "a torch file"),
-    ".gguf": "a GGUF file, which no part of MAGI-1 can be read from,",
-}
-_T5_FILE = re.compile(r"pytorch_model.*\.bin")
+_TORCH_T5 = "pytorch_model*.bin"  # as the official text encoder's files are named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,28 +47,16 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _open(path: Path) -> Checkpoint:
-    """Opens the checkpoint.
-
-    Raises:
-        MagiError: it cannot be read; a file in another format is named as such instead of as a damaged one.
-    """
+    """Opens the checkpoint; says where a torch file that is named as the official text encoder's are can be looked at."""
     try:
         return Checkpoint(path)
     except MagiError as error:
-        file, suffix = path.expanduser(), path.suffix.lower()
-        if suffix not in _OTHER_FORMATS or not file.is_file() or not file.stat().st_size:
-            raise
-        found = error
-    name = f"{str(path)!r} ({_size([file])})"
-    if _T5_FILE.fullmatch(path.name):
-        raise MagiError(
-            f"{name} is a torch file, named as the official T5 text encoder's files are. "
-            f"Inspect the folder that it is in: `python -m magi inspect {path.parent}`."
-        ) from found
-    raise MagiError(
-        f"{name} is {_OTHER_FORMATS[suffix]} by its name, not a safetensors file. "
-        "Inspect the model's .safetensors file or folder, or for a text encoder the folder of its pytorch_model*.bin files."
-    ) from found
+        if fnmatch(path.name, _TORCH_T5) and what_is_at(path.expanduser()) == "file":
+            raise MagiError(
+                f"{error} Or, as it is named like the official T5 text encoder's files, inspect the folder that it is in: "
+                f"`python -m magi inspect {path.parent}`."
+            ) from error
+        raise
 
 
 def _facts(checkpoint: Checkpoint, found: Recognised) -> dict[str, object]:
@@ -83,7 +69,10 @@ def _facts(checkpoint: Checkpoint, found: Recognised) -> dict[str, object]:
             f"{found.model.num_layers} layers of {found.model.hidden_size}, {found.model.num_attention_heads} heads, "
             f"{'SwiGLU' if found.model.gated_linear_unit else 'GELU'} of {found.model.ffn_hidden_size}"
         )
+    if found.kind in ("transformer", "vae", "t5"):
         facts["complete"] = _complete(checkpoint, found)
+    if checkpoint.prefix:
+        facts["names begin"] = f"with {checkpoint.prefix} (left out here)"
     parameters = sum(prod(t.shape) for t in tensors)
     return facts | {
         "parameters": f"{parameters:,}",
@@ -95,16 +84,26 @@ def _facts(checkpoint: Checkpoint, found: Recognised) -> dict[str, object]:
 
 
 def _complete(checkpoint: Checkpoint, found: Recognised) -> str:
-    assert found.model is not None  # noqa: S101 (checked by the caller)
     try:
-        check_tensors(checkpoint, found.model, "This file")
+        if found.kind == "vae":
+            load_vae(checkpoint.path, "meta")
+        elif found.kind == "t5":
+            read_t5(checkpoint.path)
+        elif found.model is None:
+            return "no. Tensors that tell its sizes are missing, or of shapes that cannot be."
+        else:
+            check_tensors(checkpoint, found.model, "This file")
+            checkpoint.check_whole()
     except MagiError as error:
         return f"no. {error}"
-    return "yes"
+    return f"no: {found.layers_fault}." if found.layers_fault else "yes"
 
 
 def _is_t5_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.glob("*.safetensors*")) and any(path.glob("pytorch_model*.bin*"))
+    """Tells whether a folder holds the official text encoder: torch files, or their index."""
+    if what_is_at(path.expanduser()) != "folder":
+        return False
+    return not visible(path.expanduser(), "*.safetensors*") and bool(visible(path.expanduser(), f"{_TORCH_T5}*"))
 
 
 def _show_t5(args: argparse.Namespace) -> int:
@@ -134,6 +133,9 @@ def _print(facts: dict[str, object], as_json: bool) -> None:
     for name, value in facts.items():
         if name == "tensors" and isinstance(value, dict):
             for tensor, (dtype, *shape) in value.items():
-                print(f"  {tensor}  {dtype} {tuple(shape)}")
+                print(f"  {printable(tensor, 300)}  {dtype} {tuple(shape)}")
+        elif name == "metadata" and isinstance(value, dict):
+            texts = (f"{printable(key)}: {printable(text)}" for key, text in value.items())
+            print(f"{name:<16}{printable('; '.join(texts), 2000)}")
         else:
             print(f"{name:<16}{value}")

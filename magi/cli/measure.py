@@ -234,6 +234,7 @@ def _source(settings: BenchSettings) -> TensorSource:
         return RandomTensors(settings.config.model, settings.config.engine.fp8_quant)
     checkpoint = Checkpoint(settings.model)
     check_tensors(checkpoint, settings.config.model, repr(str(checkpoint.path)))
+    checkpoint.check_whole()
     return checkpoint
 
 

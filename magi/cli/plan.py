@@ -17,6 +17,7 @@ from ..system.device import free_memory, pick_device
 from ..system.host_memory import free_host_memory
 from ..transformer.float8 import Kernels
 from ..transformer.random_weights import RandomTensors
+from ..transformer.weights import check_tensors
 from .arguments import parse_bytes, parse_size
 
 
@@ -113,7 +114,9 @@ def _model(args: argparse.Namespace) -> tuple[MagiConfig, dict[str, TensorInfo]]
         config = PRESETS[args.preset]
         return config, dict(RandomTensors(config.model, config.engine.fp8_quant).tensors)
     with Checkpoint(args.model) as checkpoint:
-        return resolve_config(checkpoint, None), checkpoint.tensors
+        config = resolve_config(checkpoint, None)
+        check_tensors(checkpoint, config.model, repr(str(args.model)))
+        return config, checkpoint.tensors
 
 
 def _run(config: MagiConfig, args: argparse.Namespace) -> MagiConfig:

@@ -54,8 +54,13 @@ def main(args: argparse.Namespace) -> int:
         files = write_checkpoint(
             RandomTensors(config.model, config.engine.fp8_quant, seed=args.seed),
             args.out,
-            # `recognise` reads the model's name from the entry "model".
-            metadata={"format": "pt", "model": args.preset, "weights": f"random, seed {args.seed}"},
+            # `recognise` reads the model's name, and that it is meant to have so few layers.
+            metadata={
+                "format": "pt",
+                "model": args.preset,
+                "layers": str(config.model.num_layers),
+                "weights": f"random, seed {args.seed}",
+            },
             beside={"config.json": json.dumps(config.to_dict(), indent=2).encode()},
             shard_bytes=None if args.shard_size is None else parse_bytes(args.shard_size),
             overwrite=args.overwrite,

@@ -34,7 +34,7 @@ def embedded_files(kind: Kind = "distill") -> ModelFiles:
     """Returns the embedded model's files, in the package: with the distilled transformer (one pass) or the base one (three).
 
     Raises:
-        MagiError: the kind is unknown, or a file is missing.
+        MagiError: the kind is unknown, or a file is missing or damaged.
     """
     if kind not in _TRANSFORMERS:
         raise MagiError(f"There is no embedded model {kind!r}. Choose one of: {', '.join(_TRANSFORMERS)}.")
@@ -45,7 +45,14 @@ def embedded_files(kind: Kind = "distill") -> ModelFiles:
                 f"The embedded model is incomplete: {str(_FOLDER / name)!r} is missing. Install this pack again; "
                 "what you downloaded and made stays."
             )
-    return ModelFiles(_FOLDER / transformer, _FOLDER / "vae", _FOLDER / "text_encoder", _FOLDER / SPECIAL_TOKENS_FILE)
+    files = ModelFiles(_FOLDER / transformer, _FOLDER / "vae", _FOLDER / "text_encoder", _FOLDER / SPECIAL_TOKENS_FILE)
+    damaged = files.damaged()
+    if damaged is not None:
+        raise MagiError(
+            f"The embedded model is damaged: {str(damaged)!r} is not whole, or cannot be read. Install this pack again; "
+            "what you downloaded and made stays."
+        )
+    return files
 
 
 def is_embedded(path: str | Path) -> bool:

@@ -4,7 +4,6 @@ Only "distilled or base" does not show in the tensors. It is taken from a config
 official names; where none of them tells, the user has to choose.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -12,10 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ..checkpoint.mapped_file import TensorInfo
+from ..checkpoint.mapped_file import TensorInfo, first_few
 from ..checkpoint.reader import Checkpoint
-from ..config import PRESETS, MagiConfig, ModelConfig
+from ..config import MOST_LAYERS, PRESETS, MagiConfig, ModelConfig
 from ..errors import MagiError
+from ..system.folders import visible
+from ..system.json_files import read_json
+from ..system.printable import printable
+from ..transformer.quantised import INSTEAD, check_types, quantised_by
 from ..transformer.weights import has_fp8
 
 Kind = Literal["transformer", "magi-1.1", "vae", "t5", "unknown"]
@@ -26,7 +29,7 @@ _NAMES = {
     "t5": "a T5 text encoder",
     "unknown": "no MAGI-1 file",
 }
-_LAYER = re.compile(r"videodit_blocks\.layers\.(\d+)\.")
+_LAYER = re.compile(r"videodit_blocks\.layers\.([0-9]{1,9})\.")
 _ATTENTION = "videodit_blocks.layers.0.self_attention."
 # Fields of ModelConfig that do not show in the tensors
 _UNSEEN = (
@@ -51,6 +54,8 @@ class Recognised:
         distilled: None where nothing tells.
         evidence: what tells it.
         preset: name of the released model with these sizes ("4.5B", "24B"), None for another size.
+        layers_fault: in what the number of layers disagrees with a config beside the file or the released models; "" where
+            it does not. Without its last layers a file is a whole model of fewer, which runs, and makes a wrong video.
     """
 
     kind: Kind
@@ -59,6 +64,7 @@ class Recognised:
     distilled: bool | None = None
     evidence: str = ""
     preset: str | None = None
+    layers_fault: str = ""
 
     @property
     def name(self) -> str:
@@ -82,9 +88,12 @@ def recognise_tensors(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, 
         return Recognised(kind)
     fp8 = has_fp8(tensors)
     model = _model_config(tensors)
+    if model is None:
+        return Recognised(kind, None, fp8, *_variant_by_names(metadata, path))
     preset = next((name.split("_")[0] for name, config in PRESETS.items() if config.model == model), None)
-    distilled, evidence = (True, "the float8 layers") if fp8 and preset else _distilled(metadata, path, model)
-    return Recognised(kind, model, fp8, distilled, evidence, preset)
+    configs = _configs_beside(path, model)
+    distilled, evidence = (True, "the float8 layers") if fp8 and preset else _variant(metadata, path, configs)
+    return Recognised(kind, model, fp8, distilled, evidence, preset, _layers_fault(model, metadata, configs))
 
 
 def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled: bool | None = None) -> MagiConfig:
@@ -102,17 +111,27 @@ def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled:
         )
     found = recognise_tensors(checkpoint.tensors, checkpoint.metadata, checkpoint.path)
     label = repr(str(checkpoint.path))
+    if found.kind == "transformer":
+        check_types(checkpoint, label)
     if found.kind == "magi-1.1":
         raise MagiError(
             f"{label} is a MAGI-1.1 checkpoint, whose stacked tensors have another layout that is not supported. "
             "Use a MAGI-1 one: `python -m magi download --list` names them."
         )
     if found.kind != "transformer" or found.model is None:
-        hint = {"vae": "Give it as the VAE.", "t5": "Give it as the text encoder."}.get(
-            found.kind, "Choose another file."
-        )
+        hints = {
+            "vae": "Give it as the VAE.",
+            "t5": "Give it as the text encoder.",
+            "transformer": "The tensors that tell its sizes are missing or of impossible shapes. Download it again.",
+        }
+        holds = f"It holds {first_few(list(checkpoint.tensors)) or 'no tensors'}. Choose another file."
+        hint = hints.get(found.kind, holds)
         known = f"{found.name}, " if found.kind in ("vae", "t5") else ""
+        made = quantised_by(checkpoint.tensors)
+        hint = f"It is {made}. {INSTEAD}" if made else hint
         raise MagiError(f"{label} is {known}not a MAGI-1 transformer. {hint}")
+    if config is None and found.layers_fault:
+        raise MagiError(f"{label} does not hold all layers that it should: {found.layers_fault}.")
     asked = config.engine.distill if config else distilled
     if asked is None and found.distilled is None:
         raise MagiError(
@@ -128,7 +147,8 @@ def resolve_config(checkpoint: Checkpoint, config: MagiConfig | None, distilled:
     if config is not None:
         return config
     variant = bool(found.distilled if asked is None else asked)
-    beside = (c for _, c in _configs_beside(checkpoint.path, found.model) if c.engine.distill == variant)
+    beside = (c for _, c in _fitting(_configs_beside(checkpoint.path, found.model), found.model))
+    beside = (c for c in beside if c.engine.distill == variant)
     return next(beside, None) or _made_config(found, found.model, variant)
 
 
@@ -161,7 +181,7 @@ def _model_config(tensors: Mapping[str, TensorInfo]) -> ModelConfig | None:
         cond = tensors["t_embedder.mlp.2.weight"].shape[0]
         duplicated = channels == 32  # latents have 16 channels
         return ModelConfig(
-            num_layers=1 + max(int(m[1]) for m in map(_LAYER.match, tensors) if m),
+            num_layers=min(MOST_LAYERS, 1 + max(int(m[1]) for m in map(_LAYER.match, tensors) if m)),
             hidden_size=hidden,
             ffn_hidden_size=ffn,
             num_attention_heads=hidden // head,
@@ -182,44 +202,100 @@ def _model_config(tensors: Mapping[str, TensorInfo]) -> ModelConfig | None:
         return None
 
 
-def _configs_beside(path: Path, model: ModelConfig) -> list[tuple[Path, MagiConfig]]:
-    """Finds configs of a transformer of these sizes, in the folder of the weights or else in its parent."""
+_Configs = list[tuple[Path, MagiConfig]]
+
+
+def _layers_fault(model: ModelConfig, metadata: Mapping[str, str], configs: _Configs) -> str:
+    """Says in what the number of layers disagrees; files of random weights may have fewer, by their metadata."""
+    layers = model.num_layers
+    if metadata.get("layers") == str(layers) or _fitting(configs, model):
+        return ""
+    again = "Download the file again, with all its shards"
+    for file, config in configs:
+        return (
+            f"it holds {layers}, and {printable(file.name)} near it says {config.model.num_layers}. {again}, or put the "
+            "config.json that belongs to it beside it"
+        )
+    for name, config in PRESETS.items():
+        if replace(config.model, num_layers=layers) == model and layers < config.model.num_layers:
+            return (
+                f"it holds {layers}, and the released model that has its sizes, {name.split('_')[0]}, {config.model.num_layers}. "
+                f"{again}, or put a config.json with this number beside it if it is meant so"
+            )
+    return ""
+
+
+def _configs_beside(path: Path, model: ModelConfig) -> _Configs:
+    """Finds configs of a transformer of these sizes, in the folder of the weights or else in its parent.
+
+    Those of another number of layers are left out where one has the right one.
+
+    Raises:
+        MagiError: the config.json in the folder of the weights cannot be read. Other files that cannot are left out with
+            a warning.
+    """
     path = path.absolute()
-    for folder in (path, path.parent) if path.is_dir() else (path.parent, path.parent.parent):
+    folders = (path, path.parent) if path.is_dir() else (path.parent, path.parent.parent)
+    others: _Configs = []
+    for folder in folders:
         found = []
-        for file in sorted(folder.glob("*config*.json")):
-            try:
-                data = json.loads(file.read_text(encoding="utf-8"))
-                config = MagiConfig.from_dict(data) if "model_config" in data else None
-            except (OSError, ValueError, TypeError):
-                continue  # some other JSON file
-            except MagiError as error:  # perhaps of another model
-                warnings.warn(f"The config {str(file)!r} is left out. {error}", stacklevel=2)
-                continue
+        try:
+            files = visible(folder, "*config*.json")
+        except MagiError:  # a folder may give its files to who knows their names
+            continue
+        for file in files:
+            config = _transformer_config(file, needed=folder == folders[0] and file.name == "config.json")
             if config is not None and _same_sizes(config.model, model):
                 found.append((file, config))
-        if found:
-            return found
-    return []
+        if fitting := _fitting(found, model):
+            return fitting
+        others += found
+    return others
+
+
+def _fitting(configs: _Configs, model: ModelConfig) -> _Configs:
+    return [(file, config) for file, config in configs if config.model.num_layers == model.num_layers]
+
+
+def _transformer_config(file: Path, needed: bool) -> MagiConfig | None:
+    """Reads the config of a transformer; returns None, with a warning, for one of no use, and for other JSON."""
+    try:
+        data = read_json(file)
+        return MagiConfig.from_dict(data) if isinstance(data, dict) and "model_config" in data else None
+    except MagiError as error:  # perhaps of another model
+        warnings.warn(f"The config {str(file)!r} is left out. {error}", stacklevel=2)
+    except (OSError, ValueError) as error:
+        if needed:
+            raise MagiError(
+                f"The config {str(file)!r} beside the weights cannot be read: {error}. Download it again, or remove it."
+            ) from error
+        warnings.warn(f"The file {str(file)!r} is left out, as it cannot be read: {error}.", stacklevel=2)
+    return None
 
 
 def _same_sizes(config: ModelConfig, model: ModelConfig) -> bool:
-    return replace(config, **{name: getattr(model, name) for name in _UNSEEN}) == model
+    """Tells whether sizes are equal but for the number of layers, and for what no tensor shows."""
+    unseen = ("num_layers", *_UNSEEN)
+    return replace(config, **{name: getattr(model, name) for name in unseen}) == model
 
 
-def _distilled(metadata: Mapping[str, str], path: Path, model: ModelConfig | None) -> tuple[bool | None, str]:
-    path = path.absolute()  # for the names of its parents
-    configs = _configs_beside(path, model) if model else []
+def _variant(metadata: Mapping[str, str], path: Path, configs: _Configs) -> tuple[bool | None, str]:
+    """Returns whether the weights are distilled and what tells it, by configs beside them or names."""
     if len({config.engine.distill for _, config in configs}) == 1:
         file, config = configs[0]
-        return config.engine.distill, f"the config {file.name}"
+        return config.engine.distill, f"the config {printable(file.name)}"
+    return _variant_by_names(metadata, path)
+
+
+def _variant_by_names(metadata: Mapping[str, str], path: Path) -> tuple[bool | None, str]:
+    path = path.absolute()  # for the names of its parents
     for key in ("variant", "distill", "model"):
         if key in metadata and (variant := _variant_in(metadata[key], metadata=True)) is not None:
-            return variant, f"the metadata of {path.name}"
+            return variant, f"the metadata of {printable(path.name)}"
     # Official names: 4.5B_base/inference_weight, 4.5B_distill/inference_weight.distill, ...
     for name in (path.name, path.parent.name, path.parent.parent.name):
         if re.search(r"magi|\d+b[_.-]|inference_weight", name.lower()) and (variant := _variant_in(name)) is not None:
-            return variant, f"the name {name}"
+            return variant, f"the name {printable(name)}"
     return None, ""
 
 

@@ -66,6 +66,7 @@ def load_transformer(
         source = checkpoint = Checkpoint(path)
         config = resolve_config(checkpoint, config)
         check_tensors(checkpoint, config.model, repr(str(checkpoint.path)))
+        checkpoint.check_whole()
     elif config is not None:
         source = path
     else:
@@ -119,7 +120,7 @@ def check_transformer(
     precision: str = "auto",
     attention: str = "auto",
 ) -> MagiConfig:
-    """Checks, by headers alone, all that loading a transformer would refuse; returns the config to load it with.
+    """Checks, by headers and a few samples, all that loading a transformer would refuse; returns the config to load it with.
 
     Arguments are those of `load_transformer`; `distilled` is the variant, where nothing in the file tells it.
 
@@ -129,6 +130,7 @@ def check_transformer(
     with Checkpoint(path) as checkpoint:
         config = resolve_config(checkpoint, config, distilled)
         check_tensors(checkpoint, config.model, repr(str(path)))
+        checkpoint.check_whole()
         if has_fp8(checkpoint.tensors) or precision == "fp8":
             require_float8()
         low = compute_dtype(checkpoint.tensors, precision, dtype)

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..checkpoint.reader import Checkpoint
 from ..config import PRESETS
 from ..errors import MagiError
 from ..sampling.special_tokens import FILE_NAME as SPECIAL_TOKENS
 from ..sampling.special_tokens import SpecialTokens, find_special_tokens
+from ..system.folders import is_file, visible, what_is_at
+from ..system.json_files import read_json
 from ..system.paths import user_path
 
 # The official tree, the same in the Hub's repository and on disk.
@@ -43,6 +46,25 @@ class ModelFiles:
             what, instead = _INSTEAD[part]
             raise MagiError(f"This pipeline was made without a {what}. Make it with one, or {instead}.")
         return path
+
+    def damaged(self) -> Path | None:
+        """Returns the first file of these folders that is missing or cannot be read, by headers and a few samples."""
+        for folder in filter(None, (self.transformer, self.vae, self.text_encoder)):
+            try:
+                with Checkpoint(folder) as checkpoint:
+                    checkpoint.check_whole()
+            except MagiError:
+                return next(iter(visible(folder, "*.safetensors")), folder)
+            for file in (folder / "config.json", *visible(folder, "tokenizer*.json")):
+                try:
+                    read_json(file)
+                except (OSError, ValueError):
+                    return file
+        try:
+            load_special_tokens(self)
+        except MagiError:
+            return self.special_tokens
+        return None
 
 
 def find_files(
@@ -90,7 +112,7 @@ def special_tokens_near(weights: Path, folders: Sequence[Path]) -> Path | None:
     beside = weights if weights.is_dir() else weights.parent
     places = [beside, *folders]  # a file beside the weights belongs to them
     usual = (folder / SPECIAL_TOKENS for folder in places)
-    return next((file for file in usual if file.is_file()), None) or find_special_tokens(places)
+    return next(filter(is_file, usual), None) or find_special_tokens(places)
 
 
 def load_special_tokens(files: ModelFiles) -> SpecialTokens | None:
@@ -106,7 +128,7 @@ def find_transformer(models: Path, name: str) -> Path:
     """
     if name not in PRESETS:
         path = user_path(name)
-        if not path.exists():
+        if what_is_at(path) == "nothing":
             raise MagiError(
                 f"There is no transformer at {name!r}, and no released model has that name. Give a path, or one of: {', '.join(PRESETS)}."
             )
@@ -117,7 +139,7 @@ def find_transformer(models: Path, name: str) -> Path:
 
 def released_weights(models: Path, name: str) -> Path | None:
     """Returns the folder of a released model's weights below `models`, None where it is not there."""
-    return next((f for f in sorted((models / MODELS / name).glob("inference_weight*")) if f.is_dir()), None)
+    return next((f for f in visible(models / MODELS / name, "inference_weight*") if what_is_at(f) == "folder"), None)
 
 
 def _part(models: Path, given: str | Path | None, usual: Path, what: str, item: str) -> Path:
@@ -125,7 +147,7 @@ def _part(models: Path, given: str | Path | None, usual: Path, what: str, item: 
 
 
 def _existing(path: Path, what: str, models: Path, item: str) -> Path:
-    if not path.exists():
+    if what_is_at(path) == "nothing":
         raise MagiError(
             f"The {what} is not at {str(path)!r}. Give its path, or fetch it with "
             f"`python -m magi download {item} --folder {models}`."

@@ -58,7 +58,7 @@ def repeating_files(folder: str | Path | None) -> ModelFiles:
     # Named after this file's hash: when the file changes, the model is generated again.
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     home = Path(folder) / f"magi1-repeating-{recipe}"
-    files = ModelFiles(home / "transformer", home / "vae", home / "text_encoder", home / SPECIAL_TOKENS_FILE)
+    files = _files_in(home)
     if not _is_whole(home):
         # Written beside its place and then renamed, so that an interrupted or concurrent start leaves nothing incomplete.
         made = home.with_name(f"{home.name}.{uuid.uuid4().hex}.part")
@@ -75,9 +75,12 @@ def repeating_files(folder: str | Path | None) -> ModelFiles:
 
 
 def _is_whole(home: Path) -> bool:
-    """Returns whether all files are there; a clean-up tool may have removed some."""
-    weights = (home / part for part in ("transformer/model", "vae/diffusion_pytorch_model", "text_encoder/model"))
-    return (home / SPECIAL_TOKENS_FILE).is_file() and all(w.with_suffix(".safetensors").is_file() for w in weights)
+    """Returns whether all files are there and can be read: a clean-up tool or a full disk may have been at them."""
+    return home.is_dir() and _files_in(home).damaged() is None
+
+
+def _files_in(home: Path) -> ModelFiles:
+    return ModelFiles(home / "transformer", home / "vae", home / "text_encoder", home / SPECIAL_TOKENS_FILE)
 
 
 def _move(made: Path, home: Path) -> None:

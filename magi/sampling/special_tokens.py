@@ -1,10 +1,13 @@
 """The learned token vectors that are prepended to captions for style, duration and unwanted content."""
 
 import hashlib
+import io
+import math
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +15,8 @@ import numpy as np
 import torch
 
 from ..errors import MagiError
+from ..system.file_kinds import NPZ, file_kind
+from ..system.folders import visible, what_is_at
 
 FILE_NAME = "special_tokens.npz"
 SIZE = 3_343_124  # bytes
@@ -19,8 +24,13 @@ SHA256 = "b54bc664d5f4a722dfd8bb22201c025df61f22acddc07c0a2529d7b5cd6be5a7"
 _OFFICIAL_WIDTH = 4096
 _HOW = f"Use the official {FILE_NAME} (`python -m magi download special_tokens` fetches it, 3 MB)."
 
-# numpy raises these for files of other kinds, .npy files and pickles among them
-_UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError)
+_MOST_BYTES = 1 << 26  # of an array, many times the official ones: an archive of kilobytes may unpack to gigabytes
+_ARRAYS = ("caption_token", "logo_token", "other_tokens")
+# zipfile and numpy raise these for files of other kinds, damaged and encrypted ones, and pickles
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 # Rows of other_tokens
 _TRANSITION = 0
@@ -55,14 +65,17 @@ class SpecialTokens:
             MagiError: the file is missing, is not such an archive, or lacks the tokens.
         """
         path = Path(path).expanduser()
-        if not path.is_file():
+        if what_is_at(path) != "file":
             raise MagiError(f"There is no special-token file {str(path)!r}. {_HOW}")
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {key: archive[key] for key in ("caption_token", "logo_token", "other_tokens")}
-            caption, logo, other = (torch.from_numpy(a.astype(np.float16)).float() for a in arrays.values())
-        except (*_UNREADABLE, zipfile.BadZipFile, zlib.error) as error:
-            raise MagiError(f"{str(path)!r} is not the special-token file ({error}). {_HOW}") from error
+            with zipfile.ZipFile(path) as archive:
+                arrays = {name: _array(archive, name) for name in _ARRAYS}
+            with np.errstate(over="ignore"):  # found below
+                caption, logo, other = (torch.from_numpy(a.astype(np.float16)).float() for a in arrays.values())
+            if not all(bool(t.isfinite().all()) for t in (caption, logo, other)):
+                raise ValueError("some of its numbers are NaN or infinite in float16")
+        except _UNREADABLE as error:
+            raise MagiError(f"{str(path)!r} is not the special-token file ({_reason(path, error)}). {_HOW}") from error
         rows = _STYLES["2d_anime"] + 1
         if not (
             caption.ndim == logo.ndim == other.ndim == 2
@@ -104,8 +117,40 @@ class SpecialTokens:
 
 def find_special_tokens(folders: Iterable[str | Path]) -> Path | None:
     """Finds the published file by its hash among the .npz files of the folders; returns None without one."""
-    files = (file for folder in folders for file in sorted(Path(folder).glob("*.npz")))
-    return next((file for file in files if is_official(file)), None)
+    for folder in folders:
+        with suppress(MagiError):  # a folder that cannot be read: others may be meant
+            for file in visible(Path(folder), "*.npz"):
+                if is_official(file):
+                    return file
+    return None
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Says what kind of file it is where that is another one, else what is wrong with it."""
+    try:
+        kind = file_kind(path)
+    except OSError:
+        kind = None
+    return str(error) if kind in (None, NPZ) else f"it is {kind.name}"
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> "np.ndarray":
+    """Reads an array of floating-point numbers, once its size as declared is known to be reasonable.
+
+    Raises:
+        ValueError: it is larger, or no such array; the archive raises others of `_UNREADABLE`.
+    """
+    member = archive.getinfo(f"{name}.npy")
+    if member.file_size > _MOST_BYTES:
+        raise ValueError(f"its {name} takes {member.file_size:,} bytes")
+    data = io.BytesIO(archive.read(member))
+    version = np.lib.format.read_magic(data)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(data)
+    if dtype.kind != "f" or math.prod(shape) * dtype.itemsize > member.file_size:
+        raise ValueError(f"its {name} is {dtype} {shape}")
+    data.seek(0)
+    return np.lib.format.read_array(data, allow_pickle=False)
 
 
 def check_styles(styles: Iterable[str]) -> None:
@@ -117,4 +162,7 @@ def check_styles(styles: Iterable[str]) -> None:
 
 def is_official(path: Path) -> bool:
     """Tells whether this is the published file, by its size first and then by its hash."""
-    return path.stat().st_size == SIZE and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
+    try:
+        return path.stat().st_size == SIZE and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
+    except OSError:  # a link that leads nowhere, a file of someone else's
+        return False

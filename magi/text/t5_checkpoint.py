@@ -5,7 +5,6 @@ file, in float32, bfloat16, float16 or float8 (plain, or scaled: a multiplier be
 sizes are checked here, before transformers is imported or anything is moved.
 """
 
-import json
 import re
 import zipfile
 from dataclasses import dataclass, replace
@@ -16,6 +15,8 @@ import torch
 from ..checkpoint.mapped_file import compare_shapes, first_few
 from ..checkpoint.reader import Checkpoint, find_weight_files, indexed_files
 from ..errors import MagiError
+from ..system.folders import visible, what_is_at
+from ..system.json_files import read_json
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 _EMBEDDING = "shared.weight"
@@ -88,12 +89,12 @@ def find_t5_files(path: str | Path) -> list[Path]:
         raise MagiError(
             f"The text encoder is not at {str(path)!r}. Give its path, or fetch it with `python -m magi download t5`."
         )
-    if not path.is_dir() or any(path.glob("*.safetensors*")):
+    if not path.is_dir() or visible(path, "*.safetensors*"):
         return find_weight_files(path)
-    indices = sorted(path.glob("*.bin.index.json"))
+    indices = visible(path, "*.bin.index.json")
     if indices:
         return indexed_files(*indices)
-    files = sorted(path.glob("pytorch_model*.bin"))
+    files = visible(path, "pytorch_model*.bin")
     if not files:
         raise MagiError(
             f"The folder {str(path)!r} holds no text encoder: neither a .safetensors nor a pytorch_model*.bin file is in it. "
@@ -109,12 +110,17 @@ def find_t5_files(path: str | Path) -> list[Path]:
 
 
 def t5_is_missing(path: str | Path) -> bool:
-    """Returns whether all weight files of a folder, index or file are missing, not only some of them."""
+    """Returns whether all weight files of a folder, index or file are missing, not only some of them.
+
+    Raises:
+        MagiError: the system does not let one look.
+    """
     path = Path(path).expanduser()
     folder = path.parent if path.name.endswith(".index.json") else path
-    if not folder.is_dir():
-        return not folder.exists()
-    return not any(file.suffix in (".safetensors", *_TORCH_SUFFIXES) for file in folder.iterdir())
+    there = what_is_at(folder)
+    if there != "folder":
+        return there == "nothing"
+    return not any(file.suffix in (".safetensors", *_TORCH_SUFFIXES) for file in visible(folder, "*"))
 
 
 def read_t5(path: str | Path) -> T5Checkpoint:
@@ -206,7 +212,7 @@ def _with_config(shape: T5Shape, file: Path) -> T5Shape:
     if not file.is_file():
         return shape
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         kind, act = config.get("model_type", "t5"), config.get("feed_forward_proj", "gated-gelu")
         shape = replace(
             shape,

@@ -5,13 +5,13 @@ spelled out in a prompt are plain text, and nothing can be looked up on the netw
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from string import punctuation
 
 from ..errors import MagiError
+from ..system.json_files import read_json
 
 _BYT5_OFFSET = 3  # ids 0, 1, 2: padding, end, unknown
 _BYT5_VOCABULARY = _BYT5_OFFSET + 256
@@ -111,7 +111,7 @@ def _is_byt5(file: Path) -> bool:
     if file.name != "tokenizer_config.json" or not file.is_file():
         return False
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except (OSError, ValueError) as error:
         raise MagiError(f"{str(file)!r} is unreadable ({error}). Download it again.") from error
     return isinstance(config, dict) and config.get("tokenizer_class") == "ByT5Tokenizer"
@@ -120,7 +120,7 @@ def _is_byt5(file: Path) -> bool:
 def _load_json(file: Path) -> Tokenizer:
     from tokenizers import Tokenizer as JsonTokenizer
 
-    model = JsonTokenizer.from_str(file.read_text(encoding="utf-8"))
+    model = JsonTokenizer.from_str(file.read_text(encoding="utf-8-sig"))
     model.no_padding()
     model.no_truncation()
     end_id = model.token_to_id(_END)

@@ -5,7 +5,7 @@ uses (on the device, in host memory, in a mapped file) is up to the source.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
@@ -16,11 +16,13 @@ from ..config import ModelConfig
 from ..errors import MagiError
 from .float8 import Fp8Weight, StoredFp8
 from .layers import AnyLinear, Linear, Norm
+from .quantised import INSTEAD, beside_weights, check_types, is_official_float8, is_plain, quantised_by, read_weight
 
 Precision = Literal["auto", "bf16", "fp32", "fp8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 _COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _Weights = TypeVar("_Weights")
+_REMEDY = "Download the file again, or give the config that belongs to it."
 _TYPICAL = "videodit_blocks.layers.0.mlp.linear_fc2.weight"  # never float8, so its dtype is the file's
 
 BLOCK = "videodit_blocks.layers.{}."
@@ -193,7 +195,9 @@ class WeightReader:
         )
 
     def _get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        return self.source.tensor(name).to(self.device, dtype)
+        plain = is_plain(name, self.source.tensors)
+        tensor = self.source.tensor(name) if plain else read_weight(self.source, name, dtype)
+        return tensor.to(self.device, dtype)
 
     def _dense(self, name: str, dtype: torch.dtype, bias: bool = True) -> Linear:
         return Linear(self._get(name + ".weight", dtype), self._get(name + ".bias", dtype) if bias else None)
@@ -203,9 +207,9 @@ class WeightReader:
         return Norm(weight + 1 if one_p and self.config.apply_layernorm_1p else weight, bias)
 
     def _linear(self, name: str, store: bool) -> AnyLinear:
-        if name + ".weight_scale" not in self.source.tensors:
+        if not is_official_float8(name, self.source.tensors):
             if store:
-                return StoredFp8.quantise(self.source.tensor(name + ".weight"), self.device)
+                return StoredFp8.quantise(read_weight(self.source, name + ".weight"), self.device)
             return self._dense(name, self.dtype, bias=False)
         smooth = name + ".smooth_scale"
         return Fp8Weight.from_official(
@@ -279,9 +283,9 @@ def _may_be_fp8(layer: int, config: ModelConfig) -> bool:
     return 0 < layer < config.num_layers - 1
 
 
-def has_fp8(tensors: Iterable[str]) -> bool:
-    """Tells whether these tensor names include official fp8 layers."""
-    return any(name.endswith(".weight_scale") for name in tensors)
+def has_fp8(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Tells whether these tensors include official fp8 layers."""
+    return any(is_official_float8(name.rpartition(".")[0], tensors) for name in tensors)
 
 
 def compute_dtype(
@@ -317,10 +321,13 @@ def check_tensors(source: TensorSource, config: ModelConfig, label: str) -> None
     """Compares the tensors of a checkpoint with those `config` needs, from its header alone.
 
     Raises:
-        MagiError: tensors are missing, unexpected or of another shape; it names the first ones and the remedy.
+        MagiError: tensors are missing, unexpected, of another shape or of a type that cannot be run; it names the first
+            ones and the remedy.
     """
+    check_types(source, label)
+    beside = beside_weights(source.tensors)
+    found = {name: info.shape for name, info in source.tensors.items() if name not in beside}
     wanted = tensor_shapes(config, has_fp8(source.tensors))
-    found = {name: info.shape for name, info in source.tensors.items()}
     faults = compare_shapes(found, wanted)
     misshapen = [f"{name} {found[name]} instead of {wanted[name]}" for name in faults.misshapen]
     problems = [
@@ -333,7 +340,8 @@ def check_tensors(source: TensorSource, config: ModelConfig, label: str) -> None
         if names
     ]
     if problems:
+        made = quantised_by(faults.unexpected)
+        remedy = f"It is {made}. {INSTEAD}" if made else _REMEDY
         raise MagiError(
-            f"{label} does not hold the transformer its config describes. Tensors: {'; '.join(problems)}. "
-            "Download the file again, or give the config that belongs to it."
+            f"{label} does not hold the transformer its config describes. Tensors: {'; '.join(problems)}. {remedy}"
         )

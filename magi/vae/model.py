@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import MagiError
+from ..system.printable import printable
 from .tiling import PATCH_FRAMES, PATCH_SIZE
 
 PATCH_VALUES = PATCH_FRAMES * PATCH_SIZE * PATCH_SIZE
@@ -25,6 +26,9 @@ _FIXED = {
     "conv_last_layer": True,
     "norm_code": False,
 }
+# Far beyond every VAE, so that none takes time or memory without end
+MOST_BLOCKS = 1000
+_LARGEST = 1 << 16  # of any other size
 _REMEDY = "Use the config.json that belongs to the file."
 
 
@@ -61,12 +65,13 @@ class VAEConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             numbers = (int, float) if field.name == "mlp_ratio" else (int,)
+            most = MOST_BLOCKS if field.name == "depth" else _LARGEST
             if field.type is bool:
                 good = isinstance(value, bool)
             else:
-                good = isinstance(value, numbers) and not isinstance(value, bool) and value > 0
+                good = isinstance(value, numbers) and not isinstance(value, bool) and 0 < value <= most
             if not good:
-                raise MagiError(f"The VAE config says {field.name} = {value!r}. {_REMEDY}")
+                raise MagiError(f"The VAE config says {field.name} = {printable(repr(value))}. {_REMEDY}")
         units = {"video_size": PATCH_SIZE, "video_length": PATCH_FRAMES, "embed_dim": self.num_heads}
         for name, unit in units.items():
             if getattr(self, name) % unit:
@@ -89,7 +94,7 @@ class VAEConfig:
         for name, value in _FIXED.items():
             if ddconfig.get(name, value) != value:
                 raise MagiError(
-                    f"The VAE config says {name} = {ddconfig[name]!r}; every MAGI-1 VAE has {value!r}. This is another model."
+                    f"The VAE config says {name} = {printable(repr(ddconfig[name]))}; every MAGI-1 VAE has {value!r}. This is another model."
                 )
         return cls(**{f.name: ddconfig[f.name] for f in fields(cls) if f.name in ddconfig})
 

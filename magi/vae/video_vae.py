@@ -3,9 +3,9 @@
 Shapes: videos (B, 3, T, H, W), latents (B, z, t, h, w) with t = ceil(T / 4), h = H / 8, w = W / 8 and z = 16.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,13 +17,16 @@ from ..config import LATENT_SCALE as SCALE
 from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, pick_device
 from ..system.finite import is_finite
+from ..system.json_files import read_json
+from ..system.printable import printable
 from ..system.progress import OnProgress
 from .footprint import fitting, makes_scores
-from .model import Decoder, Encoder, VAEConfig
+from .model import MOST_BLOCKS, Decoder, Encoder, VAEConfig
 from .tiled_run import TileRun, check_tensor, check_video
 from .tiling import PATCH_FRAMES, PATCH_SIZE, Tiling, map_tiles, recut
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_STORED = ("BF16", "F16", "F32", "F64")  # types of tensors in a file
 
 
 class VideoVAE(nn.Module):
@@ -287,9 +290,11 @@ def load_vae(
     device = pick_device(device)
     with Checkpoint(path) as checkpoint:
         config = _beside(checkpoint.files[0]) or _config_of(checkpoint)
+        _check_types(checkpoint)
         with torch.device("meta"):
             vae = VideoVAE(config)
         _compare(checkpoint, vae)
+        checkpoint.check_whole()
         # One tensor at a time, so that another dtype or device does not need a second copy of all weights.
         weights: dict[str, torch.Tensor] = {}
         for name in checkpoint:
@@ -307,7 +312,7 @@ def _beside(file: Path) -> VAEConfig | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise MagiError(
             f"{str(path)!r} cannot be read ({error}). Download it again, or remove it to use the sizes in the weights."
@@ -319,20 +324,38 @@ def _beside(file: Path) -> VAEConfig | None:
 def _config_of(checkpoint: Checkpoint) -> VAEConfig:
     """Infers the sizes from the tensors, with the published ones as defaults."""
     for name in ("decoder.blocks.0.mlp.fc1.weight", "decoder.proj_in.weight"):
-        if name not in checkpoint or len(checkpoint.tensors[name].shape) != 2:
+        shape = checkpoint.tensors[name].shape if name in checkpoint else ()
+        if len(shape) != 2 or 0 in shape:
             raise MagiError(_no_vae(checkpoint, f"It has no matrix {name}"))
     hidden, _ = checkpoint.tensors["decoder.blocks.0.mlp.fc1.weight"].shape
     embed_dim, z_chans = checkpoint.tensors["decoder.proj_in.weight"].shape
-    blocks = [re.match(r"decoder\.blocks\.(\d+)\.", name) for name in checkpoint]
-    return VAEConfig(
+    blocks = [re.match(r"decoder\.blocks\.([0-9]{1,9})\.", name) for name in checkpoint]
+    config = VAEConfig(
         z_chans=z_chans,
         embed_dim=embed_dim,
-        depth=1 + max(int(match[1]) for match in blocks if match),
+        depth=min(MOST_BLOCKS, 1 + max(int(match[1]) for match in blocks if match)),
         num_heads=max(1, embed_dim // 64),
         mlp_ratio=hidden / embed_dim,
         qkv_bias="decoder.blocks.0.attn.qkv.bias" in checkpoint,
         use_final_proj="decoder.final_proj.weight" in checkpoint,
     )
+    published = VAEConfig()
+    if config.depth < published.depth and replace(config, depth=published.depth) == published:
+        raise MagiError(
+            f"{str(checkpoint.path)!r} holds {config.depth} blocks, and the published VAE, whose sizes it has, {published.depth}. "
+            "Download it again; or put its config.json beside it, if it is meant so."
+        )
+    return config
+
+
+def _check_types(checkpoint: Checkpoint) -> None:
+    """Raises MagiError for weights that are no floating-point numbers."""
+    wrong = [f"{printable(name)} {t.dtype}" for name, t in checkpoint.tensors.items() if t.dtype not in _STORED]
+    if wrong:
+        raise MagiError(
+            f"{str(checkpoint.path)!r} holds {len(wrong)} tensors of a type that cannot be run as weights "
+            f"({first_few(wrong)}): they must be BF16, F16 or F32. Take the official VAE: `python -m magi download vae`."
+        )
 
 
 def _compare(checkpoint: Checkpoint, vae: VideoVAE) -> None:

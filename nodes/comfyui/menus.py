@@ -13,6 +13,7 @@ from ...magi.model_files.download import HUB, REPOSITORY, SPECIAL_TOKENS_URL
 from ...magi.model_files.embedded import embedded_files
 from ...magi.model_files.locate import SPECIAL_TOKENS, ModelFiles, released_weights, special_tokens_near
 from ...magi.model_files.repeating import repeating_files
+from ...magi.system.folders import visible, what_is_at
 from ...magi.text.embedding_cache import EmbeddingCache
 from ...magi.text.encoder import encoder_fingerprint
 from ...magi.text.t5_checkpoint import t5_is_missing
@@ -184,8 +185,18 @@ def _released_folders(name: str) -> Iterator[Path]:
 
 
 def _released(name: str) -> Path | None:
-    """Returns the folder of a released model's weights, None where it has none: a download may only have begun."""
-    return next((folder for folder in _released_folders(name) if any(folder.glob("*.safetensors"))), None)
+    """Returns the folder of a released model's weights, None where it has none: a download may only have begun.
+
+    A folder that cannot be read is returned, for the loader to say so.
+    """
+    for folder in host.model_folders():
+        try:
+            weights = released_weights(folder, name)
+            if weights is not None and visible(weights, "*.safetensors"):
+                return weights
+        except MagiError:
+            return folder / locate.MODELS / name
+    return None
 
 
 def _tokenizer(encoder: Path) -> Path | None:
@@ -213,7 +224,15 @@ def _official(place: str, what: str, files: str, item: str) -> Path:
 
 def _places(place: str) -> Iterator[Path]:
     """Yields the existing folders of this name in the official tree, in all folders for MAGI-1's models."""
-    return (folder / place for folder in host.model_folders() if (folder / place).is_dir())
+    return (folder / place for folder in host.model_folders() if _may_be_folder(folder / place))
+
+
+def _may_be_folder(path: Path) -> bool:
+    """Returns whether a folder is there, or something that cannot be looked at: the loader says so."""
+    try:
+        return what_is_at(path) == "folder"
+    except MagiError:
+        return True
 
 
 def _find(name: str, kind: str) -> Path:
@@ -221,7 +240,7 @@ def _find(name: str, kind: str) -> Path:
         raise MagiError("That line only heads those that are not installed. Choose one of them, auto, or one above.")
     name = name.replace("\\", "/")  # as a workflow from another machine may have it
     for folder in (*host.model_folders(), *host.model_folders(kind)):
-        if _stays_inside(name) and (folder / name).exists():
+        if _stays_inside(name) and what_is_at(folder / name) != "nothing":
             return folder / name
     # The folder that has the kind's name: ComfyUI's first for diffusion models still is "unet".
     native = next((f for f in host.model_folders(kind) if f.name == kind), host.model_folders(kind)[0])
@@ -236,11 +255,16 @@ def _stays_inside(name: str) -> bool:
 
 
 def _found(kind: str) -> list[str]:
-    """Returns files, and folders instead of shards, in a native folder and our own, without the official tree."""
+    """Returns files in a native folder and our own, without the official tree and hidden ones; shards count once."""
     own = [name for name in host.model_names(host.FOLDER) if not name.startswith("ckpt/")]
     names = [n for n in (*own, *host.model_names(kind)) if n.lower().endswith((".safetensors", ".sft"))]
-    folded = (name.rpartition("/")[0] if _SHARD.search(name) and "/" in name else name for name in names)
-    return list(dict.fromkeys(folded))
+    shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    first: dict[str, str] = {}
+    for name in shown:
+        # Shards in a folder of their own stand for it; without one, the first stands for all.
+        folder = name.rpartition("/")[0] if _SHARD.search(name) else ""
+        first.setdefault(folder or _SHARD.sub("", name), folder or name)
+    return list(first.values())
 
 
 def _missing(what: str, place: str, files: str, item: str) -> MagiError:

@@ -113,10 +113,89 @@ def test_a_folder_without_weights(tmp_path):
         find_weight_files(tmp_path)
 
 
-def test_a_folder_with_several_files_and_no_index(tmp_path, weights):
-    write(tmp_path, weights, 3, index=False)
-    with pytest.raises(MagiError, match=r"several .*model-00001-of-00003\.safetensors.*Give one of them"):
+def test_several_files_that_no_name_puts_in_order(tmp_path, weights):
+    save_file(weights, tmp_path / "base.safetensors")
+    save_file(weights, tmp_path / "distill.safetensors")
+    with pytest.raises(MagiError, match=r"several .*base\.safetensors.*Give one of them"):
         Checkpoint(tmp_path)
+    write(tmp_path, weights, 3, index=False)
+    with pytest.raises(MagiError, match=r"several .*\(base\.\S+, distill\.\S+, model-00001-of-00003\.safetensors\)"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model-0000{}-of-00003.safetensors", "x_{}_of_3.fp16.safetensors"])
+@pytest.mark.parametrize("given", ["the folder", "its second shard"])
+def test_shards_without_an_index_are_read_by_their_names(name, given, tmp_path, weights):
+    for i, file in enumerate(sorted(write(tmp_path, weights, 3, index=False).iterdir()), 1):
+        file.rename(tmp_path / name.format(i))
+    with Checkpoint(tmp_path if given == "the folder" else tmp_path / name.format(2)) as found:
+        assert sorted(found) == sorted(weights)
+        assert [file.name for file in found.files] == [name.format(i) for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("given", ["the folder", "a shard"])
+def test_shards_that_their_names_count_and_that_are_missing_are_named(given, tmp_path, weights):
+    folder = write(tmp_path, weights, 3, index=False)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    path = folder if given == "the folder" else folder / "model-00003-of-00003.safetensors"
+    with pytest.raises(MagiError, match=r"1 of 3 shards.*model-00002-of-00003\.safetensors.*again"):
+        Checkpoint(path)
+
+
+def test_a_shard_goes_with_its_own_index(tmp_path, weights):
+    write(tmp_path, weights, 2)
+    save_file({"stranger": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with Checkpoint(tmp_path / "model-00001-of-00002.safetensors") as found:
+        assert sorted(found) == sorted(weights)
+
+
+HIDDEN = ["._model.safetensors", ".model.safetensors", "._model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_hidden_files_beside_the_weights_are_none(name, shards, tmp_path, weights):
+    folder = write(tmp_path, weights, shards)
+    (folder / name).write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+    with Checkpoint(folder) as found:
+        assert sorted(found) == sorted(weights)
+
+
+def test_a_side_file_of_macos_is_told(tmp_path):
+    (tmp_path / "._model.safetensors").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+    with pytest.raises(MagiError, match=r"side file of macOS.*without \._"):
+        Checkpoint(tmp_path / "._model.safetensors")
+    with pytest.raises(MagiError, match=r"holds no \.safetensors file: nothing that shows is in it"):
+        Checkpoint(tmp_path)
+
+
+def test_what_a_folder_without_weights_holds_is_said(tmp_path):
+    (tmp_path / "4.5B_base").mkdir()
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(MagiError, match=r"holds no \.safetensors file: it holds 4\.5B_base, model\.gguf"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["folder", "file"])
+def test_what_may_not_be_read_is_said_to_be_so(case, tmp_path, weights, monkeypatch):
+    """As the tests may run as root, who may read anything, the system's refusal is played."""
+    folder = write(tmp_path / "models", weights)
+
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir" if case == "folder" else "stat", refused)
+    with pytest.raises(MagiError, match="Permission denied") as caught:
+        Checkpoint(folder if case == "folder" else folder / "model.safetensors")
+    assert "models" in str(caught.value)
+    assert "holds no" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "y" * 300 + ".safetensors"])
+def test_names_that_are_too_long(name, tmp_path):
+    with pytest.raises(MagiError) as caught:
+        Checkpoint(tmp_path / name)
+    assert len(str(caught.value)) < 900
 
 
 @pytest.mark.parametrize("read", [Checkpoint, load_vae, find_t5_files, recognise], ids=lambda read: read.__name__)
@@ -143,6 +222,56 @@ def test_an_unreadable_index(text, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(MagiError, match=r"index .*unreadable.*again"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        *(
+            "/etc/passwd",
+            "../model.safetensors",
+            "sub/../../model.safetensors",
+            "C:\\model.safetensors",
+            "C:model.safetensors",
+        ),
+        *("..\\model.safetensors", "\\\\host\\share\\model.safetensors", "//host/share/model.safetensors", ""),
+    ],
+)
+def test_an_index_stays_in_its_folder(shard, tmp_path, weights):
+    save_file(weights, tmp_path / "model.safetensors")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"rope.bands": shard}}), encoding="utf-8")
+    with pytest.raises(MagiError, match=r"unreadable \(the file .* is not in its folder\)"):
+        Checkpoint(index)
+
+
+def test_an_index_may_name_files_in_folders_below(tmp_path, weights):
+    write(tmp_path / "sub", weights)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "sub/model.safetensors")}), encoding="utf-8")
+    with Checkpoint(tmp_path) as found:
+        assert sorted(found) == sorted(weights)
+
+
+def test_an_index_that_names_what_is_in_no_file(tmp_path, weights, tiny_config):
+    folder = write(tmp_path, weights, 2)
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text(encoding="utf-8"))
+    for name in [name for name in weights if "layers.1." in name]:
+        places["weight_map"][name.replace("layers.1.", "layers.2.")] = "model-00002-of-00002.safetensors"
+    index.write_text(json.dumps(places), encoding="utf-8")
+    with pytest.raises(MagiError, match=r"lacks 2\d tensors that its index names: videodit_blocks\.layers\.2"):
+        load_transformer(folder, tiny_config(), device="cpu")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_an_index_in_another_encoding_is_read(encoding, tmp_path, weights):
+    index = write(tmp_path, weights, 2) / "model.safetensors.index.json"
+    index.write_text(index.read_text(encoding="utf-8"), encoding=encoding)
+    with Checkpoint(tmp_path) as found:
+        assert sorted(found) == sorted(weights)
 
 
 @pytest.mark.parametrize("shard", [3, None, ["a"]])
@@ -179,11 +308,19 @@ def test_a_truncated_file(part, tmp_path, weights):
         Checkpoint(file)
 
 
-@pytest.mark.parametrize("content", [b"hello, I am a text file", b"PK\x03\x04" + b"\0" * 100, b"\xff" * 64, b"\0" * 64])
-def test_another_kind_of_file(content, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"hello, I am a text file", "a text that begins 'hello, I am a text file'"),
+        (b"PK\x03\x04" + b"\0" * 100, "a zip archive. Unpack it"),
+        (b"\0" * 64, "broke off after room for it had been reserved"),
+        (b"\xff" * 64, "not a whole safetensors file"),
+    ],
+)
+def test_another_kind_of_file(content, said, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    with pytest.raises(MagiError, match="not a whole safetensors file"):
+    with pytest.raises(MagiError, match=said):
         Checkpoint(file)
 
 
@@ -219,6 +356,30 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         raw({"a": ENTRY | {"dtype": "NOPE"}}, bytes(8)),
         raw({"a": ENTRY | {"data_offsets": [-8, 0]}}, bytes(8)),
         raw({"a": ENTRY | {"shape": [-1, -2]}}, bytes(8)),
+        raw({"a": ENTRY | {"shape": [True, 2]}}, bytes(8)),
+        raw({"a": ENTRY | {"shape": [2.0]}}, bytes(8)),
+        raw({"a": ENTRY | {"shape": ["2"]}}, bytes(8)),
+        raw({"a": ENTRY | {"shape": "2"}}, bytes(8)),
+        raw({"a": ENTRY | {"shape": [10**30]}}, bytes(8)),
+        raw({"a": ENTRY | {"shape": [0, 10**30], "data_offsets": [0, 0]}}),
+        raw({"a": ENTRY | {"shape": [2, *[1] * 1000]}}, bytes(8)),
+        raw({"a": ENTRY | {"dtype": "FLOAT"}}, bytes(8)),
+        raw({"a": ENTRY | {"dtype": "F\u0663\u0662"}}, bytes(8)),
+        raw({"a": ENTRY | {"dtype": ["F32"]}}, bytes(8)),
+        raw({"a": ENTRY | {"data_offsets": [0, 8.0]}}, bytes(8)),
+        raw({"a": ENTRY | {"data_offsets": [False, 8]}}, bytes(8)),
+        raw({"a": ENTRY | {"data_offsets": [0, 8, 16]}}, bytes(8)),
+        raw(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, Infinity]}}', bytes(8)),
+        raw(b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}', bytes(8)),
+        raw(b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 1e999]}}', bytes(8)),
+        raw(b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 8]}}', bytes(8)),
+        raw(b'{"a": %b, "a": %b}' % (json.dumps(ENTRY).encode(), json.dumps(ENTRY).encode()), bytes(8)),
+        raw(b'{"a":' + b"[" * 10_000 + b"]" * 10_000 + b"}"),
+        raw(b'{"__metadata__":' + b'{"a":' * 10_000 + b"1" + b"}" * 10_001),
+        raw({"a": ENTRY, "b": ENTRY}, bytes(8)),
+        raw({"a": ENTRY, "b": ENTRY | {"data_offsets": [16, 24]}}, bytes(24)),
+        raw({"__metadata__": [1], "a": ENTRY}, bytes(8)),
+        raw({"__metadata__": "text", "a": ENTRY}, bytes(8)),
         raw({"a": ENTRY}, bytes(9)),
         raw({"a": ENTRY})[:20],
     ],
@@ -229,6 +390,28 @@ def test_a_header_that_lies(content, tmp_path):
     file.write_bytes(content)
     with pytest.raises(MagiError, match="not a whole safetensors file"):
         Checkpoint(file)
+
+
+@pytest.mark.parametrize("read", [Checkpoint, recognise, load_vae, load_transformer], ids=lambda read: read.__name__)
+def test_what_a_terminal_obeys_and_long_names_do_not_reach_it(read, tmp_path):
+    """A name in a file may be anything; in a message it is short and prints."""
+    name = "\x1b[2J\x07\u202eevil\ud800" + "x" * 100_000
+    entry = ENTRY | {"data_offsets": [0, 9]}
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(raw({name: entry}, bytes(8)))
+    with pytest.raises(MagiError) as caught:
+        read(file)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [True, 3, {"a": [1]}, None, "text"])
+def test_metadata_of_any_type_becomes_text(value, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(raw({"a": ENTRY, "__metadata__": {"distill": value, "variant": value}}, bytes(8)))
+    with Checkpoint(file) as found:
+        assert found.metadata["distill"] == (value if isinstance(value, str) else json.dumps(value))
+    assert recognise(file).kind == "unknown"
 
 
 def test_odd_but_legal_files(tmp_path):
@@ -261,6 +444,30 @@ def test_a_file_larger_than_memory_can_be_read(tmp_path):
         pytest.skip(f"this file system holds no sparse file of 1 TB: {error}")
     with Checkpoint(file) as found:
         assert found.tensor("big")[-3:].tolist() == [0, 0, 0]
+
+
+# -- what programs put in front of names -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.diffusion_model.", "module.", "model.", "diffusion_model.", "module.model.", "_orig_mod.", "ema."]
+)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_prefix_of_all_names_is_left_out(prefix, shards, tmp_path, weights, tiny_config):
+    stored = {prefix + name: tensor for name, tensor in weights.items()}
+    with Checkpoint(write(tmp_path, stored, shards)) as found:
+        assert found.prefix == prefix
+        assert sorted(found) == sorted(weights)
+        assert all(torch.equal(found.tensor(name), tensor) for name, tensor in weights.items())
+    assert recognise(tmp_path).model == tiny_config().model
+    assert len(load_transformer(tmp_path, tiny_config(), device="cpu").blocks) == 2
+
+
+def test_names_that_share_their_beginning_by_nature_keep_it(tmp_path):
+    names = ["decoder.proj_in.weight", "decoder.proj_in.bias", "decoder.cls_token"]
+    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "half_a_vae.safetensors")
+    with Checkpoint(tmp_path) as found:
+        assert (found.prefix, sorted(found)) == ("", sorted(names))
 
 
 # -- laziness --------------------------------------------------------------------------------------------------------

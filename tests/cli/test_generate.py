@@ -226,7 +226,7 @@ def test_a_prompt_of_which_nothing_is_left_is_a_note(prompt, magi):
             ["--model", "{files}/transformer", "--vae", "{files}/vae", "--text-encoder", "{files}/text_encoder"],
             "special",
         ),
-        (["--model", "{photo}", "{parts}"], "cat.jpg.*not a whole safetensors"),
+        (["--model", "{photo}", "{parts}"], "cat.jpg.*is not a safetensors file: it is a picture"),
         (["--model", "{files}/vae", "{parts}"], "is a MAGI-1 VAE.*Give it as the VAE"),
         (
             ["--model", "{files}/transformer", "{parts}", "--variant", "base"],
@@ -593,14 +593,16 @@ def test_inspect_says_what_is_missing(files, tmp_path, capsys):
 
 
 def write_header(file: Path, tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> int:
-    """A safetensors file of (type, shape, bytes) tensors whose data is a hole. Returns its size."""
+    """A safetensors file of (type, shape, bytes) tensors whose data is a hole but for each one's end. Returns its size."""
     header, end = {}, 0
     for name, (dtype, shape, size) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end := end + size]}
     text = json.dumps(header).encode()
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        stream.truncate(8 + len(text) + end)
+        for entry in header.values():
+            stream.seek(8 + len(text) + entry["data_offsets"][1] - 1)
+            stream.write(b"\x01")
     return 8 + len(text) + end
 
 
@@ -646,6 +648,44 @@ def test_inspect_the_official_text_encoder_of_bin_shards(files, tmp_path, capsys
     assert "tokenizer" in found["needs"]
 
 
+def test_inspect_tells_of_each_part_whether_it_is_whole(files, tmp_path, capsys):
+    for part in (files.transformer, files.vae, files.text_encoder):
+        assert facts(capsys, part)["complete"] == "yes"
+        (weights,) = part.glob("*.safetensors")
+        tensors = load_file(weights)
+        gone = next(name for name in reversed(tensors) if name.endswith("weight"))
+        folder = shutil.copytree(part, tmp_path / part.name)
+        save_file({name: t for name, t in tensors.items() if name != gone}, folder / weights.name)
+        assert facts(capsys, folder)["complete"].startswith("no. "), part.name
+
+
+def test_inspect_names_the_layers_that_a_config_wants(files, tmp_path, capsys):
+    folder = shutil.copytree(files.transformer, tmp_path / "t")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    layers = config["model_config"]["num_layers"]
+    config["model_config"]["num_layers"] = layers + 1
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8-sig")
+    assert facts(capsys, folder)["complete"].startswith(
+        f"no: it holds {layers}, and config.json near it says {layers + 1}"
+    )
+
+
+def test_inspect_obeys_no_name_in_a_file(tmp_path, capsys):
+    evil = "a\x1b[2J\x1b]0;owned\x07\u202e"
+    save_file({evil + "x" * 10_000: torch.zeros(3)}, tmp_path / "x.safetensors", {evil: evil + "y" * 100_000})
+    text = inspect(capsys, tmp_path / "x.safetensors", "--tensors")
+    assert text.replace("\n", "").isprintable()
+    assert len(text) < 4000
+
+
+def test_inspect_says_what_stands_in_front_of_all_names(files, tmp_path, capsys):
+    (weights,) = files.transformer.glob("*.safetensors")
+    save_file({f"model.diffusion_model.{n}": t for n, t in load_file(weights).items()}, tmp_path / "x.safetensors")
+    found = facts(capsys, tmp_path / "x.safetensors")
+    assert found["complete"] == "yes"
+    assert found["names begin"] == "with model.diffusion_model. (left out here)"
+
+
 def test_inspect_what_cannot_be_read(magi, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     (tmp_path / "empty.safetensors").touch()
@@ -657,7 +697,10 @@ def test_inspect_what_cannot_be_read(magi, tmp_path):
 
 @pytest.mark.parametrize("name", ["x.bin", "x.PT", "x.pth", "x.ckpt", "x.gguf", "pytorch_model-00001-of-00002.bin"])
 def test_inspect_a_file_of_another_format(name, magi, tmp_path):
-    torch.save({"encoder.weight": torch.zeros(3)}, tmp_path / name)
+    if name == "x.gguf":
+        (tmp_path / name).write_bytes(b"GGUF\x03\0\0\0")
+    else:
+        torch.save({"encoder.weight": torch.zeros(3)}, tmp_path / name)
     status, stderr = magi("inspect", tmp_path / name)
     said = error_of(stderr)
     assert status == 1

@@ -4,6 +4,8 @@ import json
 import re
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from magi.checkpoint.mapped_file import MappedFile
 from magi.cli import main
@@ -215,3 +217,17 @@ def test_a_file_that_is_not_there_or_something_else(plan, tmp_path, embedded_hom
         status, text, error = plan("--model", path, "--memory", "8GB")
         assert (status, text) == (1, "")
         assert str(path) in error
+
+
+@pytest.mark.parametrize("kind", ["a tensor is missing", "integers"])
+def test_a_file_that_cannot_be_loaded_is_not_planned_for(kind, plan, tiny_config, random_weights, tmp_path):
+    weights = random_weights(tiny_config().model)
+    name = "videodit_blocks.layers.1.mlp.linear_fc1.weight"
+    if kind == "integers":
+        weights[name] = (weights[name] * 100).to(torch.int8)
+    else:
+        del weights[name]
+    save_file(weights, tmp_path / "magi_base.safetensors")
+    status, _, said = plan("--model", tmp_path / "magi_base.safetensors", "--memory", "8GB")
+    assert status == 1
+    assert "linear_fc1.weight" in said

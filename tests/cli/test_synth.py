@@ -11,12 +11,13 @@ import torch
 from safetensors import safe_open
 
 from magi import config as configs
-from magi.checkpoint.mapped_file import TensorInfo
+from magi.checkpoint.mapped_file import MappedFile, TensorInfo
 from magi.checkpoint.reader import Checkpoint
 from magi.checkpoint.writer import write_checkpoint
 from magi.cli.main import main
 from magi.config import PRESETS, MagiConfig, ModelConfig
 from magi.errors import MagiError
+from magi.model_files import identify
 from magi.model_files.identify import recognise, resolve_config
 from magi.model_files.load import load_transformer
 from magi.transformer.random_weights import RandomTensors
@@ -77,7 +78,7 @@ def test_what_is_read_is_what_was_to_be_written(source, tmp_path, shard_bytes):
     if shard_bytes == 20_000:
         assert len(files) > 3
         for file in files:
-            sizes = [tensor.nbytes for tensor in contents(file).values()]
+            sizes = [info.nbytes for info in MappedFile(file).tensors.values()]
             assert sum(sizes) <= shard_bytes or len(sizes) == 1
 
 
@@ -266,6 +267,28 @@ def test_the_same_seed_gives_the_same_bytes(synth, presets, tmp_path):
     assert a == b
     x, y = (contents(tmp_path / f"{name}.safetensors")["x_embedder.weight"] for name in "bc")
     assert not same(x, y)
+
+
+def test_a_file_of_fewer_layers_says_that_it_is_meant_so(synth, monkeypatch, tmp_path):
+    """Without a config.json beside it, a released model's sizes with fewer layers are one that was cut off."""
+    tiny = replace(PRESETS["4.5B_base"], model=TINY)
+    for module in (configs, __import__("magi.cli.synth", fromlist=["synth"]), identify):
+        monkeypatch.setattr(module, "PRESETS", {"4.5B_base": tiny})
+    status, _ = synth("--preset", "4.5B_base", "--out", "few.safetensors", "--layers", 3)
+    assert status == 0
+    found = recognise(tmp_path / "few.safetensors")
+    assert (found.model.num_layers, found.layers_fault) == (3, "")
+    checkpoint = Checkpoint(tmp_path / "few.safetensors")
+    assert resolve_config(checkpoint, None).model.num_layers == 3
+    del checkpoint.metadata["layers"]
+    with pytest.raises(MagiError, match=r"it holds 3, and the released model that has its sizes, 4\.5B, 4"):
+        resolve_config(checkpoint, None)
+
+
+def test_hidden_files_of_a_folder_are_no_other_model(synth, presets, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "._model.safetensors").write_bytes(b"x")
+    assert synth("--preset", "4.5B_base", "--out", "m")[0] == 0
 
 
 def test_shards_and_layers(synth, presets, tmp_path):

@@ -50,6 +50,29 @@ def test_what_is_embedded(tmp_path):
     assert not is_embedded(repeating_files(tmp_path).vae)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("transformer/model.safetensors", "transformer/config.json", "vae/diffusion_pytorch_model.safetensors"),
+        *("text_encoder/model.safetensors", "text_encoder/tokenizer.json", "special_tokens.npz"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["cut off", "zeros", "pointer"])
+def test_a_file_that_is_damaged_is_not_to_be_downloaded_again(name, damage, tmp_path, monkeypatch):
+    """Nobody can: it is part of the pack."""
+    broken = shutil.copytree(embedded._FOLDER, tmp_path / "embedded")
+    monkeypatch.setattr(embedded, "_FOLDER", broken)
+    content = (broken / name).read_bytes()
+    half = len(content) // 2
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3937128\n"
+    damaged = {"cut off": content[:half], "zeros": content[:half] + bytes(len(content) - half), "pointer": pointer}
+    (broken / name).write_bytes(damaged[damage])
+    with pytest.raises(MagiError, match=r"embedded model is damaged: .* Install this pack again") as caught:
+        MagiPipeline.embedded()
+    assert Path(name).name in str(caught.value)
+    assert "ownload" not in str(caught.value).replace("what you downloaded", "")
+
+
 @pytest.mark.parametrize("name", ["transformer/model.safetensors", "text_encoder/tokenizer.json", "special_tokens.npz"])
 def test_a_file_that_is_missing_is_named(name, tmp_path, monkeypatch):
     broken = shutil.copytree(embedded._FOLDER, tmp_path / "embedded")

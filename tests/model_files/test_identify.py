@@ -12,7 +12,7 @@ from magi.checkpoint.mapped_file import TensorInfo
 from magi.config import PRESETS, MagiConfig
 from magi.errors import MagiError
 from magi.model_files.identify import recognise, recognise_tensors, resolve_config
-from magi.model_files.load import load_transformer
+from magi.model_files.load import check_transformer, load_transformer
 from magi.transformer.weights import tensor_shapes
 
 OFFICIAL_FOLDERS = {
@@ -127,6 +127,8 @@ def test_other_files(tensors, kind, message, tmp_path):
         {"videodit_blocks.layers.0.self_attention.q_layernorm.weight": (7,)},
         {"x_embedder.weight": (64,)},
         {"y_embedder.null_caption_embedding": ()},
+        {"y_embedder.null_caption_embedding": (1 << 40, 0)},
+        {"videodit_blocks.layers.0.mlp.linear_fc2.weight": (64, 0)},
     ],
 )
 def test_a_transformer_of_impossible_shapes(change, tiny_config):
@@ -264,3 +266,128 @@ def test_base_and_distilled_are_not_mixed_up(name, path, asked, message):
         resolve_config(opened(name, Path(path)), PRESETS[asked])
     with pytest.raises(MagiError, match=message):
         resolve_config(opened(name, Path(path)), None, PRESETS[asked].engine.distill)
+
+
+# -- how many layers -------------------------------------------------------------------------------------------------
+
+
+def cut(tensors: dict, layers: int) -> dict:
+    """Without the last layers."""
+    gone = [n for n in tensors if n.startswith("videodit_blocks.layers.") and int(n.split(".")[2]) >= layers]
+    return {n: t for n, t in tensors.items() if n not in gone}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_released_model_without_its_last_layer(name):
+    layers = PRESETS[name].model.num_layers
+    checkpoint = opened(name, Path("ckpt/magi") / OFFICIAL_FOLDERS[name])
+    checkpoint.tensors = cut(checkpoint.tensors, layers - 1)
+    found = recognise_tensors(checkpoint.tensors, {}, checkpoint.path)
+    assert f"it holds {layers - 1}, and the released model" in found.layers_fault
+    with pytest.raises(
+        MagiError, match=rf"not hold all layers .* {layers - 1}, .*, {layers}\. Download the file again"
+    ):
+        resolve_config(checkpoint, None, "distill" in name)
+
+
+@pytest.mark.parametrize("where", ["beside the file", "above the folder"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_config_nearby_tells_how_many(where, layers, tmp_path, tiny_config, random_weights):
+    config = tiny_config(True, {"num_layers": 3})
+    folder = tmp_path / "inference_weight.distill"
+    folder.mkdir()
+    save_file(cut(random_weights(config.model), layers), folder / "model.safetensors")
+    place = folder if where == "beside the file" else tmp_path
+    (place / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    with pytest.raises(MagiError, match=rf"it holds {layers}, and config\.json near it says 3\. Download"):
+        load_transformer(folder, device="cpu")
+    found = recognise(folder)
+    assert (found.model.num_layers, found.distilled) == (layers, True)
+
+
+def test_fewer_layers_that_are_meant(tmp_path):
+    """A config beside it says so, or its own metadata, as of files of random weights."""
+    few = PRESETS["4.5B_base"].with_layers(2)
+    tensors = {n: TensorInfo(s, "BF16", Path()) for n, s in tensor_shapes(few.model).items()}
+    checkpoint = SimpleNamespace(tensors=tensors, metadata={"layers": "2"}, path=tmp_path / "model.safetensors")
+    assert resolve_config(checkpoint, None, False).model == few.model
+    checkpoint.metadata = {"layers": "3"}
+    with pytest.raises(MagiError, match="not hold all layers"):
+        resolve_config(checkpoint, None, False)
+    write_config(tmp_path, "4.5B_base", "official_config.json")
+    (tmp_path / "few_config.json").write_text(json.dumps(few.to_dict()), encoding="utf-8")
+    assert resolve_config(checkpoint, None).model == few.model
+
+
+@pytest.mark.parametrize("number", ["99999999", "99999999999", "9" * 400, "\u0663", "-1"])
+def test_a_layer_of_an_impossible_number(number, tmp_path, tiny_config, random_weights):
+    """It is named, and nothing counts up to it."""
+    weights = random_weights(tiny_config().model)
+    weights[f"videodit_blocks.layers.{number}.mlp.layer_norm.weight"] = torch.ones(64)
+    save_file(weights, tmp_path / "magi_base.safetensors")
+    with pytest.raises(MagiError, match=r"1 unexpected \(videodit_blocks\.layers\.") as caught:
+        check_transformer(tmp_path / "magi_base.safetensors", device="cpu")
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_config_of_a_billion_layers(tmp_path, tiny_config, random_weights):
+    save_file(random_weights(tiny_config().model), tmp_path / "magi_base.safetensors")
+    config = tiny_config().to_dict()
+    config["model_config"]["num_layers"] = 10**9
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.warns(
+        UserWarning, match=r"config\.json' is left out\..*'num_layers' is 1000000000, which no model has"
+    ):
+        assert recognise(tmp_path).model == tiny_config().model
+    with pytest.raises(MagiError, match="num_layers is 1001; it must be from 1 to 1000"):
+        tiny_config(shape={"num_layers": 1001})
+
+
+# -- a config nearby that cannot be read -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_config_nearby_in_another_encoding_counts(encoding, tmp_path):
+    config = json.dumps(PRESETS["4.5B_distill"].to_dict())
+    (tmp_path / "config.json").write_text(config, encoding=encoding)
+    assert recognise_tensors(header("4.5B_distill"), {}, tmp_path / "model.safetensors").distilled is True
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"model_config": {"num_lay', "it is cut off"),
+        (b"", "it is empty"),
+        ('{"model_config": "\u00fc"}'.encode("latin-1"), "another encoding than UTF-8"),
+        (b'{"a":' * 10_000, "nested too deeply"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs"),
+    ],
+)
+def test_a_config_nearby_that_cannot_be_read_is_not_passed_over(content, said, tmp_path):
+    tensors, folder = header("4.5B_base"), tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(MagiError, match=rf"config\.json' beside the weights cannot be read: .*{said}"):
+        recognise_tensors(tensors, {}, folder)
+    (folder / "config.json").rename(tmp_path / "4.5B_config.json")  # who knows whose
+    with pytest.warns(UserWarning, match=rf"4\.5B_config\.json' is left out, as it cannot be read: .*{said}"):
+        assert recognise_tensors(tensors, {}, folder).kind == "transformer"
+
+
+def test_a_hidden_config_is_none(tmp_path):
+    (tmp_path / "._config.json").write_bytes(b"\x00\x05\x16\x07Mac OS X")
+    write_config(tmp_path, "4.5B_distill")
+    assert recognise_tensors(header("4.5B_distill"), {}, tmp_path / "model.safetensors").distilled is True
+
+
+@pytest.mark.parametrize("value", [True, 3, {"a": 1}, [1], "x" * 10**6])
+def test_metadata_of_any_type(value, tmp_path, tiny_config, random_weights):
+    """What the format does not allow, but files have."""
+    file = tmp_path / "magi.safetensors"
+    save_file(random_weights(tiny_config().model), file)
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    said = {"__metadata__": {"variant": value, "distill": value, "layers": value}}
+    text = json.dumps(said | json.loads(content[8 : 8 + length])).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    assert recognise(file).distilled is (True if value is True else None)

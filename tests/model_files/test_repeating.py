@@ -76,6 +76,21 @@ def test_a_folder_of_which_a_part_was_deleted_is_made_anew(tmp_path):
     assert everything(tmp_path) == whole
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["transformer/model.safetensors", "vae/config.json", "text_encoder/tokenizer_config.json", "special_tokens.npz"],
+)
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_folder_of_which_a_part_is_damaged_is_made_anew(name, kept, tmp_path):
+    """As a full disk or a loss of power leaves it."""
+    home = repeating_files(tmp_path).special_tokens.parent
+    whole = everything(tmp_path)
+    content = (home / name).read_bytes()
+    (home / name).write_bytes(content[: int(kept * len(content))])
+    repeating_files(tmp_path)
+    assert everything(tmp_path) == whole
+
+
 def test_another_version_of_the_recipe_does_not_take_up_files_of_this_one(tmp_path, monkeypatch):
     before = repeating_files(tmp_path)
     changed = tmp_path / "repeating.py"

@@ -1,6 +1,7 @@
 """Where the loaders look for files, what their menus offer, and what they say of missing and wrong files."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from magi.model_files.locate import ModelFiles
 from magi.model_files.repeating import repeating_files
@@ -255,6 +256,51 @@ def test_shards_in_a_folder_are_one_model(comfy, demo):
     assert not [name for name in offered if name.startswith(("mine/", "ckpt/")) or name.endswith(".json")]
 
 
+def test_shards_without_a_folder_of_their_own_are_one_model(comfy, demo):
+    tensors = load_file(demo.transformer / "model.safetensors")
+    models = comfy.base / "models/diffusion_models"
+    models.mkdir(parents=True, exist_ok=True)
+    for i in range(2):
+        part = {name: tensors[name] for name in list(tensors)[i::2]}
+        save_file(part, models / f"magi_distill-0000{i + 1}-of-00002.safetensors")
+    put(demo.special_tokens, comfy.base / "models/magi1" / TOKENS)
+    offered = [name for name in widgets(comfy, MODEL)["model"]["options"] if "magi_distill" in name]
+    assert offered == ["magi_distill-00001-of-00002.safetensors"]
+    assert problem(comfy, MODEL, model=offered[0], variant="distilled") == ""
+    (models / "magi_distill-00002-of-00002.safetensors").unlink()
+    assert "magi_distill-00002-of-00002.safetensors" in problem(comfy, MODEL, model=offered[0], variant="distilled")
+
+
+def test_hidden_files_are_not_offered(comfy, demo):
+    for name in ("._model.safetensors", ".cache/huggingface/model.safetensors", "mine/._a-00001-of-00002.safetensors"):
+        for folder in ("magi1", "diffusion_models"):
+            put(demo.transformer / "model.safetensors", comfy.base / "models" / folder / name)
+    released = comfy.base / "models/magi1/ckpt/magi/4.5B_distill/inference_weight.distill"
+    put(demo.transformer / "model.safetensors", released / "._model.safetensors")
+    offered = widgets(comfy, MODEL)["model"]["options"]
+    assert not [name for name in offered if "._" in name or "mine" in name or ".cache" in name]
+    assert offered.index("4.5B_distill") > offered.index("-- not installed, to download: --")
+
+
+def test_a_folder_that_may_not_be_read_breaks_no_menu(comfy, demo, monkeypatch):
+    """The loader says so when it runs. As the tests may run as root, the system's refusal is played."""
+    released = comfy.base / "models/magi1/ckpt/magi/4.5B_distill"
+    put(demo.transformer, released / "inference_weight.distill")
+    listed = Path.iterdir
+
+    def refused(folder):
+        if folder == released:
+            raise PermissionError(13, "Permission denied")
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    offered = widgets(comfy, MODEL)["model"]["options"]
+    assert offered.index("4.5B_distill") < offered.index("-- not installed, to download: --")
+    said = problem(comfy, MODEL, model="4.5B_distill", variant="distilled")
+    assert "Permission denied" in said
+    assert "4.5B_distill" in said
+
+
 def test_further_folders_of_extra_model_paths(comfy, demo, tmp_path):
     import folder_paths
 
@@ -307,6 +353,61 @@ def test_wrong_and_damaged_files(comfy, demo, class_type, content):
     said = problem(comfy, class_type, **{WIDGET_OF[class_type]: "mine.safetensors"})
     assert "mine.safetensors" in said
     assert "Traceback" not in said
+
+
+def rewritten(file: Path, change) -> None:
+    """Changes a file's header, given as a dict."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def first(header: dict) -> dict:
+    return next(entry for name, entry in header.items() if name != "__metadata__")
+
+
+HOSTILE = {
+    "metadata": lambda h: h.update({"__metadata__": {"variant": True, "model": 3, "distill": {"a": [1]}}}),
+    "infinite offset": lambda h: first(h).update(data_offsets=[0, float("inf")]),
+    "negative shape": lambda h: first(h).update(shape=[-1, -1]),
+    "huge shape": lambda h: first(h).update(shape=[10**30, 10**30]),
+    "text for a shape": lambda h: first(h).update(shape="12"),
+    "type without digits": lambda h: first(h).update(dtype="FLOAT"),
+    "layer": lambda h: h.update({"videodit_blocks.layers.99999999999.x": EMPTY, "decoder.blocks.99999999.x": EMPTY}),
+    "name": lambda h: h.update({"\x1b[2J" + "x" * 100_000: EMPTY}),
+}
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+
+
+@pytest.mark.parametrize("class_type", FOLDER_OF)
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_header_that_may_say_anything(comfy, demo, class_type, kind):
+    """It is read or refused, in a message that fits on a page; nothing hangs, and nothing else is raised."""
+    parts = {
+        MODEL: demo.transformer / "model.safetensors",
+        VAE: demo.vae / "diffusion_pytorch_model.safetensors",
+        ENCODER: demo.text_encoder / "model.safetensors",
+    }
+    file = put(parts[class_type], comfy.base / "models" / FOLDER_OF[class_type] / "mine.safetensors")
+    put(demo.text_encoder / "tokenizer_config.json", file.with_name("tokenizer_config.json"))
+    put(demo.special_tokens, comfy.base / "models/magi1" / TOKENS)
+    rewritten(file, HOSTILE[kind])
+    variant = {"variant": "distilled"} if class_type == MODEL else {}
+    said = problem(comfy, class_type, **{WIDGET_OF[class_type]: "mine.safetensors"}, **variant)
+    assert "a bug" not in said
+    assert (said == "") == (kind == "metadata")
+    assert said.isprintable()
+    assert len(said) < 1500
+
+
+@pytest.mark.parametrize("class_type", FOLDER_OF)
+def test_a_name_longer_than_any_file_has(comfy, class_type):
+    said = problem(comfy, class_type, **{WIDGET_OF[class_type]: "x" * 5000 + ".safetensors"})
+    assert said
+    assert "a bug" not in said
 
 
 @pytest.mark.parametrize(

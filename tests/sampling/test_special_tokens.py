@@ -1,5 +1,8 @@
 import hashlib
+import io
 import pickle
+import zipfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -126,9 +129,25 @@ def test_no_file(tmp_path):
             SpecialTokens.load(path)
 
 
-def wrong_files() -> dict[str, bytes]:
-    import io
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """An array's file that ends after its header."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return out.getvalue()
 
+
+def zip_of(**changed: bytes) -> bytes:
+    """An archive with some arrays' files in the place of whole ones."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, array in arrays().items():
+            whole = io.BytesIO()
+            np.save(whole, array)
+            archive.writestr(f"{name}.npy", changed.get(name, whole.getvalue()))
+    return out.getvalue()
+
+
+def wrong_files() -> dict[str, bytes]:
     def saved(save, *args, **kwargs) -> bytes:
         out = io.BytesIO()
         save(out, *args, **kwargs)
@@ -148,6 +167,15 @@ def wrong_files() -> dict[str, bytes]:
         "another key": saved(np.savez, embeddings=np.zeros(3)),
         "few rows": saved(np.savez, **arrays(rows=16)),
         "unequal widths": saved(np.savez, **arrays() | {"logo_token": np.zeros((1, 9))}),
+        "infinite": saved(np.savez, **arrays() | {"logo_token": np.full((1, 8), 1e30)}),
+        "NaN": saved(np.savez, **arrays() | {"logo_token": np.full((1, 8), np.nan)}),
+        "integers": saved(np.savez, **arrays() | {"logo_token": np.ones((1, 8), np.int8)}),
+        "complex": saved(np.savez, **arrays() | {"logo_token": np.ones((1, 8), complex)}),
+        "more than it has": zip_of(other_tokens=npy_header((10**12, 8))),
+        "a number of axes": zip_of(other_tokens=npy_header((1,) * 3000)),
+        "no header": zip_of(other_tokens=b"\x93NUMPY\x01\x00"),
+        "unknown version": zip_of(other_tokens=b"\x93NUMPY\x09\x00" + bytes(100)),
+        "page": b"<!DOCTYPE html><html>",
         "no rows": saved(np.savez, **arrays() | {"logo_token": np.zeros(8)}),
     }
 
@@ -158,6 +186,24 @@ def test_wrong_files(kind, tmp_path):
     file.write_bytes(wrong_files()[kind])
     with pytest.raises(MagiError, match=r"special_tokens\.npz' is not the special-token file.*download special_tokens"):
         SpecialTokens.load(file)
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
+    file = tmp_path / "special_tokens.npz"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("caption_token.npy", "w") as member:
+        for _ in range(80):
+            member.write(bytes(1 << 20))
+    assert file.stat().st_size < 200_000
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *args: pytest.fail("it is unpacked"))
+    with pytest.raises(MagiError, match="its caption_token takes 83,886,080 bytes"):
+        SpecialTokens.load(file)
+
+
+def test_hidden_files_and_dead_links_are_not_looked_into(tmp_path):
+    (tmp_path / "._special_tokens.npz").write_bytes(bytes(special_tokens.SIZE))
+    with suppress(OSError):  # not every user of Windows may
+        (tmp_path / "gone.npz").symlink_to(tmp_path / "nowhere")
+    assert find_special_tokens([tmp_path]) is None
 
 
 def test_a_full_size_file_that_is_not_the_published_one_warns(tmp_path):

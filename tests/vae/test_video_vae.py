@@ -447,6 +447,10 @@ def test_another_model_is_refused(tmp_path, config):
         ({"num_heads": 3}, "embed_dim = 256, no multiple of 3"),
         ({"embed_dim": 384}, "384, no multiple of 256"),
         ({"qkv_bias": 1}, "qkv_bias = 1"),
+        ({"depth": 1001}, "depth = 1001"),
+        ({"depth": 10**9}, "depth = 1000000000"),
+        ({"video_size": 8 * 10**9}, "video_size = 8000000000"),
+        ({"mlp_ratio": 1e300}, "mlp_ratio = 1e"),
     ],
 )
 def test_a_config_of_another_vae_is_refused(change, said):
@@ -464,6 +468,52 @@ def test_a_damaged_config_is_refused(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(MagiError, match=r"config\.json"):
         load_vae(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_config_in_another_encoding_is_read(encoding, tmp_path):
+    folder = write(tmp_path / "v", weights())
+    (folder / "config.json").write_text(json.dumps({"ddconfig": DDCONFIG}), encoding=encoding)
+    assert load_vae(folder, "meta").config == VAEConfig.from_dict({"ddconfig": DDCONFIG})
+
+
+@pytest.mark.parametrize("number", ["7", "99999999", "99999999999"])
+def test_a_block_of_an_impossible_number(number, tmp_path):
+    state = weights(video_size=256, video_length=16) | {f"decoder.blocks.{number}.norm2.bias": torch.zeros(256)}
+    with pytest.raises(MagiError, match="not a MAGI-1 VAE"):
+        load_vae(write(tmp_path / "v", state), "meta")
+
+
+def test_the_published_vae_without_its_last_block(tmp_path):
+    """All halves lack it, so that the rest is a whole VAE of fewer blocks."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in VideoVAE(VAEConfig(depth=23)).state_dict().items()}
+    file, header, end = tmp_path / "vae.safetensors", {}, 0
+    for name, shape in shapes.items():
+        entry = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end := end + 2 * shape.numel()]}
+        header[name] = entry
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(out.tell() + end)
+    with pytest.raises(MagiError, match=r"holds 23 blocks, and the published VAE, .*, 24\. Download it again"):
+        load_vae(file, "meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
+def test_numbers_that_are_no_weights_are_refused(dtype, tmp_path):
+    state = weights()
+    state["decoder.proj_in.weight"] = state["decoder.proj_in.weight"].to(dtype)
+    with pytest.raises(MagiError, match=r"1 tensors of a type that cannot be run .*decoder\.proj_in\.weight"):
+        load_vae(write(tmp_path / "v", state, {"ddconfig": DDCONFIG}), "meta")
+
+
+@pytest.mark.parametrize("prefix", ["vae.", "first_stage_model.", "module."])
+def test_what_stands_in_front_of_all_names_is_left_out(prefix, tmp_path, folder, vae):
+    state = {prefix + name: tensor for name, tensor in vae.state_dict().items()}
+    other = load_vae(write(tmp_path / "v", state, {"ddconfig": DDCONFIG}), dtype=torch.float32)
+    latents = noise(1, 16, 1, 2, 2)
+    assert torch.equal(other.decode(latents), vae.decode(latents))
 
 
 def test_an_impossible_type_is_refused(folder):
