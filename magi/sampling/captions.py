@@ -18,7 +18,7 @@ class Caption:
     """A prompt's text-encoder output, (tokens, caption_channels), without padding. With 0 tokens it is unconditional.
 
     Raises:
-        MagiError: `embeds` does not have two axes.
+        MagiError: `embeds` does not have two axes, or holds values that are no numbers.
     """
 
     embeds: torch.Tensor
@@ -26,6 +26,11 @@ class Caption:
     def __post_init__(self) -> None:
         if self.embeds.ndim != 2:
             raise MagiError(f"A caption is (tokens, channels); this one has the shape {tuple(self.embeds.shape)}.")
+        if not self.embeds.isfinite().all():
+            raise MagiError(
+                "The caption holds values that are no numbers (NaN or infinite), which make the video black. Encode the prompt "
+                "again: the text encoder's weights are damaged, or it runs in float16, in which T5 overflows."
+            )
 
 
 def need_special_tokens(
