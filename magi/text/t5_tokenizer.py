@@ -103,9 +103,9 @@ def load_tokenizer(file: Path) -> Tokenizer:
             return Tokenizer(
                 file, _BYT5_VOCABULARY, 1, lambda text: [b + _BYT5_OFFSET for b in text.encode("utf-8")], None
             )
-        if file.suffix == ".json":
-            return _load_json(file)
-        return _load_sentencepiece(file)
+        found = _load_json(file) if file.suffix == ".json" else _load_sentencepiece(file)
+        found.encode("\ue000")  # some load, and fail over the first character that they do not know
+        return found
     except MagiError:
         raise
     except ImportError as error:
