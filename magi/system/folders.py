@@ -25,6 +25,14 @@ def what_is_at(path: Path) -> Literal["file", "folder", "nothing"]:
     return "folder" if stat.S_ISDIR(mode) else "file"
 
 
+def is_file(path: Path) -> bool:
+    """Tells whether a file lies at a path, as far as the system lets one look: for places to search."""
+    try:
+        return what_is_at(path) == "file"
+    except MagiError:
+        return False
+
+
 def visible(folder: Path, pattern: str) -> list[Path]:
     """Returns what a folder holds under a pattern of names, sorted; nothing where there is no such folder.
 

@@ -53,12 +53,12 @@ def check_embedding(embeds: torch.Tensor, encoder: str, remedy: str) -> None:
         remedy: what to do, as the message ends.
     """
     if not embeds.isfinite().all():
-        what = "values that are no numbers (NaN or infinite)"
+        what = "gave values that are no numbers (NaN or infinite)"
     elif not embeds.any():
-        what = "nothing but zeros"
+        what = "gave nothing but zeros"
     else:
         return
-    raise MagiError(f"{encoder} gave {what}, which no video can be made of: its weights are damaged. {remedy}")
+    raise MagiError(f"{encoder} {what}, which no video can be made of: its weights are damaged. {remedy}")
 
 
 class TextEncoder:

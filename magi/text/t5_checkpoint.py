@@ -180,7 +180,13 @@ def _map_files(path: Path) -> dict[str, torch.Tensor]:
             return {name: checkpoint.tensor(name) for name in checkpoint if not _UNUSED.search(name)}
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        tensors |= map_torch_file(file)
+        found = map_torch_file(file)
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise MagiError(
+                f"{first_few(twice)} is both in {str(file)!r} and in a shard before it. Remove the file that does not belong."
+            )
+        tensors |= found
     return tensors
 
 

@@ -183,6 +183,13 @@ def test_odd_scales(encoder_state, tmp_path, scale, told):
         read_t5(_single(_scaled(encoder_state, k=scale), tmp_path))
 
 
+def test_a_tensor_in_two_shards(folder):
+    first, second = sorted(folder.glob("*.bin"))
+    torch.save(torch.load(first, weights_only=True) | torch.load(second, weights_only=True), second)
+    with pytest.raises(MagiError, match=r"is both in '.*00002-of-00002\.bin'"):
+        read_t5(folder)
+
+
 def test_a_layer_that_is_missing_at_the_end(folder, encoder_state, monkeypatch, tmp_path):
     shallow = {name: tensor for name, tensor in encoder_state.items() if "block.1" not in name}
     for shard in folder.glob("*.bin*"):
