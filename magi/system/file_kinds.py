@@ -27,7 +27,7 @@ class FileKind:
 
 _TORCH = FileKind("a torch file (as .bin, .pt, .pth and .ckpt files are)", _SAFETENSORS)
 _OLD_TORCH = FileKind("a pickle (an old torch file, or other Python data)", _SAFETENSORS)
-_NPZ = FileKind(
+NPZ = FileKind(
     "a NumPy archive (.npz), as special_tokens.npz is", "Give it as the special tokens, or another file here"
 )
 _ZEROS = FileKind(
@@ -76,7 +76,7 @@ def _zip_kind(head: bytes) -> FileKind:
     """Tells archives apart by the name of their first file, which stands in front: so also one that was cut off."""
     name = head[30 : 30 + int.from_bytes(head[26:28], "little")]
     if name.endswith(b".npy"):
-        return _NPZ
+        return NPZ
     if name.endswith((b"/data.pkl", b"/.format_version", b"/byteorder", b"/version")):
         return _TORCH
     return FileKind("a zip archive", _UNPACK)

@@ -45,7 +45,7 @@ def encode_prompts(
         encoder: path of the T5 weights; with `tokenizer`, `device` and `dtype` as `TextEncoder.load` takes them.
         cache: where embeddings are looked up and kept; each as soon as it is done.
         clean: apply the caption cleaning. Without it texts go to T5 as they are.
-        max_tokens: longer texts are cut off, with a notice.
+        max_tokens: longer texts are cut off, with a notice; far longer ones before anything else, at `MOST_CHARACTERS`.
         channels: width of the embedding of a blank text, where no other text tells it.
         progress: counts the tensors placed while T5 loads, then again from 0 the encoder blocks done over all texts.
         stream: with `make_room`, where T5's weights wait, as `TextEncoder.load` takes them.

@@ -27,6 +27,7 @@ _PICKLE = "data.pkl"
 _MOST_INSTRUCTIONS = 1 << 20  # bytes of the pickle; T5's have 40 kB
 _MOST_AXES, _MOST_VALUES = 32, 1 << 48
 _LEGACY = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # how torch.save began before 1.6
+_MEMBER = b"PK\x03\x04"  # how a member of a zip archive begins
 _LOCAL_HEADER = 30  # bytes before a member's name, whose length and that of what follows are the last four
 _STORAGES = {
     f"torch {name}Storage": dtype
@@ -113,7 +114,7 @@ def _map(file: Path) -> dict[str, torch.Tensor]:
                 f"{str(file)!r} holds no weights by name: it is {what}. Give T5 weights, as .bin or .safetensors."
             )
         folder = folders[0]
-        if f"{folder}byteorder" in members and archive.open(f"{folder}byteorder").read(9) != b"little":
+        if f"{folder}byteorder" in members and archive.open(f"{folder}byteorder").read(9) == b"big":
             raise MagiError(
                 f"{str(file)!r} was saved on another kind of machine (big-endian). Use a .safetensors file."
             )
@@ -134,7 +135,7 @@ def _not_torch(file: Path) -> str:
     with file.open("rb") as stream:
         head = stream.read(64)
     start = f"{str(file)!r} ({size:,} bytes) is not a whole torch file: "
-    if head.startswith(b"PK\x03\x04"):
+    if head.startswith(_MEMBER):
         return f"{start}its end is missing. The download broke off: download it again."
     if head.startswith(_LEGACY):
         return (
@@ -152,6 +153,8 @@ def _not_torch(file: Path) -> str:
 def _tensor(layout: _Layout, member: zipfile.ZipInfo, data: mmap.mmap) -> torch.Tensor:
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
         raise ValueError("it was packed anew, compressed or encrypted")
+    if data[member.header_offset : member.header_offset + 4] != _MEMBER:
+        raise ValueError("a part of it is missing")
     size = layout.storage.values * (layout.storage.dtype or torch.uint8).itemsize
     name = member.header_offset + _LOCAL_HEADER
     start = name + sum(int.from_bytes(data[at : at + 2], "little") for at in (name - 4, name - 2))
@@ -161,9 +164,8 @@ def _tensor(layout: _Layout, member: zipfile.ZipInfo, data: mmap.mmap) -> torch.
     last = layout.start + sum((n - 1) * stride for n, stride in zip(layout.shape, layout.strides, strict=True))
     if prod(layout.shape) == 0:
         return torch.empty(layout.shape, dtype=layout.dtype)
-    if (
-        last >= values or prod(layout.shape) > values
-    ):  # the second: a stride of 0 would make a huge tensor of one number
+    # The second: by a stride of 0, a single number would make a huge tensor
+    if last >= values or prod(layout.shape) > values:
         raise ValueError("a tensor is larger than its storage")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")

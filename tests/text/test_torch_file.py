@@ -113,6 +113,13 @@ def _zeros_at_the_end(file):
     file.write_bytes(whole[:2000] + bytes(len(whole) - 2000))
 
 
+def _a_hole(file):
+    torch.save(STATE, file)
+    whole = file.read_bytes()
+    at = whole.index(b"model/data/0")
+    file.write_bytes(whole[: at - 30] + bytes(2000) + whole[at + 1970 :])
+
+
 def _packed_anew(file):
     torch.save(STATE, file.with_suffix(".whole"))
     with zipfile.ZipFile(file.with_suffix(".whole")) as was, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as now:
@@ -130,6 +137,7 @@ def _packed_anew(file):
         (_script, "a TorchScript program"),
         (_cut, "its end is missing.*download it again"),
         (_zeros_at_the_end, "its end is missing.*download it again"),
+        (_a_hole, "a part of it is missing"),
         (_packed_anew, "packed anew"),
         (lambda file: save_file({"a": torch.ones(2)}, file), r"it is a safetensors file\. Rename it to 'model\.safetensors'"),
         (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), "git-lfs"),
