@@ -19,6 +19,7 @@ from .comfyui.preflight import check_loaders
 from .comfyui.progress import NodeProgress
 
 _ONE, _LINES = "one prompt", "one line a second"
+_MOST_LINES = 600  # the most seconds that MAGI-1 Sampler takes
 _MOTION = {"any": (), "static": ("static",), "dynamic": ("dynamic",)}
 _LOOK = {"any": (), "3D model": ("3d_model",), "2D anime": ("2d_anime",)}
 
@@ -98,6 +99,11 @@ class Magi1TextEncode(io.ComfyNode):
         check_loaders(graph_of(cls.hidden.dynprompt), cls.hidden.unique_id)
         texts = [line for line in prompt.splitlines() if line.strip()] if schedule == _LINES else []
         texts = texts or [prompt]
+        if len(texts) > _MOST_LINES:
+            raise MagiError(
+                f"The prompt has {len(texts):,} lines, each for a second, and a video has {_MOST_LINES} seconds at most. "
+                f"Give fewer lines, or choose the schedule {_ONE!r}."
+            )
         progress = NodeProgress(cls.hidden.unique_id, load=0.5, encode=0.5)
         notices: list[str] = []
         encode = _encode if isinstance(encoder, Encoder) else encode_with_clip
@@ -149,7 +155,8 @@ def captions_of(text: list[Any]) -> tuple[list[Caption], tuple[str, ...], bool]:
     defaults.
 
     Raises:
-        MagiError: it was combined of several, which would be taken for prompts of one second each.
+        MagiError: it was combined of several, which would be taken for prompts of one second each; or what it holds can
+            be no encoded text.
     """
     entries = [options.get(KEY, {}) for _, options in text] or [{}]
     if text and [e.get("second", 0) for e in entries] != list(range(max(1, entries[0].get("prompts", 1)))):
@@ -160,7 +167,12 @@ def captions_of(text: list[Any]) -> tuple[list[Caption], tuple[str, ...], bool]:
     captions = []
     for embeds, options in text:
         mask = options.get("attention_mask")
-        tokens = embeds[0] if mask is None else embeds[0][mask[0].to(embeds.device).bool()]
+        if embeds.ndim != 3 or not len(embeds) or (mask is not None and mask.shape[-1:] != embeds.shape[1:2]):
+            raise MagiError(
+                f"The text has the shape {tuple(embeds.shape)}{'' if mask is None else f', its mask {tuple(mask.shape)}'}; "
+                "it must be (1, tokens, channels). Use MAGI-1 Text Encode, or a text encoder of T5 v1.1 XXL."
+            )
+        tokens = embeds[0] if mask is None else embeds[0][mask.reshape(-1, embeds.shape[1])[0].to(embeds.device).bool()]
         captions.append(Caption(tokens.float().cpu()))
     ours = entries[0] or {"styles": ("hq",), "durations": True}
     return captions, tuple(ours.get("styles", ())), bool(ours.get("durations", True))

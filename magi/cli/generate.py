@@ -223,7 +223,7 @@ def _pipeline(args: argparse.Namespace) -> MagiPipeline:
         "memory": MemoryOptions(budget=None if args.memory is None else parse_bytes(args.memory)),
         "text_device": args.text_device,
         "text_dtype": DTYPES[args.text_dtype],
-        "cache": EmbeddingCache(args.cache / "text"),
+        "cache": EmbeddingCache(args.cache / "text", remedy="Choose another folder with --cache."),
     }
     if args.model in EMBEDDED:
         _refuse_files(args)

@@ -67,7 +67,7 @@ def repeating_files(folder: str | Path | None) -> ModelFiles:
             _move(made, home)
         except (OSError, SafetensorError) as error:
             raise MagiError(
-                f"The embedded photo model cannot be written to {str(home)!r}: {error}. Choose a folder with 7 MB of room."
+                f"The embedded photo model cannot be written to {str(home)!r}: {error}. Choose a folder with 7 MB of room, on the command line with --cache."
             ) from error
         finally:
             shutil.rmtree(made, ignore_errors=True)

@@ -30,7 +30,7 @@ class Caption:
         check_finite(
             self.embeds,
             "the prompt's embeddings",
-            "The text encoder's file is damaged or another model's, or its precision too low: download it again, or choose fp32.",
+            "Encode it again: the text encoder's weights are damaged, or it runs in float16, in which T5 overflows.",
         )
 
 

@@ -36,14 +36,24 @@ class EmbeddingCache:
     Several processes may share a folder.
     """
 
-    def __init__(self, folder: str | Path, limit_bytes: int = 1 << 30) -> None:
-        """Makes and reads nothing yet; `limit_bytes` is the most that the embeddings may take in all."""
+    def __init__(self, folder: str | Path, limit_bytes: int = 1 << 30, *, remedy: str = "") -> None:
+        """Makes and reads nothing yet.
+
+        Args:
+            folder: where the files are; made when the first is written.
+            limit_bytes: the most that the embeddings may take in all.
+            remedy: a sentence that ends the warning about a folder that cannot be used: how to choose another.
+        """
         self.folder = Path(folder).expanduser()
         self.limit_bytes = limit_bytes
+        self._remedy = remedy
         self._warned = False
 
     def get(self, key: str) -> torch.Tensor | None:
-        """Returns the embedding under `key`, float32 (tokens, width) on the CPU, or None; a damaged file is removed."""
+        """Returns the embedding under `key`, float32 (tokens, width) on the CPU, or None.
+
+        A damaged file is removed, and one of values that are no numbers, whoever kept it.
+        """
         file = self._file(key)
         try:
             # Read rather than mapped: a mapped file cannot be replaced or removed on Windows.
@@ -57,7 +67,7 @@ class EmbeddingCache:
         except (SafetensorError, KeyError, ValueError):
             self._remove(file)
             return None
-        if not torch.equal(checksum, _checksum(embeds)):
+        if not torch.equal(checksum, _checksum(embeds)) or not embeds.isfinite().all():
             self._remove(file)
             return None
         with suppress(OSError):  # a folder that can only be read is still a good cache
@@ -123,7 +133,8 @@ class EmbeddingCache:
         if not self._warned:
             self._warned = True
             warn(
-                f"The folder of cached text embeddings {str(self.folder)!r} {what}. Work continues; prompts may be encoded again.",
+                f"The folder of cached text embeddings {str(self.folder)!r} {what}. Work continues; prompts may be encoded "
+                f"again. {self._remedy or 'Make the folder writable for this user to avoid that.'}",
                 stacklevel=4,
             )
 

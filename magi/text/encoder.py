@@ -8,6 +8,7 @@ its turn.
 
 import gc
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,14 +24,15 @@ from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, retry_with_less
 from ..system.progress import OnProgress
 from .embedding_cache import EmbeddingCache
-from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5, t5_is_missing
+from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5, t5_is_missing, unusual_options
 from .t5_model import WORKING_BYTES, build_t5, resident_bytes
-from .t5_tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from .t5_tokenizer import Tokenizer, find_tokenizer, load_tokenizer, tokenizer_fingerprint
 
 MAX_TOKENS = CAPTION_TOKENS
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 
 _SAMPLE_BYTES = 1 << 20
+_T5_ROWS, _T5_ENTRIES = 32_128, 32_000  # of the embedding of every T5 v1.1, and of its spiece.model
 _STREAMS = (
     "The text encoder does not fit into the memory of {}. Its weights stay on the host, and each layer's is copied over when it "
     "runs, which is slower. A float8 file, dtype bfloat16 or device 'cpu' avoid that."
@@ -40,6 +42,23 @@ _STREAMS = (
 def cut_notice(tokens: int, max_tokens: int) -> str:
     """Returns a line that says that a prompt is cut off."""
     return f"The prompt has {tokens} tokens; only the first {max_tokens} are used."
+
+
+def check_embedding(embeds: torch.Tensor, encoder: str, remedy: str) -> None:
+    """Raises MagiError if what an encoder gave can be no text: values that are no numbers, or nothing but zeros.
+
+    Args:
+        embeds: (tokens, width), at least one token.
+        encoder: who gave it, as the message begins.
+        remedy: what to do, as the message ends.
+    """
+    if not embeds.isfinite().all():
+        what = "gave values that are no numbers (NaN or infinite)"
+    elif not embeds.any():
+        what = "gave nothing but zeros"
+    else:
+        return
+    raise MagiError(f"{encoder} {what}, which no video can be made of: its weights are damaged. {remedy}")
 
 
 class TextEncoder:
@@ -105,10 +124,11 @@ class TextEncoder:
         find_t5_files(path)  # where all is missing, the error should be about the weights
         text_tokenizer = load_tokenizer(find_tokenizer(path, tokenizer))
         checkpoint = read_t5(path)
-        if text_tokenizer.vocab_size > checkpoint.shape.vocab_size:
+        entries, rows = text_tokenizer.vocab_size, checkpoint.shape.vocab_size
+        if entries > rows or (rows == _T5_ROWS and entries < _T5_ENTRIES):
             raise MagiError(
-                f"The tokenizer {str(text_tokenizer.file)!r} has {text_tokenizer.vocab_size:,} entries, the text encoder {str(path)!r} only "
-                f"{checkpoint.shape.vocab_size:,}: they belong to different models. Give the tokenizer of t5-v1_1-xxl."
+                f"The tokenizer {str(text_tokenizer.file)!r} has {entries:,} entries, the text encoder {str(path)!r} "
+                f"{'only ' * (rows < entries)}{rows:,}: they belong to different models, or the tokenizer is cut off. Give the tokenizer of t5-v1_1-xxl."
             )
         key = encoder_fingerprint(path, tokenizer, dtype)
         if stream is None:
@@ -138,7 +158,7 @@ class TextEncoder:
             (tokens, d_model), float32, on the CPU. The last token is the end token.
 
         Raises:
-            MagiError: the encoder is closed, memory ran out, or the weights give values that are not finite.
+            MagiError: the encoder is closed, memory ran out, or the weights give no usable values.
         """
         if self._checkpoint is None:
             raise MagiError("This text encoder is closed. Load it again.")
@@ -147,10 +167,7 @@ class TextEncoder:
             (on_notice or (lambda notice: warn(notice, stacklevel=3)))(cut_notice(len(ids), max_tokens))
             ids = [*ids[: max_tokens - 1], ids[-1]]
         embeds = retry_with_less(lambda: self._run(ids, progress), self._stream)
-        if not embeds.isfinite().all():
-            raise MagiError(
-                "The text encoder gave values that are not finite: its weights are damaged. Download it again."
-            )
+        check_embedding(embeds, f"The text encoder {str(self._checkpoint.path)!r}", "Download it again.")
         return embeds
 
     def close(self) -> None:
@@ -256,7 +273,7 @@ def _tokenizer_is_missing(path: str | Path, tokenizer: str | Path | None) -> boo
 
 
 def _hash_tokenizer(path: str | Path, tokenizer: str | Path | None) -> str:
-    return hashlib.sha256(find_tokenizer(path, tokenizer).read_bytes()).hexdigest()
+    return tokenizer_fingerprint(find_tokenizer(path, tokenizer))
 
 
 def _hash_weights(path: str | Path) -> str:
@@ -268,6 +285,11 @@ def _hash_weights(path: str | Path) -> str:
             for start in (0, size // 2, size - _SAMPLE_BYTES):
                 stream.seek(max(0, start))
                 digest.update(stream.read(_SAMPLE_BYTES))
+    options = unusual_options(Path(path).expanduser())
+    if (
+        options
+    ):  # usual ones leave no trace, so that the official folder and a single file without a config are the same
+        digest.update(json.dumps(options, sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -11,12 +11,16 @@ from pathlib import Path
 from string import punctuation
 
 from ..errors import MagiError
+from ..system.file_kinds import file_kind
+from ..system.folders import what_is_at
 from ..system.json_files import read_json
+from ..system.printable import printable
 
 _BYT5_OFFSET = 3  # ids 0, 1, 2: padding, end, unknown
 _BYT5_VOCABULARY = _BYT5_OFFSET + 256
-_END = "</s>"
+_END, _END_ID = "</s>", 1  # of every T5
 _UNKNOWN = "<unk>"
+_MOST_BYTES = 64 << 20  # T5's take 0.8 MB, or 2.4 MB as JSON
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,16 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of the file: two tokenizers with the same one give the same tokens."""
-        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+        return tokenizer_fingerprint(self.file)
+
+
+def tokenizer_fingerprint(file: Path) -> str:
+    """Returns the SHA-256 of a tokenizer file, 64 hexadecimal digits.
+
+    Raises:
+        MagiError: it cannot be read, or is plainly something else.
+    """
+    return hashlib.sha256(_content(file)).hexdigest()
 
 
 def find_tokenizer(weights: str | Path, tokenizer: str | Path | None = None) -> Path:
@@ -57,9 +70,10 @@ def find_tokenizer(weights: str | Path, tokenizer: str | Path | None = None) -> 
     """
     if tokenizer is not None:
         tokenizer = Path(tokenizer).expanduser()
-        if tokenizer.is_file():
+        there = what_is_at(tokenizer)
+        if there == "file":
             return tokenizer
-        if not tokenizer.is_dir():
+        if there == "nothing":
             raise MagiError(f"There is no tokenizer file or folder {str(tokenizer)!r}. Check the path.")
         folders = [tokenizer]
     else:
@@ -68,7 +82,7 @@ def find_tokenizer(weights: str | Path, tokenizer: str | Path | None = None) -> 
         folders = [folder, folder / "tokenizer", folder.parent / "tokenizer"]
     for folder in folders:
         for name in ("spiece.model", "tokenizer.json"):
-            if (folder / name).is_file():
+            if what_is_at(folder / name) == "file":
                 return folder / name
         if _is_byt5(folder / "tokenizer_config.json"):
             return folder / "tokenizer_config.json"
@@ -89,17 +103,43 @@ def load_tokenizer(file: Path) -> Tokenizer:
             return Tokenizer(
                 file, _BYT5_VOCABULARY, 1, lambda text: [b + _BYT5_OFFSET for b in text.encode("utf-8")], None
             )
-        if file.suffix == ".json":
-            return _load_json(file)
-        return _load_sentencepiece(file)
+        found = _load_json(file) if file.suffix == ".json" else _load_sentencepiece(file)
+        found.encode("\ue000")  # some load, and fail over the first character that they do not know
+        return found
     except MagiError:
         raise
     except ImportError as error:
         raise MagiError(f"Reading {str(file)!r} needs the package {error.name}: pip install {error.name}") from error
     except Exception as error:  # tokenizers raises bare Exceptions, sentencepiece RuntimeErrors
-        raise MagiError(
-            f"{str(file)!r} is not a readable tokenizer ({error}). Download spiece.model of t5-v1_1-xxl again."
-        ) from error
+        raise _unreadable(file, printable(error)) from error
+
+
+def _content(file: Path) -> bytes:
+    """Returns the bytes of a tokenizer file. Raises MagiError where these are plainly something else."""
+    try:
+        size = file.stat().st_size
+        if not size:
+            raise _unreadable(file, "it is empty, as after a download that failed")
+        kind = file_kind(file)
+        if kind and not (kind.name.startswith("JSON") and file.suffix == ".json"):
+            raise _unreadable(file, f"it is {kind.name}")
+        if size > _MOST_BYTES:
+            raise _unreadable(file, f"it has {size:,} bytes, too many for one")
+        return file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, str(error)) from error
+
+
+def _unreadable(file: Path, why: str) -> MagiError:
+    return MagiError(f"{str(file)!r} is not a readable tokenizer: {why}. Download spiece.model of t5-v1_1-xxl again.")
+
+
+def _check_end(file: Path, end_id: int | None) -> int:
+    """Returns the id of the end token. Raises MagiError unless it is T5's."""
+    if end_id != _END_ID:
+        what = "it has no" if end_id is None or end_id < 0 else f"it numbers with {end_id}, not {_END_ID}, its"
+        raise MagiError(f"{str(file)!r} is the tokenizer of another model: {what} {_END}. Give that of t5-v1_1-xxl.")
+    return end_id
 
 
 def _spelled(text: str) -> str:
@@ -108,28 +148,25 @@ def _spelled(text: str) -> str:
 
 
 def _is_byt5(file: Path) -> bool:
-    if file.name != "tokenizer_config.json" or not file.is_file():
+    if file.name != "tokenizer_config.json" or what_is_at(file) != "file":
         return False
     try:
         config = read_json(file)
     except (OSError, ValueError) as error:
-        raise MagiError(f"{str(file)!r} is unreadable ({error}). Download it again.") from error
+        raise MagiError(f"{str(file)!r} is unreadable: {error}. Download it again.") from error
     return isinstance(config, dict) and config.get("tokenizer_class") == "ByT5Tokenizer"
 
 
 def _load_json(file: Path) -> Tokenizer:
     from tokenizers import Tokenizer as JsonTokenizer
 
-    model = JsonTokenizer.from_str(file.read_text(encoding="utf-8-sig"))
+    model = JsonTokenizer.from_str(_content(file).decode("utf-8-sig"))
     model.no_padding()
     model.no_truncation()
-    end_id = model.token_to_id(_END)
-    if end_id is None:
-        raise MagiError(f"{str(file)!r} is the tokenizer of another model: it has no {_END}. Give that of t5-v1_1-xxl.")
     return Tokenizer(
         file,
-        model.get_vocab_size(),
-        end_id,
+        max(model.get_vocab().values()) + 1,
+        _check_end(file, model.token_to_id(_END)),
         lambda text: model.encode(text, add_special_tokens=False).ids,
         model.token_to_id(_UNKNOWN),
     )
@@ -139,7 +176,5 @@ def _load_sentencepiece(file: Path) -> Tokenizer:
     from sentencepiece import SentencePieceProcessor
 
     # The bytes rather than the path: its own reader takes no path outside ASCII on Windows.
-    model = SentencePieceProcessor(model_proto=file.read_bytes())
-    if model.eos_id() < 0:
-        raise MagiError(f"{str(file)!r} is the tokenizer of another model: it has no {_END}. Give that of t5-v1_1-xxl.")
-    return Tokenizer(file, model.get_piece_size(), model.eos_id(), model.encode, model.unk_id())
+    model = SentencePieceProcessor(model_proto=_content(file))
+    return Tokenizer(file, model.get_piece_size(), _check_end(file, model.eos_id()), model.encode, model.unk_id())

@@ -235,6 +235,40 @@ def test_a_native_clip_is_asked_once_for_a_prompt(comfy):
     assert other.encoded == [], "the same weights in another object"
 
 
+@pytest.mark.parametrize(("value", "told"), [(float("nan"), "no numbers"), (0.0, "nothing but zeros")])
+def test_a_native_clip_that_overflows(comfy, value, told):
+    class Overflowing(Clip):
+        def encode_from_tokens(self, tokens, **options):
+            found = super().encode_from_tokens(tokens, **options)
+            return found | {"cond": torch.full_like(found["cond"], value)}
+
+    for _ in range(2):  # nothing of the first is kept
+        with pytest.raises(NodeError) as caught:
+            encode_natively(comfy, Overflowing())
+        assert caught.value.kind == "MagiError"
+        assert re.search(rf"Load CLIP gave .*{told}.*--fp32-text-enc", caught.value.message)
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_any_prompt_for_a_native_clip(comfy, clean):
+    ((embeds, _),) = encode_natively(comfy, Clip(), prompt="a \udcff\0 cat", clean_prompt=clean)
+    assert embeds.shape[2] == 4096
+    ((embeds, _),) = encode_natively(comfy, Clip(), prompt="word " * 200_000, clean_prompt=clean)
+    assert embeds.shape[1] == 800
+    shown = [text for name, text in comfy.events.texts if name == "text"][-1]
+    assert "has 1,000,000 characters; all after the first 8,000 is left out" in shown
+    assert "only the first 800 are used" in shown
+
+
+def test_more_lines_than_any_video_has_seconds(comfy):
+    clip = Clip()
+    with pytest.raises(NodeError) as caught:
+        encode_natively(comfy, clip, prompt="a line\n" * 5000, schedule=LINES)
+    assert "5,000 lines" in caught.value.message
+    assert "one prompt" in caught.value.message
+    assert clip.encoded == []
+
+
 def test_other_weights_are_another_encoder(comfy):
     encode_natively(comfy, Clip())
     other = Clip(seed=1)
@@ -280,3 +314,22 @@ def test_a_conditioning_of_native_nodes(comfy):
         graph["text"] = node(comfy.constant("CONDITIONING", text))
         made.append(comfy.run(graph)["decode"][0])
     assert torch.equal(*made)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ([[torch.full((1, 5, 64), torch.nan), {}]], "no numbers"),
+        ([[torch.zeros(5, 64), {}]], r"shape \(5, 64\)"),
+        ([[torch.zeros(0, 5, 64), {}]], r"shape \(0, 5, 64\)"),
+        ([[torch.zeros(1, 5, 64), {"attention_mask": torch.ones(1, 8)}]], r"its mask \(1, 8\)"),
+    ],
+    ids=["NaN", "no batch", "empty", "mask"],
+)
+def test_a_conditioning_that_cannot_be_one(comfy, text, told):
+    graph = text_to_video(comfy)
+    graph["text"] = node(comfy.constant("CONDITIONING", text))
+    with pytest.raises(NodeError) as caught:
+        comfy.run(graph)
+    assert caught.value.kind == "MagiError"
+    assert re.search(told, caught.value.message)

@@ -93,6 +93,8 @@ def test_captions_that_do_not_fit(refuse, tiny_caption):
     refuse("4096 channels, the model takes 12", caption=Caption(torch.zeros(5, 4096)))
     with pytest.raises(MagiError, match=r"\(1, 5, 12\)"):
         Caption(torch.zeros(1, 5, 12))
+    with pytest.raises(MagiError, match="no numbers"):
+        Caption(torch.full((5, 12), torch.inf))
 
 
 def test_a_prefix_counts_no_captions(refuse, tiny_caption, randn):

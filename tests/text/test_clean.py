@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 
@@ -61,3 +62,42 @@ def test_quiet(recwarn):
     clean_caption("C/folder/name.txt")
     clean_caption("https://a.example")
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a" * 50_000, "a-" * 25_000, "a." * 25_000, "a.com@" * 9_000, f"a{' ' * 50_000}b"),
+        *(f"{'1' * 50_000}a", f"1x{'1' * 50_000}_", f"a1a{'1' * 50_000}_"),
+    ],
+    ids=lambda text: text[:8],
+)
+def test_a_text_of_one_word_is_cleaned_at_once(text):
+    before = time.process_time()
+    clean_caption(text)
+    assert (
+        time.process_time() - before < 2
+    )  # which some of these exceed more than tenfold if each letter looks at the rest
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("a.png.b.jpg.c d", ".c d"),  # the last of a word's file types ends the name
+        (".png a", ". a"),
+        ("é.png1 .jpg", "1 ."),
+        ("a.com/b.x.net y", "y"),  # an address may begin inside a word where another ended
+        ("a.com@b x.org", "a. com"),
+        ("foo-http:/bar", "foo-bar"),
+        ("a . . b", "a b"),
+        ("1x2.3_ 1.5x2. 3x4", ".3_ 1"),
+        ("a1b22c d3e4", ""),
+    ],
+)
+def test_names_and_addresses_end_where_they_did(text, cleaned):
+    assert clean_caption(text) == cleaned
+
+
+@pytest.mark.parametrize("text", ["a &#{};", "a &#{}", "a &#38;#{};", '<b title="&#{};">a', "a &amp;amp;#{}; b"])
+def test_numbers_of_characters_may_be_of_any_length(text):
+    assert clean_caption(text.format("1" * 5000)).startswith("a")

@@ -144,6 +144,21 @@ def test_a_cache_that_can_only_be_read_still_hits(tmp_path, monkeypatch):
         cache.remember("here", "another")
 
 
+def test_the_warning_ends_with_the_remedy_of_the_place(tmp_path):
+    (tmp_path / "file").touch()
+    for remedy, told in (("Choose another with --cache.", r"--cache\.$"), ("", r"Make the folder writable .*\.$")):
+        with pytest.warns(UserWarning, match=told):
+            EmbeddingCache(tmp_path / "file" / "text", remedy=remedy).put(KEY, embeds())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_not_handed_out(tmp_path, value):
+    cache = EmbeddingCache(tmp_path)
+    cache.put(KEY, embeds().index_fill(0, torch.tensor(2), value))  # as an earlier version kept them
+    assert cache.get(KEY) is None
+    assert files(tmp_path) == []
+
+
 def test_encoder_notes(tmp_path):
     cache = EmbeddingCache(tmp_path)
     assert cache.recall("/models/t5") is None

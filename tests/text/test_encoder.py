@@ -20,7 +20,6 @@ from magi.text.encoder import TextEncoder, encoder_fingerprint
 from magi.text.t5_checkpoint import read_t5
 
 TEXT = "a cat walks through the sunlit garden"
-SENTENCES = [TEXT, "the quick brown fox jumps over the lazy dog", "an African queen slowly walked out of the temple"]
 FP8 = torch.float8_e4m3fn
 LINEAR_ENDS = (".q.weight", ".k.weight", ".v.weight", ".o.weight", ".wi_0.weight", ".wi_1.weight", ".wo.weight")
 
@@ -37,63 +36,6 @@ def _quick_collection():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def reference():
-    """A random T5 v1.1 of transformers, with a decoder."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=300, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
-    )
-    model = transformers.T5ForConditionalGeneration(config).eval()
-    with torch.no_grad():  # a table that stands out, so that positions matter to the comparisons
-        model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.normal_(0, 2)
-    return model
-
-
-@pytest.fixture(scope="module")
-def spiece(tmp_path_factory):
-    import sentencepiece
-
-    prefix = tmp_path_factory.mktemp("spiece") / "spiece"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 5),
-        model_prefix=str(prefix),
-        vocab_size=60,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return prefix.with_suffix(".model")
-
-
-@pytest.fixture(scope="module")
-def official(reference, spiece, tmp_path_factory):
-    """Laid out like the official folder: two .bin shards, an index, spiece.model, config.json."""
-    folder = tmp_path_factory.mktemp("t5-v1_1-tiny")
-    state = {k: v.contiguous() for k, v in reference.state_dict().items() if not k.startswith("lm_head")}
-    names = sorted(state)
-    shards = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
-    for file, part in shards.items():
-        torch.save({name: state[name] for name in part}, folder / file)
-    index = {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    config = reference.config.to_dict() | {"model_type": "t5", "architectures": ["T5EncoderModel"]}
-    (folder / "config.json").write_text(json.dumps(config, default=str))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
-    shutil.copy(spiece, folder / "spiece.model")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder_state(official):
-    return dict(read_t5(official).tensors)
 
 
 @pytest.fixture(scope="module")
@@ -434,15 +376,8 @@ def test_files_missing_or_damaged(official, spiece, tmp_path):
     shutil.copytree(official, folder)
     shard = folder / "pytorch_model-00002-of-00002.bin"
     whole = shard.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"version https://git-lfs.github.com/spec/v1"):
-        shard.write_bytes(damaged)
-        with pytest.raises(MagiError, match=r"00002-of-00002\.bin.*not a whole torch file"):
-            TextEncoder.load(folder)
-    torch.save(["not", "tensors"], shard)
-    with pytest.raises(MagiError, match="does not hold plain tensors"):
-        TextEncoder.load(folder)
-    torch.save({"encoder.final_layer_norm.weight": Path("code")}, shard)  # a pickled object, which is never run
-    with pytest.raises(MagiError, match="cannot be read"):
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MagiError, match=r"00002-of-00002\.bin.*not a whole torch file"):
         TextEncoder.load(folder)
     shard.unlink()
     with pytest.raises(MagiError, match=r"1 of 2 shards are missing.*00002-of-00002\.bin"):
@@ -489,7 +424,9 @@ def test_dtype_and_device(official):
 
 def test_values_that_are_not_finite(encoder_state, official, tmp_path):
     broken = encoder_state | {"encoder.final_layer_norm.weight": torch.full((64,), torch.nan)}
-    with pytest.raises(MagiError, match="not finite"):
+    with pytest.raises(
+        MagiError, match=r"t5xxl\.safetensors.* values that are no numbers .*damaged\. Download it again"
+    ):
         _encode(_single(broken, tmp_path), tokenizer=official)
 
 
