@@ -16,8 +16,13 @@ MODES = ("crop", "pad", "stretch")
 # Pixels of the usual 16:9 sizes; another aspect ratio keeps the area, and with it the time and memory a chunk costs.
 AREAS = {"256p": 448 * 256, "360p": 640 * 368, "480p": 848 * 480, "540p": 960 * 544, "720p": 1280 * 720}
 
+# Of one picture or frame: what PIL opens. A file of a few kilobytes may hold one that memory cannot.
+MAX_PIXELS = 178_956_970
+
 # Bounds the temporaries of a resize; a frame at a time would waste little, a whole clip would double it.
 _BLOCK = 16
+
+_STRIP = 1 << 20  # pixels that are converted at a time
 
 
 def fit(frames: torch.Tensor, height: int, width: int, mode: str = "crop") -> torch.Tensor:
@@ -69,13 +74,25 @@ def _resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).contiguous()
 
 
+def check_pixels(height: int, width: int, name: str) -> None:
+    """Raises MagiError, before it is decoded, for a picture or frame larger than `MAX_PIXELS`; `name` is its file's."""
+    if height * width > MAX_PIXELS:
+        raise MagiError(
+            f"The picture {name!r} is too large: {width}x{height} are {height * width / 1e6:.0f} million pixels, and at "
+            f"most {MAX_PIXELS / 1e6:.0f} million are read. Scale it down first."
+        )
+
+
 def over_white(frames: torch.Tensor) -> torch.Tensor:
     """Lays RGBA, uint8 (..., 4) with straight alpha, over white: returns RGB, uint8 (..., 3).
 
     White, because it is what viewers and browsers show behind a cut-out, and what its dark outlines and text need.
     """
-    alpha = frames[..., 3:].to(torch.int32)
-    return ((frames[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+    out = torch.empty(*frames.shape[:-1], 3, dtype=torch.uint8)
+    for target, strip in zip(out.view(-1, 3).split(_STRIP), frames.reshape(-1, 4).split(_STRIP), strict=True):
+        alpha = strip[:, 3:].to(torch.int32)
+        target.copy_((strip[:, :3] * alpha + 255 * (255 - alpha) + 127) // 255)
+    return out
 
 
 def to_model(frames: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,9 @@ from ..config import FPS
 from ..errors import MagiError
 from ..system.progress import OnProgress
 from ..system.whole_files import put_in_place
+from .containers import media_errors, open_container
 from .frames import check_size
 from .mp4_fragments import boxes, find_encoder, tag_flags
-from .video_decoder import open_container
 
 # Longer writes are cut into pieces of this many frames: it bounds memory, and the work that a crash can cost.
 _PIECE = 48
@@ -77,7 +77,7 @@ class VideoWriter:
         self.overwrite = overwrite
         self.frames_written = 0
         self.sound: bytes | None = None
-        self._metadata = {str(key): str(value) for key, value in (metadata or {}).items()}
+        self._metadata = {_as_tag(str(key)): _as_tag(str(value)) for key, value in (metadata or {}).items()}
         self._check_path()
         self._encoder = find_encoder(height, width, self.fps, crf, self._metadata)
         self._file: FileIO | None = None
@@ -146,7 +146,7 @@ class VideoWriter:
         try:
             check_name(self.path, self.overwrite)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that no file system can have
             raise self._failed("be made", error) from error
 
     def _create_partial(self) -> tuple[Path, FileIO]:
@@ -157,7 +157,7 @@ class VideoWriter:
                 return path, FileIO(path, "x")
             except FileExistsError:
                 continue
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise self._failed("be written", error) from error
         raise AssertionError("unreachable: the names do not end")
 
@@ -184,10 +184,10 @@ class VideoWriter:
         flags = "+faststart" + tag_flags(self._metadata)
         frames = 0
         with ExitStack() as files:
-            picture = files.enter_context(av.open(str(self.partial_path))).streams.video[0]
+            picture = files.enter_context(open_container(self.partial_path)).streams.video[0]
             sources = [picture]
             if self.sound is not None:
-                sources.append(files.enter_context(av.open(BytesIO(self.sound))).streams.audio[0])
+                sources.append(files.enter_context(open_container(BytesIO(self.sound))).streams.audio[0])
             target = files.enter_context(av.open(str(final), "w", format="mp4", options={"movflags": flags}))
             target.metadata.update(self._metadata)
             streams = {source: _copy_of(source, target) for source in sources}
@@ -229,16 +229,19 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         MagiError: there is no such file, or it is not a video.
     """
-    import av
-
     from .image import check_file
 
     path = check_file(path)
     try:
         with open_container(path) as container:
             return {key: value for key, value in container.metadata.items() if key not in _CONTAINER_TAGS}
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except media_errors() as error:
         raise MagiError(f"{str(path)!r} is not a video that can be read ({error}). Give an MP4 file.") from error
+
+
+def _as_tag(text: str) -> str:
+    """Returns text as a file can hold it: halves of a character are put together or replaced, what ends a text is not."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _append_whole(file: FileIO, header: bytes, fragments: bytes) -> None:
