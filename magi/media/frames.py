@@ -9,9 +9,13 @@ from math import ceil, floor, log, sqrt
 import torch
 import torch.nn.functional as F
 
+from ..config import FPS, TEMPORAL_DOWNSAMPLE
 from ..errors import MagiError
 
 MODES = ("crop", "pad", "stretch")
+
+# Of a clip to continue, at 24 per second: two latent frames. A single one is a picture to the model.
+MIN_CLIP_FRAMES = 2 * TEMPORAL_DOWNSAMPLE
 
 # Pixels of the usual 16:9 sizes; another aspect ratio keeps the area, and with it the time and memory a chunk costs.
 AREAS = {"256p": 448 * 256, "360p": 640 * 368, "480p": 848 * 480, "540p": 960 * 544, "720p": 1280 * 720}
@@ -80,6 +84,33 @@ def check_pixels(height: int, width: int, name: str) -> None:
         raise MagiError(
             f"The picture {name!r} is too large: {width}x{height} are {height * width / 1e6:.0f} million pixels, and at "
             f"most {MAX_PIXELS / 1e6:.0f} million are read. Scale it down first."
+        )
+
+
+def clip_end(frames: torch.Tensor) -> torch.Tensor:
+    """Returns the whole latents' frames at the end of a clip to continue, uint8 (T, H, W, 3), 24 per second.
+
+    Those too many are dropped at the beginning: what is made goes on where the clip ends.
+
+    Raises:
+        MagiError: there are fewer than `MIN_CLIP_FRAMES`.
+    """
+    if len(frames) < MIN_CLIP_FRAMES:
+        raise MagiError(
+            f"The clip has {len(frames)} frame{'s' * (len(frames) != 1)} at {FPS} per second; {MIN_CLIP_FRAMES} are needed to see "
+            "a movement. Give a longer one, or use a single picture as an image."
+        )
+    return frames[len(frames) % TEMPORAL_DOWNSAMPLE :]
+
+
+def check_clip_seconds(seconds: float) -> None:
+    """Raises MagiError unless so much of a clip's end, in seconds, can be continued."""
+    if not 0 < seconds < float("inf"):
+        raise MagiError(f"continue_seconds is {seconds}; it must be above 0.")
+    if round(seconds * FPS) < MIN_CLIP_FRAMES:
+        raise MagiError(
+            f"continue_seconds is {seconds}, less than the {MIN_CLIP_FRAMES} frames that are needed to see a movement. "
+            f"Give {ceil(100 * MIN_CLIP_FRAMES / FPS) / 100} or more."
         )
 
 

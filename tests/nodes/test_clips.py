@@ -154,7 +154,8 @@ def test_separate_frames_at_another_rate(comfy):
 
 def test_a_clip_of_one_frame_is_told_to_be_a_picture(comfy):
     said = refused(comfy, video_to_video(comfy, "IMAGE", clip(1)))
-    assert "Image to Video" in said
+    assert "1 frame at 24 per second; 8 are needed" in said
+    assert "as an image" in said
 
 
 def test_a_clip_needs_a_vae(comfy):
