@@ -8,6 +8,9 @@ LONGEST = Fraction(600)
 # Seconds that a time may step back: frames out of order. Beyond it a clock was set anew, as where clips were joined.
 _STEP_BACK = Fraction(1)
 
+# Frames of one time that a coarse clock may give; a clock that gives more has stopped.
+_SAME = 8
+
 _USUAL = Fraction(1, 24)
 
 
@@ -25,13 +28,16 @@ class ClipClock:
         self.left_out = Fraction(0)
         self._offset = Fraction(0)  # from the file's clock to ours
         self._newest: Fraction | None = None  # on the file's clock, since it was last set
+        self._moved = False  # whether it goes at all
+        self._still = 0  # frames since it did
         self._last: Fraction | None = None  # on ours
 
     def time(self, stamp: Fraction | None) -> Fraction:
         """Returns when the next frame begins, in seconds, by its time in the file, which may have none.
 
         A frame whose time stands still or steps back follows the one before. As soon as the file's clock goes on it is
-        believed again, and frames that it has no time for take none: so the clip does not become longer.
+        believed again, and frames that it has no time for take none: so the clip does not become longer. A clock that
+        never moves is none.
         """
         time = self._next(stamp)
         if self._last is not None and not self._steady and time > self._last:
@@ -51,11 +57,13 @@ class ClipClock:
             self.left_out += max(Fraction(0), stamp + self._offset - time)
             self._offset, self._newest = time - stamp, stamp
             return time
-        self._newest = max(newest, stamp)
-        time = stamp + self._offset
-        if time > last:
-            return time
-        return last if stamp > newest else last + self.gap
+        time = max(newest, stamp) + self._offset
+        if stamp > newest:
+            self._newest, self._moved, self._still = stamp, True, 0
+            return max(last, time)
+        self._still += 1
+        waits = self._moved and last > time and self._still <= _SAME
+        return last if waits else last + self.gap
 
     def duration(self, seconds: Fraction) -> Fraction:
         """Returns how long a frame stays by the file, or `gap` where that cannot be."""

@@ -26,7 +26,7 @@ MAX_PIXELS = 178_956_970
 # Bounds the temporaries of a resize; a frame at a time would waste little, a whole clip would double it.
 _BLOCK = 16
 
-_STRIP = 1 << 20  # pixels that are converted at a time
+_STRIP = 1 << 16  # pixels that are converted at a time
 
 
 def fit(frames: torch.Tensor, height: int, width: int, mode: str = "crop") -> torch.Tensor:
@@ -122,7 +122,8 @@ def over_white(frames: torch.Tensor) -> torch.Tensor:
     out = torch.empty(*frames.shape[:-1], 3, dtype=torch.uint8)
     for target, strip in zip(out.view(-1, 3).split(_STRIP), frames.reshape(-1, 4).split(_STRIP), strict=True):
         alpha = strip[:, 3:].to(torch.int32)
-        target.copy_((strip[:, :3] * alpha + 255 * (255 - alpha) + 127) // 255)
+        mixed = strip[:, :3] * alpha + 255 * (255 - alpha) + 128
+        target.copy_((mixed + (mixed >> 8)) >> 8)  # a division by 255, rounded, and much faster
     return out
 
 

@@ -53,9 +53,9 @@ def grey_range(image: Image.Image, raw_mode: str) -> GreyRange:
             return GreyRange(65535, inverted)
         extrema: Any = image.getextrema()
         least, most = extrema
-        unsigned = tags.get(_SAMPLE_FORMAT, (1,))[0] != _SIGNED and least < 0
-        white = _least_white(2**32 - 1 if unsigned else most, 255, 65535, 2**32 - 1)
-        return GreyRange(white, inverted, unsigned)
+        unsigned = tags.get(_SAMPLE_FORMAT, (1,))[0] != _SIGNED
+        full = 2**32 - 1 if unsigned else 2**31 - 1
+        return GreyRange(_least_white(full if unsigned and least < 0 else most, 255, 65535, full), inverted, unsigned)
     values = np.asarray(image.resize([min(side, _SAMPLES) for side in image.size], Image.Resampling.NEAREST))
     light = values[np.isfinite(values) & (values > 0)]
     level = float(np.median(light)) if light.size else 0.0

@@ -26,8 +26,10 @@ _PICTURES = (
     *("PNG", "PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
 )
 
+_ORIENTATION = 0x0112  # of EXIF
+
 # What a step of a PNG's own depth becomes in the eight bits that PIL makes of it, by PIL's name of that depth.
-_STEPS = {"1": 255, "L;2": 85, "L;4": 17}
+_STEPS = {"L;2": 85, "L;4": 17}
 
 _STRIP = 1 << 20  # pixels that are converted at a time
 
@@ -112,7 +114,8 @@ def to_rgb(image: Image.Image, path: Path) -> torch.Tensor:
         image.load()
         grey = grey_range(image, raw_mode) if is_deep_grey(image.mode) else None
         convert = _converter(image, grey, _transparent_colour(image, raw_mode))
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(_ORIENTATION, 1) != 1:  # it would copy the picture in any case
+            image = ImageOps.exif_transpose(image)
         out = torch.empty(image.height, image.width, 3, dtype=torch.uint8)
         rows = max(1, _STRIP // image.width)
         for top in range(0, image.height, rows):  # in strips: some steps take many times a picture's own memory

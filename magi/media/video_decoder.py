@@ -299,7 +299,7 @@ def _tracks(container: Any) -> list[Any]:
 
 def _alpha_aside(stream: Any) -> bool:
     """Returns whether transparency lies beside the picture's packets, where WebM keeps it and FFmpeg does not look."""
-    return stream.metadata.get("alpha_mode") == "1"
+    return any(key.lower() == "alpha_mode" and value == "1" for key, value in stream.metadata.items())
 
 
 def _decoder_with_alpha(stream: Any) -> Any | None:
