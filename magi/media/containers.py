@@ -1,5 +1,6 @@
 """Files of moving pictures and sound, as PyAV opens them: which kinds are read, and which of their tracks is meant."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +14,9 @@ _FORMATS = (
     *("swf", "nsv", "nuv", "pva", "smk", "bink", "roq", "flic", "film_cpk", "mpjpeg", "jpegxl_anim"),
 )
 
+# Seconds that opening or reading on may take. FFmpeg asks again for ever where a drive says "later".
+_PATIENCE = 60
+
 
 def open_container(file: Path | BinaryIO) -> Any:
     """Opens a clip with PyAV, for the caller to close; undecodable text in its tags is replaced.
@@ -22,7 +26,7 @@ def open_container(file: Path | BinaryIO) -> Any:
     """
     import av
 
-    open_file: Any = av.open  # its arguments differ between versions
+    open_file: Any = partial(av.open, timeout=_PATIENCE)  # its arguments differ between versions
     source = str(file) if isinstance(file, Path) else file
     options = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
     try:
@@ -53,4 +57,6 @@ def has_disposition(stream: Any, name: str) -> bool:
 
 def reason_of(error: Exception) -> str:
     """Returns what an error says, without the file's name, which PyAV puts behind it."""
+    if type(error).__name__ == "ExitError":  # PyAV's, of `_PATIENCE`
+        return f"its drive did not answer for {_PATIENCE} seconds"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

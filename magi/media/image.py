@@ -3,7 +3,9 @@
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from errno import EAGAIN
 from io import BytesIO
+from os import strerror
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +65,12 @@ def check_file(path: str | Path) -> Path:
         if not path.is_file():
             raise MagiError(f"There is no file {str(path)!r}. Check the path.")
         with path.open("rb") as file:
-            empty = not file.read(1)
+            first = file.read(1)
+            if first is None:  # a drive that says "later"
+                raise BlockingIOError(EAGAIN, strerror(EAGAIN))
     except (OSError, ValueError) as error:
         raise MagiError(f"{str(path)!r} cannot be read ({error}). Check that you may open it.") from error
-    if empty:
+    if not first:
         raise MagiError(f"The file {str(path)!r} is empty. Copy or download it again.")
     return path
 
