@@ -146,7 +146,7 @@ class VideoWriter:
         try:
             check_name(self.path, self.overwrite)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:  # ValueError: a name that no file system can have
+        except (OSError, ValueError) as error:
             raise self._failed("be made", error) from error
 
     def _create_partial(self) -> tuple[Path, FileIO]:
@@ -204,6 +204,8 @@ class VideoWriter:
         return f"The first {self.frames_written} frames are kept, playable, in {str(self.partial_path)!r}."
 
     def _failed(self, what: str, error: Exception) -> MagiError:
+        if isinstance(error, ValueError):  # halves of characters, zeros
+            return MagiError(f"The output {str(self.path)!r} is a name that no file can have. Give another one.")
         reason = getattr(error, "strerror", None) or error
         return MagiError(
             f"The video {str(self.path)!r} cannot {what}: {reason}. "
