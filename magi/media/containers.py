@@ -1,9 +1,12 @@
 """Files of moving pictures and sound, as PyAV opens them: which kinds are read, and which of their tracks is meant."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..errors import MagiError
 from .frames import MAX_PIXELS
 
 # FFmpeg's names of what a clip may come in. Everything else that FFmpeg reads stays shut: playlists and scripts, which
@@ -11,7 +14,7 @@ from .frames import MAX_PIXELS
 _FORMATS = (
     *("mov", "matroska", "avi", "mpegts", "mpeg", "mxf", "ogg", "flv", "asf", "nut", "rm", "gxf", "dv", "wtv", "ivf"),
     *("h264", "hevc", "vvc", "av1", "obu", "m4v", "mpegvideo", "h263", "h261", "vc1", "dirac", "mjpeg", "yuv4mpegpipe"),
-    *("swf", "nsv", "nuv", "pva", "smk", "bink", "roq", "flic", "film_cpk", "mpjpeg", "jpegxl_anim"),
+    *("swf", "nsv", "nuv", "pva", "smk", "bink", "roq", "flic", "film_cpk", "dhav", "mpjpeg", "jpegxl_anim"),
 )
 
 # Seconds that opening or reading on may take. FFmpeg asks again for ever where a drive says "later".
@@ -41,6 +44,17 @@ def media_errors() -> tuple[type[Exception], ...]:
 
     # A BlockingIOError is an OSError; a name or a number that FFmpeg cannot take is a ValueError or OverflowError.
     return (av.error.FFmpegError, OSError, ValueError, OverflowError, EOFError)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Makes a MagiError that names `path` of what PyAV raises within."""
+    try:
+        yield
+    except media_errors() as error:
+        raise MagiError(
+            f"{str(path)!r} cannot be read ({reason_of(error)}). Play it to see whether it is whole, and convert it to MP4 if it is."
+        ) from error
 
 
 def main_stream(streams: Any) -> Any | None:

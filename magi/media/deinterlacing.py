@@ -19,7 +19,8 @@ def can_deinterlace() -> bool:
 def progressive(frames: Iterable[Any], on_interlaced: Callable[[], None]) -> Generator[Any, None, None]:
     """Yields PyAV's frames as they come, from the first interlaced one on through a filter, one for one.
 
-    `on_interlaced` is called when that one comes, also where there is no filter and frames stay as they are. Frames that are not marked as interlaced are the same behind it, and all keep their times and colours.
+    `on_interlaced` is called when that one comes, also where there is no filter and frames stay as they are. Frames
+    that are not marked as interlaced are the same behind it, and all keep their times and colours.
     """
     graph: _Graph | None = None
     for frame in frames:

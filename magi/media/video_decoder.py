@@ -1,6 +1,5 @@
 """Moving pictures as a stream of upright RGB frames with their times: videos through PyAV, animations through PIL."""
 
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from errno import EINVAL
@@ -13,7 +12,7 @@ from PIL import Image
 
 from ..errors import MagiError
 from .clip_clock import LONGEST, ClipClock
-from .containers import has_disposition, main_stream, media_errors, open_container, reason_of
+from .containers import has_disposition, main_stream, media_errors, open_container, readable, reason_of
 from .deinterlacing import can_deinterlace, progressive
 from .frames import MAX_PIXELS, check_pixels, fit, over_white
 from .image import check_file, count_frames, is_animation, open_image, to_rgb
@@ -33,10 +32,14 @@ class TimedFrame(NamedTuple):
 
 
 class VideoFile:
-    """A video that PyAV reads. Sizes are those shown: rotated as the camera asks, in square pixels."""
+    """A video that PyAV reads. Sizes are those shown: rotated as the camera asks, in square pixels.
+
+    Attributes:
+        notices: sentences on what of the file makes its frames other than one may expect, for the user to read.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Opens the file and decodes its first frame; warns of what is in `notices`.
+        """Opens the file and decodes its first frame.
 
         Raises:
             MagiError: not a video, no video stream, no frame in it, or frames that are far too large.
@@ -46,7 +49,7 @@ class VideoFile:
         self.left_out = Fraction(0)  # seconds by which the clock jumped ahead in the last `frames()`
         self._deinterlaced = False
         container, stream, decoder = self._open()
-        with container:
+        with container, readable(path):
             check_pixels(stream.height, stream.width, str(path))
             with closing(self._decode(container, stream, decoder)) as decoded:
                 first = next(decoded, None)
@@ -66,18 +69,16 @@ class VideoFile:
             self.height, self.width = _shown_size(first.height, first.width, self._aspect, self._matrix)
             check_pixels(self.height, self.width, str(path))
             self.notices = tuple(self._notices(container, stream, first, decoder is not stream.codec_context))
-        for notice in self.notices:
-            warnings.warn(notice, stacklevel=2)
 
     def frames(self, near: Fraction = Fraction(0)) -> Generator[TimedFrame, None, None]:
         """Yields all frames in order, from the last key frame before `near` (seconds) where the file allows it.
 
         Raises:
-            MagiError: the file cannot be opened any more; `load()` of a frame: it cannot be converted.
+            MagiError: the file cannot be read any more, or what a frame's `load()` is to convert.
         """
         self.errors, self.left_out, self._deinterlaced = 0, Fraction(0), False
         container, stream, decoder = self._open()
-        with container:
+        with container, readable(self.path):
             if near > 0 and self._seekable:
                 with suppress(*media_errors()):  # cannot seek: read from the beginning
                     container.seek(self._origin + int(near / self._time_base), stream=stream)
@@ -139,12 +140,8 @@ class VideoFile:
     def _load(self, frame: Any) -> torch.Tensor:
         has_alpha = _has_alpha(frame)
         options = {} if frame.format.is_rgb else _colours(frame)
-        try:
+        with readable(self.path):
             array = frame.reformat(format="rgba" if has_alpha else "rgb24", **options).to_ndarray()
-        except media_errors() as error:
-            raise MagiError(
-                f"The frames of {str(self.path)!r} cannot be converted ({reason_of(error)}). Convert it to MP4."
-            ) from error
         picture = torch.from_numpy(array if array.flags.writeable else array.copy())
         if has_alpha:
             picture = over_white(picture)
@@ -171,15 +168,15 @@ class VideoFile:
             )
 
     def findings(self) -> list[str]:
-        """Returns a sentence for each thing that the last `frames()` met on its way and could bridge."""
-        name, found = repr(str(self.path)), []
+        """Returns the `notices`, and a sentence for each thing that the last `frames()` met and could bridge."""
+        name, found = repr(str(self.path)), list(self.notices)
         if self.errors:
             found.append(
                 f"{name} is damaged in {self.errors} place(s); the frames before each stand in for those that are lost."
             )
         if self.left_out:
             found.append(f"The clock of {name} jumps ahead by {float(self.left_out):,.0f} s: that time is left out.")
-        if self._deinterlaced and self._interlaced() not in self.notices:
+        if self._deinterlaced and self._interlaced() not in found:
             found.append(self._interlaced())
         return found
 
@@ -241,8 +238,11 @@ class Animation:
             for index in range(self.frame_count):
                 try:
                     image.seek(index)
+                    check_pixels(image.height, image.width, str(self.path))  # a frame may be larger than the first
                     if load:
                         image.load()
+                except MagiError:
+                    raise
                 except Exception as error:  # PIL's readers raise whatever they stumble over
                     raise MagiError(
                         f"{str(self.path)!r} is damaged: frame {index + 1} of {self.frame_count} cannot be read. "
