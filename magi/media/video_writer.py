@@ -144,6 +144,8 @@ class VideoWriter:
 
     def _check_path(self) -> None:
         try:
+            if os.name == "nt":  # Windows takes names with half a character in them, FFmpeg does not
+                str(self.path).encode()
             check_name(self.path, self.overwrite)
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
@@ -162,8 +164,6 @@ class VideoWriter:
         raise AssertionError("unreachable: the names do not end")
 
     def _finish(self) -> None:
-        import av
-
         # The partial name is ours alone, so this one is too.
         final = self.partial_path.with_suffix(".tmp")
         try:
@@ -171,7 +171,7 @@ class VideoWriter:
             if frames != self.frames_written or not _is_whole(final):
                 raise MagiError(f"{str(self.path)!r} could not be finished. {self._kept()}")
             put_in_place(final, self.path)
-        except (OSError, av.error.FFmpegError) as error:
+        except media_errors() as error:
             raise self._failed("be finished", error) from error
         finally:
             final.unlink(missing_ok=True)
@@ -204,7 +204,10 @@ class VideoWriter:
         return f"The first {self.frames_written} frames are kept, playable, in {str(self.partial_path)!r}."
 
     def _failed(self, what: str, error: Exception) -> MagiError:
-        if isinstance(error, ValueError):  # halves of characters, zeros
+        if type(error) in (
+            ValueError,
+            UnicodeEncodeError,
+        ):  # a zero, half a character; FFmpeg's errors derive from them
             return MagiError(f"The output {str(self.path)!r} is a name that no file can have. Give another one.")
         reason = getattr(error, "strerror", None) or error
         return MagiError(
