@@ -33,7 +33,7 @@ def main(arguments):
     if not arguments or arguments[0] in ("-h", "--help"):
         return print(__doc__)
     testing = arguments[0] == "test"
-    folder = Path(os.environ.get("MAGI_VENV") or ROOT / ".venv").expanduser().absolute()
+    folder = Path(os.path.expanduser(os.environ.get("MAGI_VENV") or ROOT / ".venv")).absolute()  # noqa: PTH111
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         make_environment(folder)

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..magi.config import FPS, LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
+from ..magi.config import FPS, LATENT_CHANNELS, SPATIAL_DOWNSAMPLE
 from ..magi.errors import MagiError
-from ..magi.media.frames import check_size, complete_size, nearest_size, size_for, to_model
+from ..magi.media.frames import check_size, clip_end, complete_size, nearest_size, size_for, to_model
 from ..magi.media.frames import fit as fit_frames
 from ..magi.vae.tiling import Tiling
 from .comfyui import host, media, schema
@@ -195,25 +195,20 @@ class Magi1VideoToVideo(_Sized):
         target = embedded_size(magi_vae(vae).family) or asked
         progress = NodeProgress(cls.hidden.unique_id, read=0.2, load=0.2, encode=0.6)
         frames = source.read(*target, fit, continue_seconds, lambda *_: progress.move("read", 0))
-        if len(frames) < media.MIN_FRAMES:
-            raise MagiError(
-                f"The clip has {len(frames)} frames at 24 per second; {media.MIN_FRAMES} are needed to see a movement. "
-                "For a single picture use MAGI-1 Image to Video."
-            )
-        # Whole latents that end where the clip ends: frames too many are dropped at the beginning.
-        return _encoded(vae, frames[len(frames) % TEMPORAL_DOWNSAMPLE :], asked, progress)
+        return _encoded(vae, clip_end(frames), asked, progress, source.notices)
 
 
-def _encoded(vae: Any, frames: torch.Tensor, asked: tuple[int, int], progress: NodeProgress) -> io.NodeOutput:
-    """Returns the LATENT of frames, whose size need not be the (height, width) that was asked for."""
+def _encoded(
+    vae: Any, frames: torch.Tensor, asked: tuple[int, int], progress: NodeProgress, notices: tuple[str, ...] = ()
+) -> io.NodeOutput:
+    """Returns the LATENT of frames, whose size need not be the (height, width) that was asked for; shows `notices`."""
     on_progress = progress.phase("encode", f"encoding {frames.shape[2]}x{frames.shape[1]}")
     with host.device_work("encoding", "Close what else uses it, or encode with ComfyUI's own VAE Encode (Tiled)."):
         loaded = magi_vae(vae).loaded(Tiling(), progress.phase("load", "loading the VAE"))
         samples = loaded.encode(to_model(frames), progress=on_progress)
-    notice = "" if asked == tuple(frames.shape[1:3]) else f"\n{size_notice(*asked)}"
-    shown = progress.show_now(
-        f"{frames.shape[2]}x{frames.shape[1]}, {samples.shape[2]} latent frame{'s' * (samples.shape[2] > 1)}{notice}"
-    )
+    size = () if asked == tuple(frames.shape[1:3]) else (size_notice(*asked),)
+    made = f"{frames.shape[2]}x{frames.shape[1]}, {samples.shape[2]} latent frame{'s' * (samples.shape[2] > 1)}"
+    shown = progress.show_now("\n".join((made, *size, *notices)))
     return io.NodeOutput(latent_of(samples, magi_vae(vae).family), ui=shown)
 
 

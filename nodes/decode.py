@@ -94,9 +94,10 @@ class Magi1VAEDecode(io.ComfyNode):
         made = TEMPORAL_DOWNSAMPLE * latents.shape[2]
         height, width = (SPATIAL_DOWNSAMPLE * side for side in latents.shape[3:])
         progress, clock = NodeProgress(cls.hidden.unique_id, read=0.05, load=0.1, decode=0.85), Clock()
-        clip, sound = None, None
+        clip, sound, notices = None, None, ()
         if before is not None:
             source, on_read = media.Clip.of(before), lambda *_: progress.move("read", 0)
+            notices = source.notices
             media.check_room(source.length() + made, height, width, _IN_PARTS)  # before an hour of it is read
             clip = source.read(height, width, "crop", progress=on_read)
             sound = source.sound(len(clip), on_read)
@@ -119,7 +120,9 @@ class Magi1VAEDecode(io.ComfyNode):
                 frames[end : end + len(part)] = part
                 end += len(part)
                 progress.move("decode", (end - first) / made, part[-1].mul(255).round().to(torch.uint8).cpu())
-        shown = progress.show_now(f"{len(frames)} frames, {len(frames) / FPS:g} s, {width}x{height}")
+        shown = progress.show_now(
+            "\n".join((f"{len(frames)} frames, {len(frames) / FPS:g} s, {width}x{height}", *notices))
+        )
         audio = None if sound is None else media.audio_of(lasting(sound, Fraction(len(frames), FPS)))
         components = Types.VideoComponents(images=frames, frame_rate=Fraction(FPS), audio=audio)
         return io.NodeOutput(frames, InputImpl.VideoFromComponents(components), ui=shown)

@@ -18,6 +18,7 @@ import torch
 from ..errors import MagiError
 from ..system.folders import visible, what_is_at
 from ..system.json_files import read_json
+from ..system.paths import user_path
 from ..system.printable import printable
 from ..system.whole_files import file_fingerprint
 from .mapped_file import MappedFile, TensorInfo, first_few
@@ -39,7 +40,7 @@ def find_weight_files(path: str | Path) -> list[Path]:
     Raises:
         MagiError: nothing is there, the folder holds no or several checkpoints, or a shard is missing.
     """
-    return _find(Path(path).expanduser())[0]
+    return _find(user_path(path))[0]
 
 
 def indexed_files(index: Path, *others: Path) -> list[Path]:
@@ -175,7 +176,7 @@ class Checkpoint:
         Raises:
             MagiError: a file is missing, empty, truncated, unreadable or not safetensors, or a name is in two files.
         """
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         self.files, indexed = _find(self.path)
         self.metadata: dict[str, str] = {}
         self._maps: dict[Path, MappedFile] = {}

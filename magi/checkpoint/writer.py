@@ -17,6 +17,7 @@ import torch
 
 from ..errors import MagiError
 from ..system.folders import visible
+from ..system.paths import user_path
 from ..system.progress import OnProgress
 from ..system.whole_files import put_in_place, sync_file
 from .mapped_file import TensorInfo, TensorSource
@@ -83,7 +84,7 @@ def write_checkpoint(
     Raises:
         MagiError: the target is there, the disk has too little room or cannot be written.
     """
-    target = Path(target).expanduser()
+    target = user_path(target)
     in_folder = not target.name.endswith(".safetensors")
     if shard_bytes is not None and not in_folder:
         raise MagiError(f"Shards do not fit into one file {str(target)!r}. Give a folder, or leave out the shard size.")

@@ -11,6 +11,7 @@ from ..checkpoint.reader import Checkpoint
 from ..errors import MagiError
 from ..model_files.identify import Recognised, recognise_tensors
 from ..system.folders import visible, what_is_at
+from ..system.paths import user_path
 from ..system.printable import printable
 from ..text.t5_checkpoint import find_t5_files, read_t5
 from ..transformer.weights import check_tensors
@@ -51,7 +52,7 @@ def _open(path: Path) -> Checkpoint:
     try:
         return Checkpoint(path)
     except MagiError as error:
-        if fnmatch(path.name, _TORCH_T5) and what_is_at(path.expanduser()) == "file":
+        if fnmatch(path.name, _TORCH_T5) and what_is_at(user_path(path)) == "file":
             raise MagiError(
                 f"{error} Or, as it is named like the official T5 text encoder's files, inspect the folder that it is in: "
                 f"`python -m magi inspect {path.parent}`."
@@ -101,9 +102,9 @@ def _complete(checkpoint: Checkpoint, found: Recognised) -> str:
 
 def _is_t5_folder(path: Path) -> bool:
     """Tells whether a folder holds the official text encoder: torch files, or their index."""
-    if what_is_at(path.expanduser()) != "folder":
+    if what_is_at(user_path(path)) != "folder":
         return False
-    return not visible(path.expanduser(), "*.safetensors*") and bool(visible(path.expanduser(), f"{_TORCH_T5}*"))
+    return not visible(user_path(path), "*.safetensors*") and bool(visible(user_path(path), f"{_TORCH_T5}*"))
 
 
 def _show_t5(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from ..remote.client import Client
 from ..remote.key import VARIABLE, find_key, refuse_key_in, save_key
 from ..remote.progress import RemoteProgress
 from ..remote.request import ASPECTS, FPS, FRAMES, RESOLUTIONS, RemoteRequest
+from ..system.paths import user_path
 from ..system.whole_files import put_in_place
 from .generate import default_cache
 
@@ -91,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
     if args.prompt is None and not args.resume_id:
         raise MagiError('No prompt is given. Say what to show: --prompt "A cat looks around".')
     refuse_key_in(key_file, args.prompt or "", args.base_url, args.resume_id, args.image or "")
-    out = args.out.expanduser().absolute()
+    out = user_path(args.out).absolute()
     check_name(out, args.overwrite)
     request = None if args.prompt is None else _request(args)
     base = BaseUrl(args.base_url)

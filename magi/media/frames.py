@@ -9,16 +9,26 @@ from math import ceil, floor, log, sqrt
 import torch
 import torch.nn.functional as F
 
+from ..config import FPS, TEMPORAL_DOWNSAMPLE
 from ..errors import MagiError
 
 MODES = ("crop", "pad", "stretch")
 
+# Of a clip to continue, at 24 per second: two latent frames. A single one is a picture to the model.
+MIN_CLIP_FRAMES = 2 * TEMPORAL_DOWNSAMPLE
+
 # Pixels of the usual 16:9 sizes; another aspect ratio keeps the area, and with it the time and memory a chunk costs.
 AREAS = {"256p": 448 * 256, "360p": 640 * 368, "480p": 848 * 480, "540p": 960 * 544, "720p": 1280 * 720}
+
+# Of one picture or frame: what PIL opens. A file of a few kilobytes may hold one that memory cannot.
+MAX_PIXELS = 178_956_970
 
 # Bounds the temporaries of a resize; a frame at a time would waste little, a whole clip would double it.
 _BLOCK = 16
 
+_STRIP = 1 << 16  # pixels that are converted at a time
+
+LONGEST_SECONDS = 86_400  # of a video; a saved run numbers its chunks, a second each, with five digits
 _LONGEST_SIDE = 8192  # pixels: beyond what any card has room for, and what H.264 encoders take
 
 
@@ -71,13 +81,53 @@ def _resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).contiguous()
 
 
+def check_pixels(height: int, width: int, name: str) -> None:
+    """Raises MagiError, before it is decoded, for a picture or frame larger than `MAX_PIXELS`; `name` is its file's."""
+    if height * width > MAX_PIXELS:
+        raise MagiError(
+            f"The picture {name!r} is too large: {width}x{height} are {height * width / 1e6:.0f} million pixels, and at "
+            f"most {MAX_PIXELS / 1e6:.0f} million are read. Scale it down first."
+        )
+
+
+def clip_end(frames: torch.Tensor) -> torch.Tensor:
+    """Returns the whole latents' frames at the end of a clip to continue, uint8 (T, H, W, 3), 24 per second.
+
+    Those too many are dropped at the beginning: what is made goes on where the clip ends.
+
+    Raises:
+        MagiError: there are fewer than `MIN_CLIP_FRAMES`.
+    """
+    if len(frames) < MIN_CLIP_FRAMES:
+        raise MagiError(
+            f"The clip has {len(frames)} frame{'s' * (len(frames) != 1)} at {FPS} per second; {MIN_CLIP_FRAMES} are needed to see "
+            "a movement. Give a longer one, or use a single picture as an image."
+        )
+    return frames[len(frames) % TEMPORAL_DOWNSAMPLE :]
+
+
+def check_clip_seconds(seconds: float) -> None:
+    """Raises MagiError unless so much of a clip's end, in seconds, can be continued."""
+    if not 0 < seconds <= LONGEST_SECONDS:
+        raise MagiError(f"continue_seconds is {seconds}; it must be above 0, and at most {LONGEST_SECONDS} (a day).")
+    if round(seconds * FPS) < MIN_CLIP_FRAMES:
+        raise MagiError(
+            f"continue_seconds is {seconds}, less than the {MIN_CLIP_FRAMES} frames that are needed to see a movement. "
+            f"Give {ceil(100 * MIN_CLIP_FRAMES / FPS) / 100} or more."
+        )
+
+
 def over_white(frames: torch.Tensor) -> torch.Tensor:
     """Lays RGBA, uint8 (..., 4) with straight alpha, over white: returns RGB, uint8 (..., 3).
 
     White, because it is what viewers and browsers show behind a cut-out, and what its dark outlines and text need.
     """
-    alpha = frames[..., 3:].to(torch.int32)
-    return ((frames[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+    out = torch.empty(*frames.shape[:-1], 3, dtype=torch.uint8)
+    for target, strip in zip(out.view(-1, 3).split(_STRIP), frames.reshape(-1, 4).split(_STRIP), strict=True):
+        alpha = strip[:, 3:].to(torch.int32)
+        mixed = strip[:, :3] * alpha + 255 * (255 - alpha) + 128
+        target.copy_((mixed + (mixed >> 8)) >> 8)  # a division by 255, rounded, and much faster
+    return out
 
 
 def to_model(frames: torch.Tensor) -> torch.Tensor:

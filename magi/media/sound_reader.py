@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from ..system.progress import OnProgress
+from .clip_clock import LONGEST
+from .containers import main_stream, media_errors, open_container
 from .sound import LAYOUTS, RATES, Sound, silence
-from .video_decoder import VideoFile, open_clip, open_container
+from .video_decoder import VideoFile, open_clip
 
 # Seconds that a time may run ahead of the samples before it. Clocks jitter, and a pause within a tone is heard as a
 # click; sound that is late by less than a frame is not.
@@ -58,8 +60,7 @@ class SoundTrack:
 
     def _continuous(self) -> Generator[torch.Tensor, None, None]:
         """Yields the sound from the first frame to the file's last sample, with silence in the gaps."""
-        to_floats = _ToFloats(self.rate, self.channels)
-        end: int | None = None  # of the block before, in samples from the first frame on; below 0 is before it
+        to_floats, clock = _ToFloats(self.rate, self.channels), _SoundClock(self.start, self.rate)
         damaged = lost = False
         with closing(_decoded(self.path)) as frames:
             for frame in frames:
@@ -72,24 +73,43 @@ class SoundTrack:
                         )
                     damaged = lost = True
                     continue
-                begin = self._begin(frame, end, lost)
-                yield from silence(self.channels, begin - max(0, end or 0))
+                end = clock.end or 0
+                begin = clock.place(frame, block.shape[1], lost)
+                yield from silence(self.channels, begin - max(0, end))
                 yield block[:, max(0, -begin) :]
-                end, lost = begin + block.shape[1], False
+                lost = False
 
-    def _begin(self, frame: Any, end: int | None, lost: bool) -> int:
-        """Returns where a frame belongs, in samples from the first picture on: at its time, or after the one before."""
+
+class _SoundClock:
+    """Where frames belong, in samples from the first picture on: at their times, or each after the one before."""
+
+    def __init__(self, start: Fraction, rate: int) -> None:
+        self._start, self._rate = start, rate
+        self._left_out = 0  # samples by which the file's clock has jumped, as the picture's has (see `ClipClock`)
+        self.end: int | None = None  # of the frame before; below 0 is before the first picture
+
+    def place(self, frame: Any, samples: int, lost: bool) -> int:
+        """Returns where a frame begins; `lost` tells whether something before it could not be read."""
+        begin = self._begin(frame, lost)
+        self.end = begin + samples
+        return begin
+
+    def _begin(self, frame: Any, lost: bool) -> int:
+        end = self.end
         if frame.pts is None:
             return end or 0
-        at = round((frame.pts * frame.time_base - self.start) * self.rate)
+        at = round((frame.pts * frame.time_base - self._start) * self._rate) - self._left_out
+        if at - (end or 0) > LONGEST * self._rate:
+            self._left_out += at - (end or 0)
+            at = end or 0
         if end is None:
             return at
         # A time that jumps back is no time: as in the picture, the frame follows the one before.
-        return at if at - end > (0 if lost else _TOLERANCE * self.rate) else end
+        return at if at - end > (0 if lost else _TOLERANCE * self._rate) else end
 
 
 def open_sound(path: str | Path) -> SoundTrack | None:
-    """Opens the sound of a video: the first track that can be decoded. Returns None where there is none.
+    """Opens the sound of a video: the track that players take, see `main_stream`. Returns None where there is none.
 
     Sound of which nothing can be read is a warning.
 
@@ -143,7 +163,7 @@ class _ToFloats:
                 self._source = source
                 self._resampler = av.AudioResampler("fltp", LAYOUTS[self._channels], self._rate)
             parts = [torch.from_numpy(part.to_ndarray()) for part in self._resampler.resample(frame)]
-        except _errors():
+        except media_errors():
             self._source = None
             return None
         return torch.cat([torch.zeros(self._channels, 0), *parts], 1)
@@ -152,13 +172,13 @@ class _ToFloats:
 def _decoded(path: Path) -> Generator[Any, None, None]:
     """Yields the decoded frames of a file's sound in order, and None where something is damaged or missing."""
     try:
-        container = open_container(path, options={"protocol_whitelist": "file"})
-    except _errors():
+        container = open_container(path)
+    except media_errors():
         yield None
         return
     with container:
         streams = container.streams.audio
-        stream = next((stream for stream in streams if stream.codec_context is not None), None)
+        stream = main_stream(streams)
         if stream is None:
             if streams:  # of a kind that this FFmpeg does not know
                 yield None
@@ -170,7 +190,7 @@ def _decoded(path: Path) -> Generator[Any, None, None]:
                 frames = next(packets).decode()
             except (StopIteration, EOFError):
                 break
-            except _errors():
+            except media_errors():
                 frames = [None]  # decoders go on with the next packet
             for frame in frames:
                 if frame is not None and frame.pts is not None:
@@ -188,10 +208,3 @@ def _promised_end(container: Any, stream: Any) -> Fraction | None:
     of_stream = ((stream.start_time or 0) + stream.duration) * stream.time_base
     of_file = Fraction((container.start_time or 0) + container.duration, 1_000_000)
     return min(of_stream, of_file)  # a trimmed clip keeps its full stream behind an edit list
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """Returns what PyAV raises for damage."""
-    import av
-
-    return (av.error.FFmpegError, OSError, ValueError)

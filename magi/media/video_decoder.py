@@ -1,8 +1,8 @@
 """Moving pictures as a stream of upright RGB frames with their times: videos through PyAV, animations through PIL."""
 
-import warnings
 from collections.abc import Callable, Generator
-from contextlib import suppress
+from contextlib import closing, suppress
+from errno import EINVAL
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +11,13 @@ import torch
 from PIL import Image
 
 from ..errors import MagiError
-from .frames import fit, over_white
-from .image import check_file, is_animation, open_image, to_rgb
+from .clip_clock import LONGEST, ClipClock
+from .containers import has_disposition, main_stream, media_errors, open_container, readable, reason_of
+from .deinterlacing import can_deinterlace, progressive
+from .frames import MAX_PIXELS, check_pixels, fit, over_white
+from .image import check_file, count_frames, is_animation, open_image, to_rgb
+
+_LARGE = 8192 * 4320  # pixels
 
 # The YUV matrices by their number in the bit stream.
 _MATRICES = {1: "ITU709", 4: "FCC", 5: "ITU601", 6: "ITU601", 7: "SMPTE240M", 9: "BT2020"}
@@ -27,24 +32,33 @@ class TimedFrame(NamedTuple):
 
 
 class VideoFile:
-    """A video that PyAV reads. Sizes are those shown: rotated as the camera asks, in square pixels."""
+    """A video that PyAV reads. Sizes are those shown: rotated as the camera asks, in square pixels.
+
+    Attributes:
+        notices: sentences on what of the file makes its frames other than one may expect, for the user to read.
+    """
 
     def __init__(self, path: Path) -> None:
         """Opens the file and decodes its first frame.
 
         Raises:
-            MagiError: not a video, no video stream, or no frame in it.
+            MagiError: not a video, no video stream, no frame in it, or frames that are far too large.
         """
         self.path = path
         self.errors = 0  # damaged packets met by the last `frames()`
-        container, stream = self._open()
-        with container:
-            first = next(self._decode(container, stream), None)
+        self.left_out = Fraction(0)  # seconds by which the clock jumped ahead in the last `frames()`
+        self._deinterlaced = False
+        container, stream, decoder = self._open()
+        with container, readable(path):
+            check_pixels(stream.height, stream.width, str(path))
+            with closing(self._decode(container, stream, decoder)) as decoded:
+                first = next(decoded, None)
             if first is None:
                 raise MagiError(f"{str(path)!r} has a video stream without a single readable frame. Give another file.")
             self._origin = _pts(first) or 0
-            self._timed = _pts(first) is not None
-            self._time_base: Fraction = stream.time_base
+            self._time_base: Fraction = stream.time_base or Fraction(1, 1000)
+            # Without times nothing can be sought, and a palette is told once and holds until the next one.
+            self._seekable = _pts(first) is not None and first.format.name != "pal8"
             self.start: Fraction = self._origin * self._time_base  # of the first frame, seconds on the file's own clock
             self.has_sound = len(container.streams.audio) > 0
             self.fps: Fraction | None = stream.average_rate or stream.guessed_rate or None
@@ -53,85 +67,129 @@ class VideoFile:
             self._matrix = _display_matrix(first, stream)
             self.seconds, self.seconds_certain = _duration(container, stream)
             self.height, self.width = _shown_size(first.height, first.width, self._aspect, self._matrix)
-            if getattr(first, "color_trc", None) in (16, 18):  # PQ, HLG
-                warnings.warn(
-                    f"{str(path)!r} is an HDR video: its colours are read without tone mapping and may look flat. "
-                    "Convert it to SDR for true colours.",
-                    stacklevel=2,
-                )
+            check_pixels(self.height, self.width, str(path))
+            self.notices = tuple(self._notices(container, stream, first, decoder is not stream.codec_context))
 
     def frames(self, near: Fraction = Fraction(0)) -> Generator[TimedFrame, None, None]:
-        """Yields all frames in order, from the last key frame before `near` (seconds) where the file allows it."""
-        import av
+        """Yields all frames in order, from the last key frame before `near` (seconds) where the file allows it.
 
-        self.errors = 0
-        container, stream = self._open()
-        with container:
-            if near > 0 and self._timed:
-                with suppress(av.error.FFmpegError, OSError):  # cannot seek: read from the beginning
+        Raises:
+            MagiError: the file cannot be read any more, or what a frame's `load()` is to convert.
+        """
+        self.errors, self.left_out, self._deinterlaced = 0, Fraction(0), False
+        container, stream, decoder = self._open()
+        with container, readable(self.path):
+            if near > 0 and self._seekable:
+                with suppress(*media_errors()):  # cannot seek: read from the beginning
                     container.seek(self._origin + int(near / self._time_base), stream=stream)
-            gap = 1 / (self.fps or Fraction(24))
-            last: Fraction | None = None
-            for frame in self._decode(container, stream):
-                pts = _pts(frame)
-                time = None if pts is None else (pts - self._origin) * self._time_base
-                if last is not None:
-                    if time is None or time <= last:  # no time, or one that jumps back: it follows the one before
-                        time = last + gap
-                    elif not self.fps:
-                        gap = time - last
-                last = max(Fraction(0), time or Fraction(0))
-                duration = (getattr(frame, "duration", None) or 0) * self._time_base
-                yield TimedFrame(last, duration or gap, lambda frame=frame: self._load(frame))  # type: ignore[misc]
+            clock = ClipClock(self.fps)
+            with closing(self._decode(container, stream, decoder)) as decoded:
+                for frame in progressive(decoded, self._note_interlaced):
+                    pts = _pts(frame)
+                    time = clock.time(None if pts is None else (pts - self._origin) * self._time_base)
+                    self.left_out = clock.left_out
+                    duration = clock.duration((getattr(frame, "duration", None) or 0) * self._time_base)
+                    yield TimedFrame(time, duration, lambda frame=frame: self._load(frame))  # type: ignore[misc]
 
-    def _open(self) -> tuple[Any, Any]:
-        import av
-
-        if _is_text(self.path):  # FFmpeg draws text as a video, and follows playlists to other files and the network
-            raise MagiError(f"{str(self.path)!r} is not a video but a text file or playlist. Give the video itself.")
+    def _open(self) -> tuple[Any, Any, Any]:
+        """Returns the open container, the stream that is meant, and what decodes it."""
         try:
-            container = open_container(self.path, options={"protocol_whitelist": "file"})
-        except (av.error.FFmpegError, OSError, ValueError) as error:
+            container = open_container(self.path)
+        except media_errors() as error:
+            if _is_text(self.path):
+                raise MagiError(
+                    f"{str(self.path)!r} is not a video but a text file or playlist. Give the video itself."
+                ) from error
+            if getattr(error, "errno", None) == EINVAL:  # what FFmpeg says of a kind that it may not open
+                raise MagiError(
+                    f"{str(self.path)!r} is not a video, or of a kind that is not read. Convert it to MP4."
+                ) from error
             raise MagiError(
-                f"{str(self.path)!r} is not a video that can be read, or it is cut off ({_reason(error)}). "
+                f"{str(self.path)!r} is not a video that can be read, or it is cut off ({reason_of(error)}). "
                 "Play it to see whether it is whole, and convert it to MP4 if it is."
             ) from error
-        streams = [stream for stream in container.streams.video if not _is_cover(stream)]
-        if not streams or container.format.name == "tty":
+        stream = main_stream(_tracks(container))
+        if stream is None:
             container.close()
-            raise MagiError(f"{str(self.path)!r} has no video stream. Give a video file.")
-        streams[0].thread_type = "AUTO"
-        return container, streams[0]
+            raise MagiError(
+                f"{str(self.path)!r} has no video stream that can be read. Give a video file, or convert it to MP4."
+            )
+        decoder = _decoder_with_alpha(stream) or stream.codec_context
+        decoder.options = {"max_pixels": str(MAX_PIXELS)}  # a stream may hold larger frames than its container says
+        # Each thread holds a frame: a few of 8K are enough.
+        decoder.thread_type = "AUTO" if stream.width * stream.height <= _LARGE else "SLICE"
+        return container, stream, decoder
 
-    def _decode(self, container: Any, stream: Any) -> Generator[Any, None, None]:
-        import av
-
+    def _decode(self, container: Any, stream: Any, decoder: Any) -> Generator[Any, None, None]:
         packets = container.demux(stream)
         while True:
             try:
                 packet = next(packets)
             except StopIteration:
                 return
-            except (av.error.FFmpegError, OSError):
+            except media_errors():
                 self.errors += 1
                 return
             try:
-                yield from packet.decode()
-            except av.error.EOFError:
+                yield from decoder.decode(packet)
+            except EOFError:
                 return
-            except (av.error.FFmpegError, OSError):
+            except media_errors():
                 self.errors += 1  # decoders recover at the next key frame
 
     def _load(self, frame: Any) -> torch.Tensor:
-        has_alpha = any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
+        has_alpha = _has_alpha(frame)
         options = {} if frame.format.is_rgb else _colours(frame)
-        array = frame.reformat(format="rgba" if has_alpha else "rgb24", **options).to_ndarray()
+        with readable(self.path):
+            array = frame.reformat(format="rgba" if has_alpha else "rgb24", **options).to_ndarray()
         picture = torch.from_numpy(array if array.flags.writeable else array.copy())
         if has_alpha:
             picture = over_white(picture)
-        width = round(picture.shape[1] * self._aspect)
+        width = max(1, round(picture.shape[1] * self._aspect))
         picture = fit(picture[None], picture.shape[0], width, "stretch")[0]
         return _orient(picture, self._matrix)
+
+    def _notices(self, container: Any, stream: Any, first: Any, with_alpha: bool) -> Generator[str, None, None]:
+        """Yields a sentence for each thing about the file that makes its frames other than one may expect."""
+        name, tracks = repr(str(self.path)), _tracks(container)
+        if len(tracks) > 1:
+            yield f"{name} has {len(tracks)} video tracks: number {tracks.index(stream) + 1} is read, as players do."
+        if first.interlaced_frame:
+            yield self._interlaced()
+        if _alpha_aside(stream) and not with_alpha:
+            yield (
+                f"{name} has transparency that this PyAV cannot read: what it should hide is seen. "
+                "Install the official wheel (pip install av), or lay the video over a background first."
+            )
+        if getattr(first, "color_trc", None) in (16, 18):  # PQ, HLG
+            yield (
+                f"{name} is an HDR video: its colours are read without tone mapping and may look flat. "
+                "Convert it to SDR for true colours."
+            )
+
+    def findings(self) -> list[str]:
+        """Returns the `notices`, and a sentence for each thing that the last `frames()` met and could bridge."""
+        name, found = repr(str(self.path)), list(self.notices)
+        if self.errors:
+            found.append(
+                f"{name} is damaged in {self.errors} place(s); the frames before each stand in for those that are lost."
+            )
+        if self.left_out:
+            found.append(f"The clock of {name} jumps ahead by {float(self.left_out):,.0f} s: that time is left out.")
+        if self._deinterlaced and self._interlaced() not in found:
+            found.append(self._interlaced())
+        return found
+
+    def _note_interlaced(self) -> None:
+        self._deinterlaced = True
+
+    def _interlaced(self) -> str:
+        if can_deinterlace():
+            return f"{str(self.path)!r} is interlaced: each two fields are made one frame (deinterlaced)."
+        return (
+            f"{str(self.path)!r} is interlaced, and this PyAV cannot change that: what moves looks combed. "
+            "Deinterlace it first."
+        )
 
 
 class Animation:
@@ -139,6 +197,7 @@ class Animation:
 
     errors = 0
     seconds_certain = False
+    left_out = Fraction(0)
 
     def __init__(self, path: Path) -> None:
         """Opens the file and reads its first frame. Length and rate stay None: only reading it all would tell.
@@ -150,27 +209,46 @@ class Animation:
         self.seconds: float | None = None
         self.fps: Fraction | None = None
         with self._open() as image:
-            self.frame_count: int = getattr(image, "n_frames", 1)
+            self.frame_count: int = count_frames(image, path)
             self.height, self.width = to_rgb(image, path).shape[:2]
 
     def frames(self, near: Fraction = Fraction(0)) -> Generator[TimedFrame, None, None]:
-        """Yields all frames in order; `near` is not used, since every frame builds on the one before."""
+        """Yields all frames in order; `near` is not used, since every frame builds on the one before.
+
+        Raises:
+            MagiError: a frame is damaged.
+        """
+        time = Fraction(0)
+        for image in self._images():
+            picture = to_rgb(image, self.path)
+            duration = _shown_for(image)
+            yield TimedFrame(time, duration, lambda picture=picture: picture)  # type: ignore[misc]
+            time += duration
+
+    def whole_seconds(self) -> Fraction:
+        """Returns how long all frames last together, by going through them. Raises MagiError as `frames`."""
+        return sum((_shown_for(image) for image in self._images(load=True)), Fraction(0))
+
+    def findings(self) -> list[str]:
+        """Returns nothing: an animation is read as it is, or not at all."""
+        return []
+
+    def _images(self, load: bool = False) -> Generator[Image.Image, None, None]:
         with self._open() as image:
-            time = Fraction(0)
             for index in range(self.frame_count):
                 try:
                     image.seek(index)
-                except (EOFError, OSError, SyntaxError) as error:
+                    check_pixels(image.height, image.width, str(self.path))  # a frame may be larger than the first
+                    if load:
+                        image.load()
+                except MagiError:
+                    raise
+                except Exception as error:  # PIL's readers raise whatever they stumble over
                     raise MagiError(
                         f"{str(self.path)!r} is damaged: frame {index + 1} of {self.frame_count} cannot be read. "
                         "Save it again, or ask only for the seconds before that."
                     ) from error
-                picture = to_rgb(image, self.path)
-                milliseconds = float(image.info.get("duration") or 0)
-                # Browsers show frames of 10 ms or less for 100 ms, and animations are made for browsers.
-                duration = Fraction(milliseconds if milliseconds > 10 else 100.0) / 1000
-                yield TimedFrame(time, duration, lambda picture=picture: picture)  # type: ignore[misc]
-                time += duration
+                yield image
 
     def _open(self) -> Image.Image:
         image = open_image(self.path)
@@ -179,15 +257,11 @@ class Animation:
         return image
 
 
-def open_container(path: Path, **options: Any) -> Any:
-    """Opens a file with PyAV; undecodable text in its tags is replaced."""
-    import av
-
-    open_file: Any = av.open  # its arguments differ between versions
-    try:
-        return open_file(str(path), metadata_errors="replace", **options)
-    except TypeError:  # PyAV 19 has no such argument any more
-        return open_file(str(path), **options)
+def _shown_for(image: Image.Image) -> Fraction:
+    """Returns the seconds that an animation's current frame stays, which some formats tell only once it is loaded."""
+    milliseconds = float(image.info.get("duration") or 0)
+    # Browsers show frames of 10 ms or less for 100 ms, and animations are made for browsers.
+    return min(Fraction(milliseconds if milliseconds > 10 else 100.0) / 1000, LONGEST)
 
 
 def open_clip(path: str | Path) -> VideoFile | Animation:
@@ -201,30 +275,50 @@ def open_clip(path: str | Path) -> VideoFile | Animation:
     if image is None:
         return VideoFile(path)
     with image:
-        if not is_animation(image):
+        if not is_animation(image, path):
             raise MagiError(f"{str(path)!r} is a still picture, not a video. Use it as an image.")
     return Animation(path)
 
 
 def _is_text(path: Path) -> bool:
-    with path.open("rb") as file:
+    with suppress(OSError), path.open("rb") as file:
         head = file.read(1024)
-    controls = set(range(32)) - set(b"\t\n\f\r\x1b")
-    return controls.isdisjoint(head) and not head.startswith(b"YUV4MPEG2")
+        return bool(head) and (set(range(32)) - set(b"\t\n\f\r\x1b")).isdisjoint(head)
+    return False
 
 
 def _pts(frame: Any) -> int | None:
     return frame.pts if frame.pts is not None else frame.dts
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+def _tracks(container: Any) -> list[Any]:
+    """Returns the video streams of a file but for album art and thumbnails, which are pictures beside it."""
+    covers = ("attached_pic", "timed_thumbnails")
+    return [s for s in container.streams.video if not any(has_disposition(s, cover) for cover in covers)]
 
 
-def _is_cover(stream: Any) -> bool:
-    # Album art in audio files is a video stream of one picture. PyAV before 13 cannot tell.
-    disposition = getattr(stream, "disposition", None)
-    return disposition is not None and bool(disposition & type(disposition).attached_pic)
+def _alpha_aside(stream: Any) -> bool:
+    """Returns whether transparency lies beside the picture's packets, where WebM keeps it and FFmpeg does not look."""
+    return any(key.lower() == "alpha_mode" and value == "1" for key, value in stream.metadata.items())
+
+
+def _decoder_with_alpha(stream: Any) -> Any | None:
+    """Returns a decoder that sees what lies aside; None where there is nothing, or this PyAV has none."""
+    import av
+
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    if name is None or not _alpha_aside(stream):
+        return None
+    try:
+        decoder = av.CodecContext.create(name, "r")
+    except media_errors():  # PyAV has an error of its own for a name that it does not know, a ValueError
+        return None
+    decoder.extradata = stream.codec_context.extradata
+    return decoder
+
+
+def _has_alpha(frame: Any) -> bool:
+    return any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
 
 
 def _pixel_aspect(aspect: Fraction | None) -> Fraction:
@@ -236,7 +330,7 @@ def _pixel_aspect(aspect: Fraction | None) -> Fraction:
 
 def _duration(container: Any, stream: Any) -> tuple[float | None, bool]:
     """Returns the seconds by the header, and whether they are the video's, not those of a longer audio track."""
-    of_stream = float(stream.duration * stream.time_base) if stream.duration else None
+    of_stream = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
     of_file = container.duration / 1_000_000 if container.duration else None
     if of_file and "matroska" in container.format.name:  # it counts from 0, not from the first frame
         of_file -= (container.start_time or 0) / 1_000_000

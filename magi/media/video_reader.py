@@ -32,7 +32,7 @@ class MediaInfo:
     """What a file shows: its size in pixels upright and with square pixels; for videos also rate, frames and seconds.
 
     `frames` and `seconds` are those of the header, None where it has none; `sound` tells whether there is a track of it.
-    An animated picture is a video.
+    `notices` are sentences that the user should read, such as that it is interlaced. An animated picture is a video.
     """
 
     kind: Literal["image", "video"]
@@ -42,6 +42,7 @@ class MediaInfo:
     frames: int | None = None
     seconds: float | None = None
     sound: bool = False
+    notices: tuple[str, ...] = ()
 
 
 def probe(path: str | Path) -> MediaInfo:
@@ -54,13 +55,15 @@ def probe(path: str | Path) -> MediaInfo:
     image = open_image(path)
     if image is not None:
         with image:
-            if not is_animation(image):
+            if not is_animation(image, path):
                 height, width = to_rgb(image, path).shape[:2]
                 return MediaInfo("image", width, height)
     clip = open_clip(path)
     if isinstance(clip, VideoFile):
-        return MediaInfo("video", clip.width, clip.height, clip.fps, clip.frame_count, clip.seconds, clip.has_sound)
-    seconds = sum((frame.duration for frame in clip.frames()), Fraction(0))
+        return MediaInfo(
+            "video", clip.width, clip.height, clip.fps, clip.frame_count, clip.seconds, clip.has_sound, clip.notices
+        )
+    seconds = clip.whole_seconds()
     fps = (clip.frame_count / seconds).limit_denominator(1001)
     return MediaInfo("video", clip.width, clip.height, fps, clip.frame_count, float(seconds))
 
@@ -87,8 +90,8 @@ def read_video(
         height: with `width`, the size each frame is fitted to as it arrives; without, the size the clip is shown at.
         width: see `height`.
         mode: "crop", "pad" or "stretch", see `frames.fit`.
-        progress: called with (frames of the result so far, frames wanted or 0) per decoded frame; what it raises ends
-            the reading.
+        progress: called with (frames of the result so far, frames wanted or 0) per frame, decoded or repeated; what it
+            raises ends the reading.
 
     Raises:
         MagiError: a bad argument; no such file, not a video, no frames; a start beyond the end; a damaged file of which
@@ -207,6 +210,8 @@ class _Reading:
                 if frame is not last:  # a frame for several ticks is fitted once
                     picture = fit(frame.load()[None], *self.size, self.mode)[0]
                     last = frame
+                else:  # it may stay for minutes
+                    self._report()
                 self.count += 1
                 yield picture
 
@@ -219,16 +224,20 @@ class _Reading:
                 if count == 0:
                     self.first = frame.time
                 self.end = frame.time + frame.duration
-                if self.progress:
-                    self.progress(len(self.kept), self.wanted or 0)
+                self._report()
                 yield frame
+
+    def _report(self) -> None:
+        if self.progress:
+            self.progress(len(self.kept), self.wanted or 0)
 
     def check(self, path: str | Path) -> None:
         """Raises MagiError when nothing or, for damage, not all was read; warns of damage that could be bridged."""
         clip, promised = self.clip, self.clip.seconds
         short = self.at_end and (self.tail or len(self.kept) != self.wanted)
         certain = promised is not None and (clip.seconds_certain or clip.errors > 0)
-        if short and certain and promised is not None and promised - self.end > _TOLERANCE and promised > self.start:
+        end = self.end + clip.left_out
+        if short and certain and promised is not None and promised - end > _TOLERANCE and promised > self.start:
             raise MagiError(
                 f"{str(path)!r} is damaged or cut off: it should last {promised:.2f} s, but only the first "
                 f"{float(self.end):.2f} s can be read. Copy or convert it again, or ask only for seconds before that."
@@ -238,11 +247,8 @@ class _Reading:
                 f"The start at {float(self.start):g} s is beyond the end of {str(path)!r}, which lasts {float(self.end):.2f} s. "
                 "Give an earlier start."
             )
-        if clip.errors:
-            warnings.warn(
-                f"{str(path)!r} is damaged in {clip.errors} place(s); the frames before each stand in for those that are lost.",
-                stacklevel=3,
-            )
+        for finding in clip.findings():
+            warnings.warn(finding, stacklevel=3)
 
     def result(self) -> torch.Tensor:
         out = torch.empty(len(self.kept), *self.size, 3, dtype=torch.uint8)

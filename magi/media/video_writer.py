@@ -24,9 +24,9 @@ from ..errors import MagiError
 from ..system.paths import user_path
 from ..system.progress import OnProgress
 from ..system.whole_files import put_in_place
+from .containers import media_errors, open_container
 from .frames import check_size
 from .mp4_fragments import boxes, find_encoder, tag_flags
-from .video_decoder import open_container
 
 # Longer writes are cut into pieces of this many frames: it bounds memory, and the work that a crash can cost.
 _PIECE = 48
@@ -82,7 +82,7 @@ class VideoWriter:
         self.frames_written = 0
         self.sound: bytes | None = None
         self.on_whole: Callable[[Path], None] | None = None
-        self._metadata = {str(key): str(value) for key, value in (metadata or {}).items()}
+        self._metadata = {_as_tag(str(key)): _as_tag(str(value)) for key, value in (metadata or {}).items()}
         self._check_path()
         self._encoder = find_encoder(height, width, self.fps, crf, self._metadata)
         self._file: FileIO | None = None
@@ -149,9 +149,11 @@ class VideoWriter:
 
     def _check_path(self) -> None:
         try:
+            if os.name == "nt":  # Windows takes names with half a character in them, FFmpeg does not
+                str(self.path).encode()
             check_name(self.path, self.overwrite)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._failed("be made", error) from error
 
     def _create_partial(self) -> tuple[Path, FileIO]:
@@ -162,13 +164,11 @@ class VideoWriter:
                 return path, FileIO(path, "x")
             except FileExistsError:
                 continue
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise self._failed("be written", error) from error
         raise AssertionError("unreachable: the names do not end")
 
     def _finish(self) -> None:
-        import av
-
         # The partial name is ours alone, so this one is too.
         final = self.partial_path.with_suffix(".tmp")
         try:
@@ -183,7 +183,7 @@ class VideoWriter:
                 f"{str(self.path)!r} was made by something else while this video was, and is not replaced. {self._kept()} "
                 "That is all of it: give it a name of your own."
             ) from error
-        except (OSError, av.error.FFmpegError) as error:
+        except media_errors() as error:
             raise self._failed("be finished", error) from error
         finally:
             _remove(final)
@@ -196,10 +196,10 @@ class VideoWriter:
         flags = "+faststart" + tag_flags(self._metadata)
         frames = 0
         with ExitStack() as files:
-            picture = files.enter_context(av.open(str(self.partial_path))).streams.video[0]
+            picture = files.enter_context(open_container(self.partial_path)).streams.video[0]
             sources = [picture]
             if self.sound is not None:
-                sources.append(files.enter_context(av.open(BytesIO(self.sound))).streams.audio[0])
+                sources.append(files.enter_context(open_container(BytesIO(self.sound))).streams.audio[0])
             target = files.enter_context(av.open(str(final), "w", format="mp4", options={"movflags": flags}))
             target.metadata.update(self._metadata)
             streams = {source: _copy_of(source, target) for source in sources}
@@ -216,6 +216,11 @@ class VideoWriter:
         return f"The first {self.frames_written} frames are kept, playable, in {str(self.partial_path)!r}."
 
     def _failed(self, what: str, error: Exception) -> MagiError:
+        if type(error) in (
+            ValueError,
+            UnicodeEncodeError,
+        ):  # a zero, half a character; FFmpeg's errors derive from them
+            return MagiError(f"The output {str(self.path)!r} is a name that no file can have. Give another one.")
         reason = getattr(error, "strerror", None) or error
         return MagiError(
             f"The video {str(self.path)!r} cannot {what}: {reason}. "
@@ -248,15 +253,13 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         MagiError: there is no such file, or it is not a video.
     """
-    import av
-
     from .image import check_file
 
     path = check_file(path)
     try:
         with open_container(path) as container:
             return {key: value for key, value in container.metadata.items() if key not in _CONTAINER_TAGS}
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except media_errors() as error:
         raise MagiError(f"{str(path)!r} is not a video that can be read ({error}). Give an MP4 file.") from error
 
 
@@ -268,6 +271,11 @@ def is_partial_of(partial: Path, video: Path) -> bool:
 def _remove(path: Path) -> None:
     with suppress(OSError):  # Windows: a player has it open. The video is finished all the same
         path.unlink(missing_ok=True)
+
+
+def _as_tag(text: str) -> str:
+    """Returns text as a file can hold it: halves of a character are put together or replaced, what ends a text is not."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _append_whole(file: FileIO, header: bytes, fragments: bytes) -> None:

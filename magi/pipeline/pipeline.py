@@ -302,10 +302,7 @@ class MagiPipeline:
         else:
             plan = self.encode(plan, progress, store)
             chunks = self.sample(plan, progress, store, save_seconds)
-        # A clip's frames are no part of the video. The sampler drops them, but keeps a lone latent frame as an image.
-        prefix = plan.run.prefix_frames
-        skip = 1 if prefix == 1 and not plan.request.is_image(prefix) else 0
-        latents = (chunk.latents[:, :, skip if chunk.index == 0 else 0 :] for chunk in chunks)
+        latents = (chunk.latents for chunk in chunks)
         first = 0
         for video in self._models.vae.decode_chunks(latents, progress=phase_callback(progress, "decode")):
             frames = from_model(video).cpu()

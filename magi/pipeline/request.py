@@ -10,7 +10,7 @@ import torch
 
 from ..config import SPATIAL_DOWNSAMPLE, MagiConfig, ModelConfig
 from ..errors import MagiError
-from ..media.frames import check_mode, complete_size, fit, size_for
+from ..media.frames import LONGEST_SECONDS, check_clip_seconds, check_mode, clip_end, complete_size, fit, size_for
 from ..media.video_reader import probe, read_image, read_video
 from ..planning.placement import Placement
 from ..runs.identity import UNKNOWN, config_settings
@@ -24,7 +24,6 @@ from ..system.whole_files import file_fingerprint, tensor_digest
 Media = str | Path | torch.Tensor  # a file, or frames uint8 (T, H, W, 3)
 
 _WIDE = 16 / 9
-_LONGEST = 86_400  # seconds; a saved run numbers its chunks, a second each, with five digits
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,6 @@ class Request:
         """Returns the prompts as a list."""
         return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
 
-    def is_image(self, latent_frames: int) -> bool:
-        """Returns whether a prefix of so many latent frames is the video's first frame, not a clip before it."""
-        return self.image is not None or (self.latents is not None and latent_frames == 1)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -118,7 +113,7 @@ class Plan:
     def frames(self) -> int:
         """Returns the number of video frames that will come out."""
         prefix = self.run.prefix_frames
-        hidden = 0 if self.request.is_image(prefix) else prefix
+        hidden = 0 if prefix == 1 else prefix  # an image is the video's first frame, a clip lies before it
         runtime = self.config.runtime
         return (self.run.schedule.chunks * runtime.chunk_width - hidden) * runtime.temporal_downsample_factor
 
@@ -176,7 +171,7 @@ def make_plan(
         prefix_frames = 0
         height, width = _size(request, config, None)
     # As many latent frames as are asked for at least; an image is one of them.
-    made = max(1, -(-wanted // runtime.temporal_downsample_factor) - request.is_image(prefix_frames))
+    made = max(1, -(-wanted // runtime.temporal_downsample_factor) - (prefix_frames == 1))
     num_frames = made * runtime.temporal_downsample_factor
     run = plan_run(config.with_runtime(num_frames=num_frames, video_size_h=height, video_size_w=width), prefix_frames)
     if request.captions is not None:
@@ -226,12 +221,12 @@ def _wanted_frames(request: Request, default: int, fps: int) -> int:
     if request.seconds is not None and request.frames is not None:
         raise MagiError(f"Both seconds ({request.seconds}) and frames ({request.frames}) are given. Give one of them.")
     if request.seconds is not None:
-        if not 0 < request.seconds <= _LONGEST:
-            raise MagiError(f"seconds is {request.seconds}; it must be above 0, and at most {_LONGEST} (a day).")
+        if not 0 < request.seconds <= LONGEST_SECONDS:
+            raise MagiError(f"seconds is {request.seconds}; it must be above 0, and at most {LONGEST_SECONDS} (a day).")
         return max(1, round(request.seconds * fps))
     frames = default if request.frames is None else request.frames
-    if not 0 < frames <= _LONGEST * fps:
-        raise MagiError(f"frames is {frames}; it must be above 0, and at most {_LONGEST * fps} (a day).")
+    if not 0 < frames <= LONGEST_SECONDS * fps:
+        raise MagiError(f"frames is {frames}; it must be above 0, and at most {LONGEST_SECONDS * fps} (a day).")
     return frames
 
 
@@ -244,8 +239,7 @@ def _read_prefix(request: Request, config: MagiConfig) -> torch.Tensor | None:
     if request.video is None:
         return None
     runtime, tail = config.runtime, request.continue_seconds
-    if not 0 < tail <= _LONGEST:
-        raise MagiError(f"continue_seconds is {tail}; it must be above 0, and at most {_LONGEST} (a day).")
+    check_clip_seconds(tail)
     if isinstance(request.video, torch.Tensor):
         _check_frames(request.video, "video")
         size = _size(request, config, request.video.shape[2] / request.video.shape[1])
@@ -254,9 +248,7 @@ def _read_prefix(request: Request, config: MagiConfig) -> torch.Tensor | None:
         info = probe(request.video)
         height, width = _size(request, config, info.width / info.height)
         frames = read_video(request.video, runtime.fps, tail_seconds=tail, height=height, width=width, mode=request.fit)
-    # Whole latents that end where the clip ends: frames too many are dropped at the beginning.
-    per_latent = runtime.temporal_downsample_factor
-    return frames[len(frames) % per_latent :] if len(frames) >= per_latent else frames
+    return clip_end(frames)
 
 
 def _size(request: Request, config: MagiConfig, aspect: float | None) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import torch
 from ..errors import MagiError
 from ..system.file_kinds import NPZ, file_kind
 from ..system.folders import visible, what_is_at
+from ..system.paths import user_path
 
 FILE_NAME = "special_tokens.npz"
 SIZE = 3_343_124  # bytes
@@ -64,7 +65,7 @@ class SpecialTokens:
         Raises:
             MagiError: the file is missing, is not such an archive, or lacks the tokens.
         """
-        path = Path(path).expanduser()
+        path = user_path(path)
         if what_is_at(path) != "file":
             raise MagiError(f"There is no special-token file {str(path)!r}. {_HOW}")
         try:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ..system.paths import user_path
 from ..system.whole_files import write_whole
 
 _TENSOR, _CHECKSUM = "embeds", "sha256"
@@ -44,7 +45,7 @@ class EmbeddingCache:
             limit_bytes: the most that the embeddings may take in all.
             remedy: a sentence that ends the warning about a folder that cannot be used: how to choose another.
         """
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         self.limit_bytes = limit_bytes
         self._remedy = remedy
         self._warned = False

@@ -22,6 +22,7 @@ from torch import nn
 from ..config import CAPTION_TOKENS
 from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, retry_with_less
+from ..system.paths import user_path
 from ..system.progress import OnProgress
 from .embedding_cache import EmbeddingCache
 from .t5_checkpoint import T5Checkpoint, find_t5_files, read_t5, t5_is_missing, unusual_options
@@ -236,8 +237,8 @@ def encoder_fingerprint(
     # A note stands for one place: the weights' path, the tokenizer's path, or "beside these weights". Only what is
     # wholly missing is taken from a note, the weights apart from the tokenizer; so all files that are there are hashed,
     # and changed ones never get the embeddings of the old ones.
-    weights = Path(path).expanduser().resolve()
-    tokenizer_place = Path(tokenizer).expanduser().resolve() if tokenizer else f"beside {weights}"
+    weights = user_path(path).resolve()
+    tokenizer_place = user_path(tokenizer).resolve() if tokenizer else f"beside {weights}"
     fingerprints = [
         _noted(cache, f"weights {weights}", t5_is_missing(path), lambda: _hash_weights(path)),
         _noted(
@@ -285,7 +286,7 @@ def _hash_weights(path: str | Path) -> str:
             for start in (0, size // 2, size - _SAMPLE_BYTES):
                 stream.seek(max(0, start))
                 digest.update(stream.read(_SAMPLE_BYTES))
-    options = unusual_options(Path(path).expanduser())
+    options = unusual_options(user_path(path))
     if (
         options
     ):  # usual ones leave no trace, so that the official folder and a single file without a config are the same

@@ -18,6 +18,7 @@ from ..checkpoint.reader import Checkpoint, find_weight_files, indexed_files
 from ..errors import MagiError
 from ..system.folders import visible, what_is_at
 from ..system.json_files import read_json
+from ..system.paths import user_path
 from ..system.printable import printable
 from .torch_file import map_torch_file
 
@@ -93,7 +94,7 @@ def find_t5_files(path: str | Path) -> list[Path]:
     Raises:
         MagiError: nothing is there, a shard is missing, or the folder holds several checkpoints.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     there = what_is_at(path)
     if there == "nothing":
         raise MagiError(
@@ -137,7 +138,7 @@ def t5_is_missing(path: str | Path) -> bool:
     Raises:
         MagiError: the system does not let one look.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     folder = path.parent if path.name.endswith(".index.json") else path
     there = what_is_at(folder)
     if there != "folder":
@@ -153,7 +154,7 @@ def read_t5(path: str | Path) -> T5Checkpoint:
             config.json says, or a tensor is missing, unexpected, of the wrong shape, of a type other than floating
             point, or nothing but zeros.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     tensors: dict[str, torch.Tensor] = {}
     scales: dict[str, torch.Tensor] = {}
     for name, tensor in _map_files(path).items():

@@ -14,6 +14,7 @@ from ..errors import MagiError
 from ..system.file_kinds import file_kind
 from ..system.folders import what_is_at
 from ..system.json_files import read_json
+from ..system.paths import user_path
 from ..system.printable import printable
 
 _BYT5_OFFSET = 3  # ids 0, 1, 2: padding, end, unknown
@@ -69,7 +70,7 @@ def find_tokenizer(weights: str | Path, tokenizer: str | Path | None = None) -> 
         MagiError: there is none.
     """
     if tokenizer is not None:
-        tokenizer = Path(tokenizer).expanduser()
+        tokenizer = user_path(tokenizer)
         there = what_is_at(tokenizer)
         if there == "file":
             return tokenizer
@@ -77,7 +78,7 @@ def find_tokenizer(weights: str | Path, tokenizer: str | Path | None = None) -> 
             raise MagiError(f"There is no tokenizer file or folder {str(tokenizer)!r}. Check the path.")
         folders = [tokenizer]
     else:
-        weights = Path(weights).expanduser()
+        weights = user_path(weights)
         folder = weights if weights.is_dir() else weights.parent
         folders = [folder, folder / "tokenizer", folder.parent / "tokenizer"]
     for folder in folders:

@@ -11,8 +11,9 @@ from comfy_api.latest import InputImpl
 
 from ...magi.config import FPS, LATENT_CHANNELS, SPATIAL_DOWNSAMPLE, TEMPORAL_DOWNSAMPLE
 from ...magi.errors import MagiError
+from ...magi.media.containers import media_errors, open_container
+from ...magi.media.frames import MIN_CLIP_FRAMES, over_white
 from ...magi.media.frames import fit as fit_frames
-from ...magi.media.frames import over_white
 from ...magi.media.sound import LAYOUTS, Sound, lasting
 from ...magi.media.sound_reader import read_sound
 from ...magi.media.video_decoder import TimedFrame
@@ -21,7 +22,6 @@ from ...magi.system.finite import check_finite
 from ...magi.system.host_memory import free_host_memory
 from .families import family_of_latent, latent_of
 
-MIN_FRAMES = 8  # two latent frames: a single one is taken for a picture
 _TOLERANCE = 0.5  # seconds by which two readings of a file's length may differ
 
 
@@ -35,6 +35,7 @@ class Clip:
     images: torch.Tensor | None = None
     audio: Sound | None = None
     fps: Fraction = Fraction(FPS)
+    notices: tuple[str, ...] = ()  # sentences about its file that the user should read
 
     @classmethod
     def of(cls, video: Any, fps: float = FPS) -> "Clip":
@@ -50,8 +51,15 @@ class Clip:
         if isinstance(source, str):
             info = probe(source)
             if _is_whole(video, info):
-                return cls(info.width, info.height, file=source)
-        parts = video.get_components()
+                return cls(info.width, info.height, file=source, notices=info.notices)
+        elif source is not None:
+            _check_kind(source)
+        try:
+            parts = video.get_components()
+        except media_errors() as error:
+            raise MagiError(
+                f"This video cannot be read ({error}). Play it to see whether it is whole, and load it again."
+            ) from error
         height, width = parts.images.shape[1:3]
         rate, audio = Fraction(parts.frame_rate), _sound_of(parts.audio)
         return cls(width, height, images=parts.images, audio=audio, fps=rate)
@@ -93,6 +101,17 @@ class Clip:
         if self.file is not None:
             return read_sound(self.file, seconds, progress)
         return None if self.audio is None else lasting(self.audio, seconds)
+
+
+def _check_kind(source: Any) -> None:
+    """Raises MagiError for a file in memory of a kind that is not read: a playlist makes ComfyUI open other files."""
+    source.seek(0)
+    try:
+        open_container(source).close()
+    except media_errors() as error:
+        raise MagiError("This video is damaged, or of a kind that is not read. Convert it to MP4.") from error
+    finally:
+        source.seek(0)
 
 
 def _is_whole(video: Any, info: MediaInfo) -> bool:
@@ -156,9 +175,13 @@ def check_room(count: int, height: int, width: int, remedy: str) -> None:
 
 
 def latent_tail(latent: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Returns a LATENT of the last `seconds`, of two latent frames at least."""
-    frames = max(MIN_FRAMES // TEMPORAL_DOWNSAMPLE, round(seconds * FPS / TEMPORAL_DOWNSAMPLE))
-    return latent_of(check_latent(latent)[:, :, -frames:], family_of_latent(latent))
+    """Returns a LATENT of the last `seconds`, of two latent frames at least. Raises MagiError if it has only one."""
+    least, samples = MIN_CLIP_FRAMES // TEMPORAL_DOWNSAMPLE, check_latent(latent)
+    if samples.shape[2] < least:
+        raise MagiError(
+            "These latents are of a single frame, which is a picture and no clip. Connect them to start of the sampler itself."
+        )
+    return latent_of(samples[:, :, -max(least, round(seconds * FPS / TEMPORAL_DOWNSAMPLE)) :], family_of_latent(latent))
 
 
 def check_latent(latent: dict[str, Any]) -> torch.Tensor:

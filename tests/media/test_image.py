@@ -1,5 +1,7 @@
 import io
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from magi.errors import MagiError
+from magi.media.image import to_rgb
 from magi.media.video_reader import probe, read_image
 
 RED, BLUE, GREEN = (255, 0, 0), (0, 0, 255), (0, 128, 0)
@@ -77,6 +80,110 @@ def test_grey_of_8_and_16_bits_and_float(tmp_path: Path):
     Image.new("1", (4, 4), 1).save(tmp_path / "1.png")
     for name, level in (("8.png", 77), ("16.png", 77), ("float.tif", 77), ("1.png", 255)):
         assert (read_image(tmp_path / name) == level).all(), name
+
+
+RAMP = np.linspace(0, 1, 64).reshape(8, 8)
+LEVELS = np.rint(255 * RAMP)
+
+
+def as_tiff(folder: Path, values: np.ndarray, **options: object) -> np.ndarray:
+    """What is read of a TIFF of these numbers, uint8 (H, W)."""
+    Image.fromarray(values).save(folder / "a.tif", **options)
+    return read_image(folder / "a.tif")[0, ..., 0].numpy().astype(int)
+
+
+@pytest.mark.parametrize("most", [255, 65535, 2**31 - 1])
+def test_whole_numbers_of_32_bits(tmp_path: Path, most: int):
+    assert abs(as_tiff(tmp_path, (RAMP * most).astype(np.int32)) - LEVELS).max() <= 1
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}])
+@pytest.mark.parametrize("kind", ["<u2", ">u2"])
+def test_whole_numbers_of_16_bits(tmp_path: Path, kind: str, options: dict):
+    assert abs(as_tiff(tmp_path, (RAMP * 65535).astype(kind), **options) - LEVELS).max() <= 1
+    dark = as_tiff(tmp_path, np.full((8, 8), 200, kind), **options)
+    assert (dark == 1).all(), "sixteen bits that are nearly black stay so"
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L", "I;16N"])
+def test_every_16_bit_mode_of_pil(mode: str):
+    try:
+        image = Image.frombytes(mode, (8, 8), (RAMP * 65535).astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    except ValueError:
+        pytest.skip(f"this PIL has no {mode}")
+    assert abs(to_rgb(image, Path("a.tif"))[..., 0].numpy() - LEVELS).max() <= 1
+
+
+def test_white_is_zero_in_16_bits(tmp_path: Path):
+    assert abs(as_tiff(tmp_path, (RAMP * 65535).astype(np.uint16), tiffinfo={262: 0}) - (255 - LEVELS)).max() <= 1
+
+
+@pytest.mark.parametrize("most", [1, 255, 65535])
+def test_the_range_of_floats_is_found(tmp_path: Path, most: int):
+    assert abs(as_tiff(tmp_path, (RAMP * most).astype(np.float32)) - LEVELS).max() <= 1
+
+
+@pytest.mark.parametrize("highlight", [1.0001, 1.5, 2, 255, 1e30, np.inf])
+@pytest.mark.parametrize("picture", [RAMP, np.ones((8, 8)), np.zeros((8, 8))], ids=["ramp", "white", "black"])
+def test_highlights_of_floats_are_clipped(tmp_path: Path, picture: np.ndarray, highlight: float):
+    values = picture.astype(np.float32)
+    values[:2, 0] = highlight, np.nan
+    values[2, 0] = -0.5
+    read = as_tiff(tmp_path, values)
+    if picture.any():
+        expected = np.rint(255 * picture)
+        expected[:3, 0] = 255, 0, 0
+        assert abs(read - expected).max() <= 1
+    assert read[1:3, 0].tolist() == [0, 0]
+
+
+def test_dark_floats_of_eight_bits_stay_dark(tmp_path: Path):
+    values = np.zeros((8, 8), np.float32)
+    values[0] = np.arange(8) * 3 + 0.5
+    assert as_tiff(tmp_path, values).max() == 22
+
+
+def png(depth: int, kind: int, row: bytes, transparent: bytes) -> bytes:
+    """A PNG of eight equal rows of eight pixels with a transparent colour."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, kind, 0, 0, 0)) + chunk(b"tRNS", transparent)
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(8 * (b"\0" + row))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "row", "transparent", "shown"),
+    [
+        (1, 0, b"\x0f", (0,), 255),
+        (2, 0, b"\x55\xaa", (1,), 170),
+        (4, 0, b"\x55\x55\xaa\xaa", (5,), 170),
+        (8, 0, bytes([5] * 4 + [9] * 4), (5,), 9),
+        (16, 0, struct.pack(">8H", *[300] * 4, *[30_069] * 4), (300,), 117),
+        (16, 0, struct.pack(">8H", *[0] * 4, *[1] * 4), (0,), 0),
+        (8, 2, bytes([1, 2, 3] * 4 + [9] * 12), (1, 2, 3), 9),
+        (16, 2, struct.pack(">24H", *[1000, 2000, 3000] * 4, *[257 * 9] * 12), (1000, 2000, 3000), 9),
+    ],
+)
+def test_one_transparent_colour_in_every_depth(
+    tmp_path: Path, depth: int, kind: int, row: bytes, transparent: tuple[int, ...], shown: int
+):
+    (tmp_path / "a.png").write_bytes(png(depth, kind, row, struct.pack(f">{len(transparent)}H", *transparent)))
+    pixels = read_image(tmp_path / "a.png")[0, 3]
+    assert (pixels[:4] == 255).all()
+    assert (pixels[4:] == shown).all()
+
+
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBa"])
+def test_modes_with_transparency(mode: str):
+    image = two_halves("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 5, 10))
+    for step in {"La": ("LA", "La"), "RGBa": ("RGBa",), "LA": ("LA",), "PA": ("PA",)}[mode]:
+        image = image.convert(step)
+    row = to_rgb(image, Path("a.tif"))[5]
+    assert row[2].tolist() == [255, 255, 255]
+    assert row[17, 0] < 60
 
 
 def test_cmyk(tmp_path: Path):

@@ -360,7 +360,7 @@ def test_files_that_are_no_videos(tmp_path: Path):
         ("text.txt", "not a video but a text file"),
         ("list.m3u8", "not a video but a text file"),
         ("still.png", "still picture"),
-        ("sound.wav", "no video stream"),
+        ("sound.wav", "not a video, or of a kind that is not read"),
         ("headless.mp4", "cut off"),
         (".", "is a folder"),
     ):

@@ -354,3 +354,29 @@ def test_metadata_of_something_else(tmp_path: Path):
         read_metadata(tmp_path / "a.mp4")
     with pytest.raises(MagiError, match="There is no file"):
         read_metadata(tmp_path / "absent.mp4")
+
+
+@pytest.mark.parametrize("key", ["comment", "workflow"])
+def test_texts_that_no_encoding_holds(tmp_path: Path, key: str):
+    text = "half \ud83d, whole \ud83d\ude00 and \udce9 with\0more"
+    with VideoWriter(tmp_path / "a.mp4", H, W, metadata={key: text, "ti\udc80tle": "x"}) as writer:
+        writer.write(clip(2))
+    tags = read_metadata(tmp_path / "a.mp4")
+    assert tags[key] == "half \ufffd, whole \U0001f600 and \ufffd with\ufffdmore"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+def test_a_name_in_another_encoding(tmp_path: Path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
+    with VideoWriter(path, H, W, metadata={"title": str(path)}) as writer:
+        writer.write(clip(2))
+    assert len(read_video(path)) == 2
+    assert read_metadata(path)["title"].endswith("caf\ufffd.mp4")
+
+
+def test_a_name_that_no_system_can_have(tmp_path: Path):
+    for name in ("a\ud800.mp4", "a\0.mp4", "\ud800/a.mp4"):
+        with pytest.raises(MagiError, match="a name that no file can have"):
+            VideoWriter(tmp_path / name, H, W)
+        with pytest.raises(MagiError, match="There is no file"):
+            read_metadata(tmp_path / name)

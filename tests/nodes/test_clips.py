@@ -1,5 +1,10 @@
 """Videos from a picture and from a clip, and the VAE in ComfyUI's own nodes."""
 
+import importlib
+import io
+
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -154,7 +159,8 @@ def test_separate_frames_at_another_rate(comfy):
 
 def test_a_clip_of_one_frame_is_told_to_be_a_picture(comfy):
     said = refused(comfy, video_to_video(comfy, "IMAGE", clip(1)))
-    assert "Image to Video" in said
+    assert "1 frame at 24 per second; 8 are needed" in said
+    assert "as an image" in said
 
 
 def test_a_clip_needs_a_vae(comfy):
@@ -220,3 +226,63 @@ def test_a_clip_in_front_that_memory_cannot_hold_is_refused_before_it_is_read(co
     monkeypatch.setattr(media, "frames_of", lambda *_: pytest.fail("read for nothing"))
     with pytest.raises(NodeError, match="124 frames of 64x48 take"):
         comfy.run(graph)
+
+
+# -- what is said of a file --------------------------------------------------------------------------------------------
+
+
+def with_two_tracks(path):
+    """A second of dark green, and two of light grey, which is the default track."""
+    with av.open(str(path), "w") as out:
+        streams = [out.add_stream("libx264", rate=24) for _ in range(2)]
+        for stream in streams:
+            stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        flag = getattr(streams[0], "disposition", None)
+        if flag is None:
+            pytest.skip("this PyAV does not tell tracks apart")
+        streams[0].disposition, streams[1].disposition = type(flag)(0), type(flag).default
+        for stream, level, count in zip(streams, (40, 200), (24, 48), strict=True):
+            for index in range(count):
+                frame = av.VideoFrame.from_ndarray(np.full((HEIGHT, WIDTH, 3), level, np.uint8), format="rgb24")
+                frame.pts = index
+                out.mux(stream.encode(frame))
+            out.mux(stream.encode(None))
+    return path
+
+
+def video_from(comfy, source):
+    return importlib.import_module("comfy_api.latest").InputImpl.VideoFromFile(source)
+
+
+@pytest.mark.filterwarnings("ignore:.*video tracks")
+def test_what_is_to_know_of_a_file_is_shown(comfy, tmp_path):
+    graph = video_to_video(comfy, "VIDEO", video_from(comfy, str(with_two_tracks(tmp_path / "a.mp4"))))
+    graph["decode"]["inputs"]["before"] = ["clip", 0]
+    made = comfy.run(graph)
+    assert len(made["decode"][0]) == 72
+    assert made["decode"][0][:48].mean() > 0.7
+    texts = dict(comfy.events.texts)
+    assert "a.mp4' has 2 video tracks: number 2 is read" in texts["start"]
+    assert "a.mp4' has 2 video tracks: number 2 is read" in texts["decode"]
+
+
+@pytest.mark.parametrize("spoil", ["", "\x01"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_video_that_leads_to_other_files_is_refused(comfy, tmp_path, in_memory, spoil):
+    with_two_tracks(tmp_path / "secret.ts")
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{tmp_path}/secret.ts\n#EXT-X-ENDLIST\n{spoil}"
+    (tmp_path / "list.mp4").write_text(playlist)
+    source = io.BytesIO(playlist.encode()) if in_memory else str(tmp_path / "list.mp4")
+    said = refused(comfy, video_to_video(comfy, "VIDEO", video_from(comfy, source)))
+    assert "onvert it to MP4" in said or "text file or playlist" in said
+
+
+def test_a_video_in_memory_is_continued(comfy, tmp_path):
+    source = io.BytesIO(with_two_tracks(tmp_path / "a.mp4").read_bytes())
+    made = comfy.run(video_to_video(comfy, "VIDEO", video_from(comfy, source)))
+    assert len(made["decode"][0]) == 24
+
+
+def test_latents_of_a_picture_are_no_clip(comfy):
+    graph = video_to_video(comfy, "LATENT", {"samples": torch.ones(1, 16, 1, 6, 8)})
+    assert "single frame, which is a picture" in refused(comfy, graph)
