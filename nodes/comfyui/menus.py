@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Literal
 
 from ...magi.config import PRESETS
@@ -14,6 +14,7 @@ from ...magi.model_files.embedded import embedded_files
 from ...magi.model_files.locate import SPECIAL_TOKENS, ModelFiles, released_weights, special_tokens_near
 from ...magi.model_files.repeating import repeating_files
 from ...magi.system.folders import visible, what_is_at
+from ...magi.system.printable import printable
 from ...magi.text.embedding_cache import EmbeddingCache
 from ...magi.text.encoder import encoder_fingerprint
 from ...magi.text.t5_checkpoint import t5_is_missing
@@ -34,6 +35,7 @@ _FIRST = ("4.5B_distill", "4.5B_distill_quant", "4.5B_base", "24B_distill_quant"
 RELEASED = tuple(sorted(PRESETS, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)))
 VAE, TEXT_ENCODER = locate.VAE.as_posix(), locate.TEXT_ENCODER.as_posix()
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+_LONGEST_NAME = 1000  # characters
 _PACK = Path(__file__).resolve().parents[2]
 
 
@@ -61,13 +63,16 @@ def _menu(
 
 
 def chosen(part: Literal["model", "vae", "encoder"], name: str) -> str:
-    """Returns the entry that a name of the menu stands for: itself, but for auto.
+    """Returns the entry that a name of the menu stands for: itself, with forward slashes, but for auto.
 
     Auto is the best released model that is installed, with the official VAE and text encoder, which may be missing; where none
     is, it is the embedded model. One decision for all three, so that they fit each other.
+
+    Raises:
+        MagiError: the name leads out of the folders.
     """
     if name != AUTO:
-        return name
+        return _inside(name)
     model = next((name for name in RELEASED if _released(name)), None)
     if model is None:
         return EMBEDDED
@@ -126,7 +131,7 @@ def find_encoder(name: str) -> tuple[Path, Path | None]:
     folders = (
         host.model_folders() if name == TEXT_ENCODER else [*host.model_folders(), *host.model_folders("text_encoders")]
     )
-    places = [folder / name for folder in folders if _stays_inside(name)]
+    places = [folder / name for folder in folders]
     if all(t5_is_missing(path) for path in places):
         for path in places:
             for tokenizer in (None, *_tokenizers()):
@@ -238,9 +243,8 @@ def _may_be_folder(path: Path) -> bool:
 def _find(name: str, kind: str) -> Path:
     if name == NOT_INSTALLED:
         raise MagiError("That line only heads those that are not installed. Choose one of them, auto, or one above.")
-    name = name.replace("\\", "/")  # as a workflow from another machine may have it
     for folder in (*host.model_folders(), *host.model_folders(kind)):
-        if _stays_inside(name) and what_is_at(folder / name) != "nothing":
+        if what_is_at(folder / name) != "nothing":
             return folder / name
     # The folder that has the kind's name: ComfyUI's first for diffusion models still is "unet".
     native = next((f for f in host.model_folders(kind) if f.name == kind), host.model_folders(kind)[0])
@@ -249,9 +253,22 @@ def _find(name: str, kind: str) -> Path:
     )
 
 
-def _stays_inside(name: str) -> bool:
-    """Returns whether a name stays inside the folders; it may come from a stranger's workflow file."""
-    return not Path(name).is_absolute() and ".." not in Path(name).parts
+def _inside(name: str) -> str:
+    """Returns a name that stays inside the folders, with forward slashes, as a workflow from another system may not have it.
+
+    It may come from a stranger's workflow file, so it is judged as text, by the rules of every system, before anything is
+    looked at: Windows already contacts the machine that a path names when it is asked whether there is such a file.
+
+    Raises:
+        MagiError: it leads elsewhere.
+    """
+    path = PureWindowsPath(name)  # it knows both kinds of slashes, and drives
+    if path.drive or path.root or ".." in path.parts or "\0" in name or len(name) > _LONGEST_NAME:
+        raise MagiError(
+            f"{printable(name)!r} is no file in ComfyUI's folders for models. Choose one from the menu; for files elsewhere, name "
+            "their folder in extra_model_paths.yaml."
+        )
+    return name.replace("\\", "/")
 
 
 def _found(kind: str) -> list[str]:

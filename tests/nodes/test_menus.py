@@ -1,6 +1,7 @@
 """Where the loaders look for files, what their menus offer, and what they say of missing and wrong files."""
 
 import importlib
+import io
 import json
 import os
 import re
@@ -426,15 +427,55 @@ def test_one_part_in_the_place_of_another(comfy, demo, class_type, part, said):
     assert said in found
 
 
-@pytest.mark.parametrize("name", ["gone.safetensors", "../../secret.safetensors"])
 @pytest.mark.parametrize("class_type", FOLDER_OF)
-def test_names_of_other_peoples_workflows(comfy, demo, class_type, name):
-    put(demo.transformer / "model.safetensors", comfy.base / "secret.safetensors")
+def test_a_file_that_is_gone(comfy, class_type):
     for folder in ("magi1", *FOLDER_OF.values()):
         (comfy.base / "models" / folder).mkdir()
-    said = problem(comfy, class_type, **{WIDGET_OF[class_type]: name})
-    assert f"There is no {name!r}" in said
-    assert str(comfy.base) in said, "the folder it belongs in"
+    for name in ("gone.safetensors", r"sub\gone.safetensors"):
+        said = problem(comfy, class_type, **{WIDGET_OF[class_type]: name})
+        assert f"There is no {name.replace(chr(92), '/')!r}" in said
+        assert str(comfy.base) in said, "the folder it belongs in"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../secret.safetensors",
+        r"..\..\secret.safetensors",
+        "a/../../../secret.safetensors",
+        "/etc/secret.safetensors",
+        r"\Users\x\secret.safetensors",
+        r"\\host\share\secret.safetensors",
+        "//host/share/secret.safetensors",
+        r"\\?\C:\secret.safetensors",
+        r"\\.\pipe\secret",
+        "C:/secret.safetensors",
+        "D:secret.safetensors",
+        "d:..\\secret.safetensors",
+        "a\0b.safetensors",
+        "x" * 5000,
+    ],
+    ids=lambda name: repr(name[:30]),
+)
+@pytest.mark.parametrize("class_type", FOLDER_OF)
+def test_names_of_other_peoples_workflows(comfy, class_type, name, monkeypatch):
+    """Nothing is asked of the system about such a name, which Windows would ask the machine in it for."""
+    looked_at = []
+    for owner, function in ((os, "stat"), (os, "scandir"), (os, "listdir"), (io, "open")):
+        known = getattr(owner, function)
+
+        def recorded(path=".", *args, known=known, **options):
+            looked_at.append(str(path))
+            return known(path, *args, **options)
+
+        monkeypatch.setattr(owner, function, recorded)
+    cls, widget = comfy.nodes[class_type], WIDGET_OF[class_type]
+    cls.fingerprint_inputs(**{widget: name})
+    said = problem(comfy, class_type, **{widget: name})
+    monkeypatch.undo()
+    assert "is no file in ComfyUI's folders for models" in said
+    assert len(said) < 600
+    assert not [path for path in looked_at if "secret" in path or "xxxxx" in path or "\0" in path]
 
 
 def test_a_replaced_file_is_another_model(comfy, demo):
