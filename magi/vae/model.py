@@ -15,6 +15,7 @@ from ..errors import MagiError
 from ..system.printable import printable
 from .tiling import PATCH_FRAMES, PATCH_SIZE
 
+_CPU_TOKENS = 2048  # whose attention a CPU computes in all heads at once
 PATCH_VALUES = PATCH_FRAMES * PATCH_SIZE * PATCH_SIZE
 # The same in every published version of the VAE; another value means another model.
 _FIXED = {
@@ -113,12 +114,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, on_progress: Callable[[], None]) -> torch.Tensor:
         """Attends each token to all tokens: (B, N, D) -> (B, N, D)."""
         q, k, v = (
             _standardised(part.unflatten(-1, (self.num_heads, -1))).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)
         )  # (B, heads, N, d) each
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+        on_progress()
+        # All heads at once, but for a CPU on a large tile, which needs seconds for it: nothing may hold up a cancel.
+        size = self.num_heads if x.device.type != "cpu" else max(1, self.num_heads * _CPU_TOKENS**2 // x.shape[1] ** 2)
+        parts = []
+        for heads in zip(*(part.split(size, dim=1) for part in (q, k, v)), strict=True):
+            parts.append(F.scaled_dot_product_attention(*heads))  # (B, heads, N, d)
+            on_progress()
+        attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return self.proj(attended.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 def _standardised(x: torch.Tensor) -> torch.Tensor:
@@ -138,9 +147,11 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.embed_dim, hidden)
         self.fc2 = nn.Linear(hidden, config.embed_dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, on_progress: Callable[[], None]) -> torch.Tensor:
         """Applies the MLP: (B, N, D) -> (B, N, D)."""
-        return self.fc2(F.gelu(self.fc1(x)))  # (B, N, D * mlp_ratio) -> (B, N, D)
+        hidden = F.gelu(self.fc1(x))  # (B, N, D * mlp_ratio)
+        on_progress()
+        return self.fc2(hidden)
 
 
 class Block(nn.Module):
@@ -152,10 +163,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.embed_dim)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Applies attention and MLP: (B, N, D) -> (B, N, D)."""
-        x = x + self.attn(x)
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x: torch.Tensor, on_progress: Callable[[], None]) -> torch.Tensor:
+        """Applies attention and MLP: (B, N, D) -> (B, N, D). `on_progress` is called after each part."""
+        x = x + self.attn(x, on_progress)
+        on_progress()
+        return x + self.mlp(self.norm2(x), on_progress)
 
 
 class _Trunk(nn.Module):
@@ -172,11 +184,11 @@ class _Trunk(nn.Module):
     def transform(
         self, tokens: torch.Tensor, grid: tuple[int, int, int], on_progress: Callable[[], None]
     ) -> torch.Tensor:
-        """Applies all blocks and the norm: (B, N, D) -> (B, N, D). `on_progress` is called after every block."""
+        """Applies all blocks and the norm: (B, N, D) -> (B, N, D). `on_progress` is called after every part of a block."""
         # (B, 1 + N, D)
         x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1) + self.positions(grid)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, on_progress)
             on_progress()
         return self.norm(x)[:, 1:]  # (B, N, D)
 

@@ -10,14 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from magi import config as configs
 from magi.checkpoint.mapped_file import MappedFile, TensorInfo
 from magi.checkpoint.reader import Checkpoint
 from magi.checkpoint.writer import write_checkpoint
 from magi.cli.main import main
 from magi.config import PRESETS, MagiConfig, ModelConfig
 from magi.errors import MagiError
-from magi.model_files import identify
 from magi.model_files.identify import recognise, resolve_config
 from magi.model_files.load import load_transformer
 from magi.transformer.random_weights import RandomTensors
@@ -39,8 +37,8 @@ def source():
 def presets(monkeypatch):
     """The released models, each with a tiny transformer."""
     tiny = {name: replace(config, model=TINY) for name, config in PRESETS.items()}
-    for module in (configs, __import__("magi.cli.synth", fromlist=["synth"])):
-        monkeypatch.setattr(module, "PRESETS", tiny)
+    for name, config in tiny.items():
+        monkeypatch.setitem(PRESETS, name, config)
     return tiny
 
 
@@ -271,9 +269,7 @@ def test_the_same_seed_gives_the_same_bytes(synth, presets, tmp_path):
 
 def test_a_file_of_fewer_layers_says_that_it_is_meant_so(synth, monkeypatch, tmp_path):
     """Without a config.json beside it, a released model's sizes with fewer layers are one that was cut off."""
-    tiny = replace(PRESETS["4.5B_base"], model=TINY)
-    for module in (configs, __import__("magi.cli.synth", fromlist=["synth"]), identify):
-        monkeypatch.setattr(module, "PRESETS", {"4.5B_base": tiny})
+    monkeypatch.setitem(PRESETS, "4.5B_base", replace(PRESETS["4.5B_base"], model=TINY))
     status, _ = synth("--preset", "4.5B_base", "--out", "few.safetensors", "--layers", 3)
     assert status == 0
     found = recognise(tmp_path / "few.safetensors")

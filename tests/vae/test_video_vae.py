@@ -338,7 +338,7 @@ def test_a_cancel_stops_after_the_tile_it_came_in(vae, kind):
 def test_a_cancel_stops_inside_a_long_tile(vae, monkeypatch):
     monkeypatch.setattr(TileProgress, "interval", 0.0)
     blocks = []
-    hooks = [b.register_forward_hook(lambda *_: blocks.append(1)) for b in vae.decoder.blocks]
+    hooks = [b.register_forward_pre_hook(lambda *_: blocks.append(1)) for b in vae.decoder.blocks]
 
     def cancel(done, total):
         raise CancelledError
@@ -349,7 +349,18 @@ def test_a_cancel_stops_inside_a_long_tile(vae, monkeypatch):
     finally:
         for hook in hooks:
             hook.remove()
-    assert len(blocks) == 1
+    assert len(blocks) == 1, "no block begins after the first part of the first one"
+
+
+def test_a_large_tile_is_attended_head_by_head_to_the_same_bits(vae, monkeypatch):
+    latents, asked = noise(1, 16, 3, 8, 8), []
+    monkeypatch.setattr(TileProgress, "interval", 0.0)
+    whole = vae.decode(latents, Tiling(frames=12, size=64), progress=lambda *_: asked.append(1))
+    few = len(asked)
+    monkeypatch.setattr("magi.vae.model._CPU_TOKENS", 16)
+    parts = vae.decode(latents, Tiling(frames=12, size=64), progress=lambda *_: asked.append(1))
+    assert torch.equal(parts, whole)
+    assert len(asked) - few > few, "asked more often"
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
