@@ -21,6 +21,7 @@ from ..system.json_files import read_json
 from ..system.paths import user_path
 from ..system.printable import printable
 from ..system.whole_files import file_fingerprint
+from .file_guard import FileGuard
 from .mapped_file import MappedFile, TensorInfo, first_few
 from .zero_gap import zero_gap
 
@@ -180,6 +181,10 @@ class Checkpoint:
         self.files, indexed = _find(self.path)
         self.metadata: dict[str, str] = {}
         self._maps: dict[Path, MappedFile] = {}
+        try:
+            self._guard = FileGuard(self.files)
+        except OSError as error:
+            raise MagiError(f"{str(self.path)!r} cannot be read: {error}. Check that it is still there.") from error
         stored: dict[str, TensorInfo] = {}
         for file in self.files:
             mapped = self._maps[file] = MappedFile(file)
@@ -213,9 +218,14 @@ class Checkpoint:
         """Returns the tensor as stored: a view of the mapped file on the CPU. Writing to it ends the process.
 
         Raises:
-            MagiError: torch has no such type.
+            MagiError: torch has no such type, or the file was written to since.
         """
+        self.check_unchanged()
         return self._maps[self.tensors[name].file].tensor(self._stored_names[name])
+
+    def check_unchanged(self) -> None:
+        """Raises MagiError where a file was written to since it was mapped; to be called before tensors are used again."""
+        self._guard.check()
 
     def check_whole(self) -> None:
         """Looks for what an interrupted download leaves out, by a few samples of the numbers.

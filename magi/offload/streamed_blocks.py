@@ -132,6 +132,8 @@ class StreamedBlocks:
         """Yields the layers in order. Only one iteration can run at a time: starting another closes it."""
         if self._in_place or len(self._on_device) == len(self):
             for layer in range(len(self)):
+                if self._in_place:
+                    self._reader.check_unchanged()
                 yield self._on_device[layer] if layer in self._on_device else self._reader.block(layer)
             return
         if self._ring is None:

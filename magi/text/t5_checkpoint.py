@@ -6,13 +6,14 @@ sizes are checked here, before transformers is imported or anything is moved.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..checkpoint.file_guard import FileGuard
 from ..checkpoint.mapped_file import compare_shapes, first_few
 from ..checkpoint.reader import Checkpoint, find_weight_files, indexed_files
 from ..errors import MagiError
@@ -86,6 +87,7 @@ class T5Checkpoint:
     tensors: dict[str, torch.Tensor]
     scales: dict[str, torch.Tensor]
     path: Path
+    guard: FileGuard
 
 
 def find_t5_files(path: str | Path) -> list[Path]:
@@ -157,7 +159,12 @@ def read_t5(path: str | Path) -> T5Checkpoint:
     path = user_path(path)
     tensors: dict[str, torch.Tensor] = {}
     scales: dict[str, torch.Tensor] = {}
-    for name, tensor in _map_files(path).items():
+    files = find_t5_files(path)
+    try:
+        guard = FileGuard(files)
+    except OSError as error:
+        raise MagiError(f"The text encoder in {str(path)!r} cannot be read: {error}.") from error
+    for name, tensor in _map_files(path, files).items():
         suffix = next((s for s in _SCALES if name.endswith(s)), None)
         if suffix:
             scales[name.removesuffix(suffix) + ".weight"] = tensor.float()
@@ -171,11 +178,10 @@ def read_t5(path: str | Path) -> T5Checkpoint:
     _check(tensors, scales, shape, path)
     if scales:
         _check_scales(tensors, scales, path)
-    return T5Checkpoint(shape, tensors, scales, path)
+    return T5Checkpoint(shape, tensors, scales, path, guard)
 
 
-def _map_files(path: Path) -> dict[str, torch.Tensor]:
-    files = find_t5_files(path)
+def _map_files(path: Path, files: Sequence[Path]) -> dict[str, torch.Tensor]:
     if files[0].suffix not in _TORCH_SUFFIXES:
         with Checkpoint(path) as checkpoint:
             checkpoint.check_whole()

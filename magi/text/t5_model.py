@@ -64,6 +64,8 @@ def build_t5(
         if progress:
             progress(done, len(checkpoint.tensors))
     model.encoder.embed_tokens = model.shared
+    for block in model.encoder.block:  # weights may be used from where they are mapped
+        block.register_forward_pre_hook(lambda *_: checkpoint.guard.check())
     model.load_state_dict(plain, strict=False, assign=True)
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:

@@ -157,7 +157,7 @@ class WeightReader:
             return self._dense(name, torch.float32, bias)
 
         patch = self._get("x_embedder.weight", torch.float32)
-        return OuterWeights(
+        weights = OuterWeights(
             patch=Linear(patch.flatten(1)),
             time_in=dense("t_embedder.mlp.0"),
             time_out=dense("t_embedder.mlp.2"),
@@ -168,6 +168,8 @@ class WeightReader:
             final_norm=self._norm("videodit_blocks.final_layernorm", torch.float32, one_p=True),
             final=dense("final_linear.linear", bias=False),
         )
+        # On a CPU they may be views of a mapped file. Copies are small, and nothing that happens to the file reaches them.
+        return map_tensors(weights, torch.clone) if self.device.type == "cpu" else weights
 
     def block(self, layer: int) -> BlockWeights:
         """Reads the weights of one layer."""
@@ -193,6 +195,12 @@ class WeightReader:
             fc2=self._linear(p + "mlp.linear_fc2", store),
             mlp_post_norm=self._norm(p + "mlp_post_norm", f32, one_p=True),
         )
+
+    def check_unchanged(self) -> None:
+        """Raises MagiError where the source is a file that was written to since: its tensors may still be in use."""
+        check = getattr(self.source, "check_unchanged", None)  # other sources have no file
+        if check is not None:
+            check()
 
     def _get(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         plain = is_plain(name, self.source.tensors)

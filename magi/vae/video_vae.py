@@ -4,7 +4,7 @@ Shapes: videos (B, 3, T, H, W), latents (B, z, t, h, w) with t = ceil(T / 4), h 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class VideoVAE(nn.Module):
         self.decoder = Decoder(config)
         self._on_host: dict[str, torch.Tensor] = {}  # the weights as views of the mapped file
         self._parked: tuple[torch.device, torch.dtype] | None = None
+        self._check_file: Callable[[], None] = lambda: None  # that views of the mapped file may still be used
 
     @property
     def device(self) -> torch.device:
@@ -219,6 +220,7 @@ class VideoVAE(nn.Module):
             return means
 
         def work(tiling: Tiling) -> torch.Tensor:
+            self._check_file()
             self.unpark()
             map_tiles(encode, frames, latents, tiling, scale_in=PATCH_SIZE, scale_out=1, chained=True)
             return latents.mul_(SCALE)
@@ -238,6 +240,7 @@ class VideoVAE(nn.Module):
             return pixels
 
         def work(tiling: Tiling) -> torch.Tensor:
+            self._check_file()
             self.unpark()
             map_tiles(decode, latents, video, tiling, scale_in=1, scale_out=PATCH_SIZE, chained=False)
             return video
@@ -303,6 +306,7 @@ def load_vae(
             if progress:
                 progress(len(weights), len(checkpoint.tensors))
     vae.load_state_dict(weights, assign=True)
+    vae._check_file = checkpoint.check_unchanged
     return vae.requires_grad_(False).eval()
 
 
