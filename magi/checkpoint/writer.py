@@ -17,6 +17,7 @@ import torch
 
 from ..errors import MagiError
 from ..system.folders import visible
+from ..system.owner_lock import OwnerLock
 from ..system.paths import user_path
 from ..system.progress import OnProgress
 from ..system.whole_files import put_in_place, sync_file
@@ -98,8 +99,11 @@ def write_checkpoint(
         extras[_INDEX] = _index(files, source.tensors)
     total = sum(file.nbytes for file in files)
     _check_room(folder, total + sum(map(len, extras.values())))
+    owner = OwnerLock(target.with_name(f"{target.name}.lock"))
+    if not owner.acquire():
+        raise MagiError(f"{str(target)!r} is being written at this moment, by another process. Wait for that one.")
     try:
-        _write(source, files, extras, total, progress)
+        _write(source, files, extras, total, progress, overwrite)
         if in_folder and overwrite:  # files of the checkpoint that was there before
             for file in (*folder.glob(_SHARDS), folder / _SINGLE, folder / _INDEX):
                 if file.name not in {*names, *extras}:
@@ -108,6 +112,8 @@ def write_checkpoint(
         raise MagiError(
             f"{str(target)!r} cannot be written ({error}). Choose a folder that can be, on a disk with {total / 1e9:.1f} GB free."
         ) from error
+    finally:
+        owner.release()
     return [file.path for file in files]
 
 
@@ -172,6 +178,7 @@ def _write(
     extras: Mapping[str, bytes],
     total: int,
     progress: OnProgress | None,
+    overwrite: bool,
 ) -> None:
     folder = files[0].path.parent
     made: dict[Path, Path] = {}
@@ -198,7 +205,7 @@ def _write(
         for written in made.values():  # all of them before the first is renamed: the disk may turn out to be full
             sync_file(written)
         for path, written in made.items():
-            put_in_place(written, path)
+            put_in_place(written, path, overwrite=overwrite)  # without, one that appeared meanwhile stays
         cleanup.pop_all()
 
 

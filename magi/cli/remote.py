@@ -111,16 +111,22 @@ def main(args: argparse.Namespace) -> int:
         client = Client(Api(base, args.api_version, key), args.cache / "remote", log)
         if request is None:
             made = client.fetch(args.resume_id, out.parent, on_progress)
-            _rename(made.path, out)
+            _rename(made.path, out, args.overwrite)
         else:
-            made = client.make(request, out.parent, on_progress, args.resume_id, lambda path, _: _rename(path, out))
+            made = client.make(
+                request, out.parent, on_progress, args.resume_id, lambda path, _: _rename(path, out, args.overwrite)
+            )
     print(f"wrote {out} ({made.facts}, {time.monotonic() - started:.0f} s), task {made.task_id}", file=sys.stderr)
     return 0
 
 
-def _rename(path: Path, out: Path) -> None:
+def _rename(path: Path, out: Path, overwrite: bool) -> None:
     try:
-        put_in_place(path, out)
+        put_in_place(path, out, overwrite=overwrite)
+    except FileExistsError as error:
+        raise MagiError(
+            f"The video is {str(path)!r}: {str(out)!r} was made by something else meanwhile, and is not replaced."
+        ) from error
     except OSError as error:
         raise MagiError(
             f"The video is {str(path)!r}; it could not be renamed to {str(out)!r} ({error.strerror})."

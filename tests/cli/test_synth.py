@@ -18,6 +18,7 @@ from magi.config import PRESETS, MagiConfig, ModelConfig
 from magi.errors import MagiError
 from magi.model_files.identify import recognise, resolve_config
 from magi.model_files.load import load_transformer
+from magi.system.owner_lock import OwnerLock
 from magi.transformer.random_weights import RandomTensors
 from magi.transformer.weights import tensor_shapes
 
@@ -315,3 +316,23 @@ def test_what_cannot_be_is_said(synth, presets, tmp_path, arguments, message):
     assert status == 1
     assert re.match(f"error: .*{message}", said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once_with_one_target(source, tmp_path):
+    path = tmp_path / "a.safetensors"
+    other = OwnerLock(tmp_path / "a.safetensors.lock")
+    assert other.acquire()
+    with pytest.raises(MagiError, match=r"a\.safetensors' is being written at this moment"):
+        write_checkpoint(source, path)
+    other.release()
+    assert list(tmp_path.iterdir()) == []
+    write_checkpoint(source, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_that_appears_meanwhile_stays(source, tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(MagiError, match="cannot be written"):
+        write_checkpoint(source, path, progress=lambda *_: path.write_bytes(b"mine"))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    assert path.read_bytes() == b"mine"
