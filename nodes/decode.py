@@ -94,7 +94,8 @@ class Magi1VAEDecode(io.ComfyNode):
         made = TEMPORAL_DOWNSAMPLE * latents.shape[2]
         height, width = (SPATIAL_DOWNSAMPLE * side for side in latents.shape[3:])
         progress, clock = NodeProgress(cls.hidden.unique_id, read=0.05, load=0.1, decode=0.85), Clock()
-        clip, sound, notices = None, None, ()
+        clip, sound = None, None
+        notices: tuple[str, ...] = ()
         if before is not None:
             source, on_read = media.Clip.of(before), lambda *_: progress.move("read", 0)
             notices = source.notices

@@ -1,6 +1,6 @@
 """Plans for the runs of one transformer, which heed what earlier ones that ran out of memory were left with."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import MagiConfig
 from ..transformer.inputs import CacheDevice
@@ -119,7 +119,7 @@ def _shortage_of(
     if limit == Limit(len(begun.on_device), begun.token_block, begun.cache, begun.window):
         return None
     # With the wider window it ran out: it had room for less, even where the forecast takes a narrower one for larger.
-    run = begun.run
+    run, options = begun.run, replace(options, token_block=limit.token_block)
     took = min(
         place(
             run.config.with_runtime(window_size=window), weights, None, options, run.prefix_frames, limit=limit

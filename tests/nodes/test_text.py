@@ -319,7 +319,7 @@ def test_a_conditioning_of_native_nodes(comfy):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ([[torch.full((1, 5, 64), torch.nan), {}]], "no numbers"),
+        ([[torch.full((1, 5, 64), torch.nan), {}]], "none .NaN or infinity. in the prompt's embeddings"),
         ([[torch.zeros(5, 64), {}]], r"shape \(5, 64\)"),
         ([[torch.zeros(0, 5, 64), {}]], r"shape \(0, 5, 64\)"),
         ([[torch.zeros(1, 5, 64), {"attention_mask": torch.ones(1, 8)}]], r"its mask \(1, 8\)"),

@@ -411,9 +411,9 @@ LATENTS = torch.zeros(1, 16, 2, 4, 6)
         ({"frames": -24}, "frames is -24.*above 0"),
         ({"frames": 24, "seconds": 1}, "seconds .1. and frames .24..*Give one"),
         ({"num_steps": 10}, "10 steps.*Use 8 or 12"),
-        ({"num_steps": 0}, "steps is 0.*at least 1"),
+        ({"num_steps": 0}, "steps is 0.*from 1 to 1000"),
         ({"window_size": 3}, "window of 3.*Use 12"),
-        ({"window_size": 0}, "window is 0.*at least 1"),
+        ({"window_size": 0}, "window is 0.*from 1 to 1000"),
         ({"prompt": ()}, "0 prompts for 4 chunks.*Give one"),
         ({"prompt": ("a",) * 5}, "5 prompts for 4 chunks"),
         ({"prompt": ("a", "b"), "video": numbered(48), "seconds": 1}, "2 prompts for 1 chunks"),
@@ -751,11 +751,11 @@ def test_other_failures_are_not_taken_for_a_shortage(function, files, monkeypatc
 @pytest.mark.parametrize("start", ["image", "video"])
 @pytest.mark.parametrize("settings", [{"num_steps": 8, "window_size": 3}, {"num_steps": 0}, {"window_size": 0}])
 def test_steps_that_do_not_fit_are_refused_before_a_file_is_read(settings, start, pipe, tmp_path):
-    with pytest.raises(MagiError, match=r"cannot be split evenly|must be at least 1"):
+    with pytest.raises(MagiError, match=r"cannot be split evenly|must be from 1 to 1000"):
         pipe.plan(Request(**SMALL | {start: tmp_path / "not there"} | settings))
 
 
-@pytest.mark.parametrize("most", [(2048, 2), (1024, 1), (1024, 0), (256, 0)])
+@pytest.mark.parametrize("most", [(256, 1), (256, 0), (128, 0)])
 def test_memory_that_ran_out_once_does_not_run_out_in_the_next_run(most, files, monkeypatch):
     forward, short = Transformer.forward, []
 

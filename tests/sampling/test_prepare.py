@@ -93,7 +93,7 @@ def test_captions_that_do_not_fit(refuse, tiny_caption):
     refuse("4096 channels, the model takes 12", caption=Caption(torch.zeros(5, 4096)))
     with pytest.raises(MagiError, match=r"\(1, 5, 12\)"):
         Caption(torch.zeros(1, 5, 12))
-    with pytest.raises(MagiError, match="no numbers"):
+    with pytest.raises(MagiError, match=r"none \(NaN or infinity\) in the prompt's embeddings"):
         Caption(torch.full((5, 12), torch.inf))
 
 
