@@ -23,6 +23,7 @@ import torch
 from ..config import LATENT_CHANNELS
 from ..errors import MagiError
 from ..sampling.state import Chunk, SamplerState
+from ..system.json_files import read_json
 from ..system.owner_lock import OwnerLock
 from ..system.paths import user_path
 from ..system.whole_files import DamagedFileError, file_fingerprint, pack, unpack, write_whole
@@ -34,8 +35,8 @@ _FINISHED, _RESULT = "finished.json", "result.json"
 _CHUNKS = "chunk-?????.safetensors"
 _ENVIRONMENT = "how"  # its name in a state's header
 _MOST_UNWRITTEN = 64  # files that are kept in memory for another try: memory must not grow with the video
-# What reading a JSON file of somebody else's making may raise; RecursionError: it is nested too deeply.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+# What a JSON file of somebody else's making may raise, and what is then looked for in it.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 _START_OVER = "To start over, give --overwrite instead of --resume, or remove that folder."
 
 
@@ -95,7 +96,7 @@ class RunStore:
     def finished_by(self) -> str | None:
         """Returns the version that `finish` was given; None for an unfinished run."""
         try:
-            return str(json.loads(self._path(_FINISHED).read_text(encoding="utf-8"))["version"])
+            return str(read_json(self._path(_FINISHED))["version"])
         except _UNREADABLE:
             return None
 
@@ -230,7 +231,7 @@ class RunStore:
     def made(self, video: Path) -> bool:
         """Returns whether a file is the video that this run noted as its result: only the tidying up is left."""
         try:
-            note = json.loads(self._path(_RESULT).read_text(encoding="utf-8"))
+            note = read_json(self._path(_RESULT))
             return bool(note["fingerprint"] == file_fingerprint(video))
         except _UNREADABLE:
             return False
@@ -309,7 +310,7 @@ class RunStore:
     def saved_settings(self) -> dict[str, Any]:
         """Returns the saved run's settings. Raises MagiError where they cannot be read."""
         try:
-            found = json.loads(self._path(_SETTINGS).read_text(encoding="utf-8"))
+            found = read_json(self._path(_SETTINGS))
             version, settings = found["format"], dict(found["settings"])
         except FileNotFoundError as error:
             raise self._damaged(_SETTINGS, "it is missing") from error
@@ -337,7 +338,7 @@ class RunStore:
 
     def _partial_names(self) -> list[str]:
         try:
-            names = json.loads(self._path(_PARTIALS).read_text(encoding="utf-8"))
+            names = read_json(self._path(_PARTIALS))
             return [name for name in names if name and name == Path(name).name]
         except _UNREADABLE:
             return []

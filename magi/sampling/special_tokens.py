@@ -16,6 +16,7 @@ import torch
 
 from ..errors import MagiError
 from ..system.file_kinds import NPZ, file_kind
+from ..system.finite import is_finite
 from ..system.folders import visible, what_is_at
 from ..system.paths import user_path
 
@@ -73,7 +74,7 @@ class SpecialTokens:
                 arrays = {name: _array(archive, name) for name in _ARRAYS}
             with np.errstate(over="ignore"):  # found below
                 caption, logo, other = (torch.from_numpy(a.astype(np.float16)).float() for a in arrays.values())
-            if not all(bool(t.isfinite().all()) for t in (caption, logo, other)):
+            if not all(map(is_finite, (caption, logo, other))):
                 raise ValueError("some of its numbers are NaN or infinite in float16")
         except _UNREADABLE as error:
             raise MagiError(f"{str(path)!r} is not the special-token file ({_reason(path, error)}). {_HOW}") from error

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from ..system.finite import is_finite
 from ..system.paths import user_path
 from ..system.whole_files import write_whole
 
@@ -68,7 +69,7 @@ class EmbeddingCache:
         except (SafetensorError, KeyError, ValueError):
             self._remove(file)
             return None
-        if not torch.equal(checksum, _checksum(embeds)) or not embeds.isfinite().all():
+        if not torch.equal(checksum, _checksum(embeds)) or not is_finite(embeds):
             self._remove(file)
             return None
         with suppress(OSError):  # a folder that can only be read is still a good cache

@@ -22,6 +22,7 @@ from torch import nn
 from ..config import CAPTION_TOKENS
 from ..errors import MagiError
 from ..system.device import empty_cache, free_memory, retry_with_less
+from ..system.finite import is_finite
 from ..system.paths import user_path
 from ..system.progress import OnProgress
 from .embedding_cache import EmbeddingCache
@@ -53,7 +54,7 @@ def check_embedding(embeds: torch.Tensor, encoder: str, remedy: str) -> None:
         encoder: who gave it, as the message begins.
         remedy: what to do, as the message ends.
     """
-    if not embeds.isfinite().all():
+    if not is_finite(embeds):
         what = "gave values that are no numbers (NaN or infinite)"
     elif not embeds.any():
         what = "gave nothing but zeros"
